@@ -162,7 +162,7 @@ def release_refusal(stack: str) -> str | None:
 def predict(row: Row, profiles: dict[tuple[str, Regime], RegimeProfile]) -> MemoryEstimate:
     """Trace the row's code path, unless that was done, and assemble the row's configuration."""
     settings = configuration(row)
-    regime = replace(regime_of(settings, "cuda"), keeps_outputs=row["outputs_kept"])
+    regime = replace(regime_of(settings, parse_cluster(row["gpus"]).device), keeps_outputs=row["outputs_kept"])
     key = (row["model"], regime)
     if key not in profiles:
         print(f"tracing {row['model']}: {row['method']}, {row['attention']}", file=sys.stderr)

@@ -179,10 +179,10 @@ def predict(cell: str, profiles: dict[Any, Any]) -> MemoryEstimate:
     from autofit.profile.trace import trace
 
     configuration, tokens = parse_cell(cell)
-    regime = regime_of(configuration, "cpu")
+    device = Device(name="CPU-8G", kind="cpu", memory_bytes=8 * GIB)
+    regime = regime_of(configuration, device)
     if regime not in profiles:
         profiles[regime] = trace("a small Llama", MODEL, regime)
-    device = Device(name="CPU-8G", kind="cpu", memory_bytes=8 * GIB)
     cluster = Cluster(device=device, num_devices_per_node=configuration.num_processes)
     workload = Workload(sequence_tokens=tokens, global_batch_sequences=configuration.global_batch_sequences)
     return estimate_memory(profiles[regime], configuration, cluster, workload)

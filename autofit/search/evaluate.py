@@ -150,7 +150,7 @@ class Evaluator:
         return self._time_model(configuration).missing(configuration)
 
     def _regime(self, configuration: Configuration) -> Regime:
-        return regime_of(configuration, self._cluster.device.kind)
+        return regime_of(configuration, self._cluster.device)
 
     def _known_profile(self, configuration: Configuration) -> RegimeProfile:
         profile = self._profiles[self._regime(configuration)]

@@ -181,7 +181,7 @@ def _refuse_broken(job: Job, cluster: Cluster, configuration: Configuration) -> 
 
 
 def _regimes(configurations: Iterable[Configuration], cluster: Cluster) -> tuple[Regime, ...]:
-    return tuple(dict.fromkeys(regime_of(each, cluster.device.kind) for each in configurations))
+    return tuple(dict.fromkeys(regime_of(each, cluster.device) for each in configurations))
 
 
 def _evaluator(

@@ -5,13 +5,54 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Method = Literal["full", "lora", "qlora"]
-Optim = Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
-Sharding = Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
+Method = Literal["full", "freeze", "lora", "qlora"]
+Optim = Literal[
+    "adafactor",
+    "adalomo",
+    "adamw_8bit",
+    "adamw_apex_fused",
+    "adamw_torch",
+    "adamw_torch_4bit",
+    "adamw_torch_8bit",
+    "adamw_torch_fused",
+    "ademamix",
+    "ademamix_8bit",
+    "adagrad",
+    "apollo_adamw",
+    "apollo_adamw_layerwise",
+    "galore_adamw",
+    "galore_adamw_8bit",
+    "galore_adamw_layerwise",
+    "galore_adafactor",
+    "grokadamw",
+    "lion_32bit",
+    "lion_8bit",
+    "lomo",
+    "paged_adamw_32bit",
+    "paged_adamw_8bit",
+    "paged_ademamix_32bit",
+    "paged_ademamix_8bit",
+    "paged_lion_32bit",
+    "paged_lion_8bit",
+    "rmsprop",
+    "rmsprop_bnb",
+    "rmsprop_bnb_8bit",
+    "rmsprop_bnb_32bit",
+    "schedule_free_adamw",
+    "schedule_free_radam",
+    "schedule_free_sgd",
+    "sgd",
+    "stable_adamw",
+]
+"""transformers' `optim` names. Which of them are modelled is what `autofit.memory.optimizers.OPTIMIZERS` holds."""
+Sharding = Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 MixedPrecision = Literal["no", "bf16", "fp16"]
-Attention = Literal["sdpa", "eager", "flash_attention_2"]
+Attention = Literal["sdpa", "eager", "flash_attention_2", "flex_attention"]
 Offload = Literal["none", "optimizer", "optimizer_and_parameters"]
+Loss = Literal["stock", "liger", "chunked"]
+Batching = Literal["equal", "padded", "packed"]
+Task = Literal["auto", "causal-lm", "masked-lm", "seq2seq-lm", "sequence-classification", "image-text-to-text"]
 
 ZERO_STAGES: dict[str, int] = {"zero1": 1, "zero2": 2, "zero3": 3}
 
@@ -25,14 +66,29 @@ class Lora:
     lora_dropout: float = 0.0
     target_modules: tuple[str, ...] = ("all-linear",)
     """Module names, or the single word `all-linear`."""
+    use_rslora: bool = False
+    use_dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    """Modules trained whole beside the adapter, for instance `embed_tokens` and `lm_head`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Freeze:
+    """What is left trainable where the rest is frozen, with LLaMA-Factory's field names."""
+
+    freeze_trainable_layers: int = 2
+    """That many of the last decoder layers."""
+    freeze_extra_modules: tuple[str, ...] = ()
+    """Names of modules outside the layers that train too, for instance `embed_tokens`, `norm` or `lm_head`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantization:
     """A transformers `BitsAndBytesConfig`."""
 
-    bits: Literal[4] = 4
-    quant_type: Literal["nf4"] = "nf4"
+    bits: Literal[4, 8] = 4
+    """8 is LLM.int8(); then the fields about four bits have no meaning."""
+    quant_type: Literal["nf4", "fp4"] = "nf4"
     double_quant: bool = True
     compute_dtype: Dtype = "bfloat16"
     storage_dtype: Literal["uint8", "bfloat16", "float16", "float32"] = "uint8"
@@ -48,6 +104,7 @@ class Configuration:
     method: Method
     quantization: Quantization | None
     lora: Lora | None
+    freeze: Freeze | None = None
     optim: Optim
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
@@ -55,6 +112,13 @@ class Configuration:
     gradient_checkpointing: bool
     sharding: Sharding
     offload: Offload = "none"
+    """To host memory: DeepSpeed's `offload_optimizer` and `offload_param`, or FSDP's `offload_params` (both)."""
+    num_replicas: int = 1
+    """Groups of processes that each hold a whole sharded copy (FSDP's hybrid shard); 1: shards over all processes."""
+    reshard_after_forward: bool = True
+    """FSDP: whether a layer's gathered weights are freed between its forward and its backward (full shard)."""
+    sequence_parallel_size: int = 1
+    """Processes that share each sequence (DeepSpeed's Ulysses, accelerate's `sp_size`)."""
     weights_dtype: Dtype
     """Dtype the weights are loaded in (of a quantised model: of what is not quantised)."""
     mixed_precision: MixedPrecision
@@ -62,11 +126,30 @@ class Configuration:
     attention: Attention
     use_reentrant: bool = False
     """Which of torch's two checkpoint implementations; without meaning unless `gradient_checkpointing`."""
+    checkpoint_every_n_layers: int = 1
+    """transformers' `every_n_layers`: how many layers go between two that are computed again."""
+    checkpoint_offload: bool = False
+    """transformers' `offload`: what checkpoints keep goes to pinned host memory."""
+    loss: Loss = "stock"
+    """`liger`: transformers' `use_liger_kernel`, fused with the head; `chunked`: TRL's fused head."""
+    batching: Batching = "equal"
+    """How sequences share a micro-batch: all of one length; padded, with a mask; or packed into one row."""
+    task: Task = "auto"
+    """Which head is trained; `auto`: the one that the config's `architectures` names."""
+    image_tokens: int = 0
+    """Tokens of each sequence that come from images; vision-language models only."""
+    tf32: bool = False
+    """Whether fp32 products may round their inputs to TF32: faster, same memory."""
+    expandable_segments: bool = False
+    """The caching allocator's `expandable_segments`, exported as PYTORCH_ALLOC_CONF."""
+    max_split_size_mb: int | None = None
+    """The caching allocator's `max_split_size_mb`: larger cached blocks are never split; None: no bound."""
 
     @property
     def global_batch_sequences(self) -> int:
         """Sequences in one optimizer step over all processes."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_processes
+        groups = self.num_processes // self.sequence_parallel_size
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * groups
 
     @property
     def zero_stage(self) -> int:
@@ -77,3 +160,8 @@ class Configuration:
     def uses_deepspeed(self) -> bool:
         """Whether DeepSpeed's engine wraps the model."""
         return self.sharding in ZERO_STAGES
+
+    @property
+    def uses_fsdp(self) -> bool:
+        """Whether one of torch's FSDP implementations wraps the model."""
+        return self.sharding in {"fsdp1", "fsdp2"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from autofit.spec.configuration import Lora, Method, Optim, Sharding
+from autofit.spec.configuration import Attention, Lora, Method, Optim, Sharding
 
 Origin = Literal["catalogue", "folder", "config file", "hub", "script"]
 
@@ -46,7 +46,7 @@ class Restrictions:
     shardings: tuple[Sharding, ...] = ()
     micro_batch_sequences: tuple[int, ...] = ()
     gradient_checkpointing: bool | None = None
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Attention = "sdpa"
     lora: Lora = field(default_factory=Lora)
     """The adapter to train where the method is lora or qlora."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from autofit.spec.configuration import Attention, Dtype, Lora, Method, Quantization
+from autofit.spec.configuration import Attention, Batching, Dtype, Freeze, Lora, Loss, Method, Quantization, Task
 from autofit.spec.hardware import DeviceKind
 
 PROFILE_SCHEMA_VERSION = 1
@@ -21,8 +21,8 @@ MONOMIALS: tuple[tuple[int, int], ...] = ((0, 0), (1, 0), (0, 1), (1, 1), (0, 2)
 Polynomial = tuple[float, ...]
 """One coefficient for each of `MONOMIALS`."""
 
-ACTIVATION, GRADIENT, INSIDE = 0, 1, 2
-"""Categories of a tensor: ordinary, a parameter's gradient, a temporary inside a kernel."""
+ACTIVATION, GRADIENT, INSIDE, ON_HOST = 0, 1, 2, 3
+"""Categories of a tensor: ordinary, a parameter's gradient, a temporary inside a kernel, an offloaded activation."""
 
 Event = tuple[int, ...]
 """A birth (size index, category), or a death (size index, category, segment index, ordinal of the birth in it)."""
@@ -41,13 +41,22 @@ class Regime:
     method: Method
     quantization: Quantization | None
     lora: Lora | None
+    freeze: Freeze | None = None
     weights_dtype: Dtype
     adapter_dtype: Dtype
     """Dtype of the LoRA weights; without meaning for full fine-tuning."""
     autocast: Literal["no", "bf16", "fp16"]
     gradient_checkpointing: bool
     use_reentrant: bool
+    checkpoint_every_n_layers: int = 1
+    checkpoint_offload: bool = False
     attention: Attention
+    flash_kernel: bool = True
+    """Whether torch's flash attention runs on the device; otherwise sdpa takes the memory-efficient kernel."""
+    loss: Loss = "stock"
+    batching: Batching = "equal"
+    task: Task = "auto"
+    image_tokens: int = 0
     device: DeviceKind
     """Whose kernels and casts the trace imitates."""
     keeps_outputs: bool = False

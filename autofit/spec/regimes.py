@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from autofit.spec.configuration import Configuration, Dtype, MixedPrecision
-from autofit.spec.hardware import DeviceKind
+from autofit.spec.hardware import Device
 from autofit.spec.profile import Regime
 
 ZERO3 = 3
+FIRST_WITH_FLASH = (8, 0)
+"""Compute capability.
+
+Source: torch v2.13 aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, check_flash_attention_hardware_support."""
 _HALF: dict[MixedPrecision, Dtype] = {"bf16": "bfloat16", "fp16": "float16"}
 
 
-def regime_of(configuration: Configuration, device: DeviceKind) -> Regime:
+def regime_of(configuration: Configuration, device: Device) -> Regime:
     """Return the regime a configuration's step has to be traced under.
 
     DeepSpeed casts the model to its 16-bit dtype whatever it was loaded in, and does not use autocast.
@@ -18,18 +22,27 @@ def regime_of(configuration: Configuration, device: DeviceKind) -> Regime:
     (`_prepare_deepspeed` skips `prepare_model`'s autocast).
     """
     half = _HALF.get(configuration.mixed_precision)
+    checkpoints = configuration.gradient_checkpointing
     engine_casts = configuration.uses_deepspeed and half is not None
     return Regime(
         method=configuration.method,
         quantization=configuration.quantization,
         lora=configuration.lora,
+        freeze=configuration.freeze,
         weights_dtype=half if engine_casts and half else configuration.weights_dtype,
         adapter_dtype=_adapter_dtype(configuration, half if engine_casts else None),
         autocast="no" if engine_casts else configuration.mixed_precision,
-        gradient_checkpointing=configuration.gradient_checkpointing,
-        use_reentrant=configuration.gradient_checkpointing and configuration.use_reentrant,
+        gradient_checkpointing=checkpoints,
+        use_reentrant=checkpoints and configuration.use_reentrant,
+        checkpoint_every_n_layers=configuration.checkpoint_every_n_layers if checkpoints else 1,
+        checkpoint_offload=checkpoints and configuration.checkpoint_offload,
         attention=configuration.attention,
-        device=device,
+        flash_kernel=_runs_flash(device),
+        loss=configuration.loss,
+        batching=configuration.batching,
+        task=configuration.task,
+        image_tokens=configuration.image_tokens,
+        device=device.kind,
     )
 
 
@@ -41,3 +54,8 @@ def _adapter_dtype(configuration: Configuration, engine_dtype: Dtype | None) -> 
     """
     built_partitioned = configuration.zero_stage == ZERO3 and configuration.quantization is None
     return "float32" if engine_dtype is None or built_partitioned else engine_dtype
+
+
+def _runs_flash(device: Device) -> bool:
+    """A CPU rank always does; a GPU whose capability is not known is taken to be recent."""
+    return device.kind == "cpu" or (device.compute_capability or FIRST_WITH_FLASH) >= FIRST_WITH_FLASH

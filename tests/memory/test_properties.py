@@ -45,7 +45,7 @@ def configurations(draw: st.DrawFn) -> Configuration:
 
 def estimate(configuration: Configuration, tokens: int, kind: str, *, replays: bool = False) -> MemoryEstimate:
     """Estimate a configuration, tracing its code path at the first use."""
-    regime = regime_of(configuration, kind)
+    regime = regime_of(configuration, DEVICES[kind])
     if regime not in TRACED:
         TRACED[regime] = trace("tiny", TINY_LLAMA, regime)
     cluster = Cluster(device=DEVICES[kind], num_devices_per_node=configuration.num_processes)

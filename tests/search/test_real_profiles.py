@@ -28,7 +28,7 @@ def profiles():
 
 def needed(configuration, profiles, cluster=PAIR):
     """Return what the memory model says, without the search's shortcuts."""
-    profile = profiles[regime_of(configuration, "cpu")]
+    profile = profiles[regime_of(configuration, CPU)]
     return estimate_memory(profile, configuration, cluster, JOB.workload).needed_bytes
 
 

@@ -46,7 +46,7 @@ def brute_force(job, cluster, memory):
     for configuration in candidates(job, cluster):
         if any(rule.breaks(configuration, cluster) and not rule.waived_by(job.restrictions) for rule in RULES):
             continue
-        profile = made_up_profile(regime_of(configuration, cluster.device.kind))
+        profile = made_up_profile(regime_of(configuration, cluster.device))
         needed = memory(profile, configuration, cluster, job.workload).needed_bytes
         if needed <= int(cluster.device.memory_bytes * (1 - HEADROOM_FRACTION)):
             seconds = estimate_time(profile, configuration, cluster, job.workload).step_seconds

@@ -58,6 +58,6 @@ def test_measured_speed_is_within_a_factor_of_two(row):
     configuration = configuration_of(row)
     cluster = parse_cluster(f"{row['gpus_count']}x{GPUS[row['gpu']]}")
     workload = Workload(sequence_tokens=row["seq_len"], global_batch_sequences=configuration.global_batch_sequences)
-    profile = trace(row["model"], CONFIGS[row["model"]], regime_of(configuration, "cuda"))
+    profile = trace(row["model"], CONFIGS[row["model"]], regime_of(configuration, cluster.device))
     time = estimate_time(profile, configuration, cluster, workload)
     assert 0.5 < time.tokens_per_second / row["tokens_per_second_total"] < 2.0
