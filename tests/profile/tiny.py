@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from autofit.profile import fake_model
+from autofit.profile.models import load_config
 from autofit.profile.recorder import RawSegment
 from autofit.profile.trace import trace_steps
 from autofit.spec.configuration import Lora, Quantization
@@ -55,7 +55,7 @@ REGIMES = {
 
 def every_layer_traced(config: dict[str, Any], regime: Regime, points: list[tuple[int, int]]) -> list[list[RawSegment]]:
     """Trace the whole model, every layer of it, at each of `points`."""
-    whole = fake_model.load_config(config, None, regime.attention)
+    whole = load_config(config, None, regime)
     return trace_steps(whole, regime, points)[0]
 
 

@@ -1,0 +1,63 @@
+"""Parameters that cost nothing, and libraries that do not notice."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def fill_with_fakes(model: nn.Module) -> None:
+    """Replace each meta parameter and buffer by a fake one, in place; call it under FakeTensorMode.
+
+    `Module.to` cannot swap a fake parameter in. Tensors that were shared stay shared, or a tied head would count twice.
+    """
+    made: dict[int, torch.Tensor] = {}
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in made:
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+        return made[id(tensor)]
+
+    originals = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    table[name] = fake(tensor)  # type: ignore[assignment]
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base.tie_weights()
+    del originals
+
+
+def _no(*_args: Any, **_kwargs: Any) -> bool:
+    return False
+
+
+def _nothing(*_args: Any, **_kwargs: Any) -> None:
+    return None
+
+
+@contextmanager
+def believing_it_is_real() -> Iterator[None]:
+    """Keep transformers from noticing fake tensors, or it takes the branches meant for compilation."""
+    patches = [
+        ("transformers.masking_utils", "is_tracing", _no),
+        ("transformers.masking_utils", "find_packed_sequence_indices", _nothing),
+        ("transformers.utils.import_utils", "is_fake_tensor", _no),
+    ]
+    present = [(sys.modules[where], name, new) for where, name, new in patches if hasattr(sys.modules.get(where), name)]
+    saved = [getattr(module, name) for module, name, _ in present]
+    for module, name, new in present:
+        setattr(module, name, new)
+    try:
+        yield
+    finally:
+        for (module, name, _), old in zip(present, saved, strict=True):
+            setattr(module, name, old)

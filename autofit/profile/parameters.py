@@ -1,0 +1,67 @@
+"""Lists a model's parameters and buffers, and folds those that every layer has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from autofit.spec.profile import StaticTensor
+
+
+def static_tensors(model: nn.Module) -> list[tuple[str, StaticTensor]]:
+    """List the parameters and buffers, shared ones once, in the model's order."""
+    embedding = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    seen: set[int] = set()
+    found = []
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        found.append((name, _static(name, tensor, embeds=id(tensor) in embedding)))
+    return found
+
+
+def _static(name: str, tensor: torch.Tensor, *, embeds: bool) -> StaticTensor:
+    return StaticTensor(
+        name=name,
+        num_elements=tensor.numel(),
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        trains=tensor.requires_grad,
+        repeats=False,
+        kind=_kind(name, tensor),
+        embeds=embeds,
+        rows=tensor.shape[0] if tensor.dim() > 1 else 1,
+    )
+
+
+def _kind(name: str, tensor: torch.Tensor) -> Any:
+    if "quant_" in name.rsplit(".", 1)[-1]:
+        return "quant_state"
+    if not isinstance(tensor, nn.Parameter):
+        return "buffer"
+    if "lora_" in name:
+        return "adapter"
+    return "quantized" if tensor.shape[-1:] == (1,) and tensor.dim() == 2 and not tensor.requires_grad else "parameter"
+
+
+def fold_layers(named: Sequence[tuple[str, StaticTensor]], *, repeats: bool) -> tuple[StaticTensor, ...]:
+    """Let the first layer's tensors stand for every layer's, where layers repeat."""
+    if not repeats:
+        return tuple(tensor for _, tensor in named)
+    folded = []
+    for name, tensor in named:
+        index = layer_index(name)
+        if index is None:
+            folded.append(tensor)
+        elif index == 0:
+            folded.append(replace(tensor, repeats=True))
+    return tuple(folded)
+
+
+def layer_index(name: str) -> int | None:
+    """The layer a parameter's dotted name lies in: its first number."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
