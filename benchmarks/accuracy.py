@@ -1,9 +1,10 @@
 """Compares predicted memory with figures that others measured on GPUs and published.
 
-    python benchmarks/accuracy.py [FILE] [--ids ID,ID] [--json]
+    python benchmarks/accuracy.py [FILE] [--ids ID,ID] [--json] [--peers]
 
 A row is compared only under the transformers release that it was measured with; the others are listed with the reason.
-`benchmarks/make_environment.sh 4.48.1` makes a folder with an older release to put on PYTHONPATH.
+`benchmarks/make_environment.sh 4.48.1` makes a folder with an older release to put on PYTHONPATH, `make_peers.sh` one
+with other estimators, whose figures `--peers` sets beside ours.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ FIGURES = ("peak_allocated", "peak_reserved", "process", "after_step_allocated")
 HALVES = {"bf16": "bfloat16", "fp16": "float16"}
 KNOWN_SKIP = (None, ["lm_head"])
 """Modules left unquantised: the head is always, and no others can be named."""
+UNDER_FRACTION = 0.03
+"""An estimate lower than measured by more than this may cost a run."""
 AFTER_STEP_TOLERANCE = 0.02
 """Between two steps only weights and state are held: a figure further off is of another model than is said."""
 
@@ -78,13 +81,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("file", nargs="?", type=Path, default=PUBLISHED)
     parser.add_argument("--ids", help="compare only these rows, separated by commas; a trailing * matches any ending")
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of tables")
+    parser.add_argument("--peers", action="store_true", help="ask other estimators about the same rows")
     options = parser.parse_args(arguments)
     rows = [json.loads(line) for line in options.file.read_text(encoding="utf-8").splitlines() if line.strip()]
     compared = compare_all([row for row in rows if _is_chosen(row["id"], options.ids)])
+    peers = peer_errors(rows, compared) if options.peers else []
     if options.json:
         print(json.dumps([asdict(each) for each in compared], indent=1))
     else:
-        print_all(list(compared))
+        print_all(list(compared), peers)
     return 0
 
 
@@ -212,7 +217,7 @@ def contradiction(row: Compared) -> str | None:
     return f"held {held / GIB:.2f} GiB between steps; the weights and state it describes need {needs / GIB:.2f} GiB"
 
 
-def print_all(rows: Sequence[Compared]) -> None:
+def print_all(rows: Sequence[Compared], peers: Sequence[PeerError]) -> None:
     """Print what was compared, the summary, and what was not compared and why."""
     predicted = [row for row in rows if row.refused is None]
     versions = ", ".join(f"{name} {version}" for name, version in installed_versions().items())
@@ -221,7 +226,7 @@ def print_all(rows: Sequence[Compared]) -> None:
     print("| --- | --- |" + " ---: | ---: |" * len(FIGURES))
     for row in predicted:
         print(f"| {row.id} | {row.method} | " + " | ".join(_cells(row)) + " |")
-    print_summary([row for row in predicted if row.contradicts is None])
+    print_summary([row for row in predicted if row.contradicts is None], peers)
     _print_reasons("Rows that contradict their own description (in no summary)", ((r.id, r.contradicts) for r in rows))
     _print_reasons("Rows that were not compared", ((r.id, r.refused) for r in rows))
 
@@ -234,21 +239,65 @@ def _cells(row: Compared) -> Iterator[str]:
         yield f"{row.errors[name]:+.2%}" if name in row.errors else "-"
 
 
-def print_summary(rows: Sequence[Compared]) -> None:
-    """Print how far off the rows of each source and method are."""
-    groups: dict[tuple[str, str, str], list[tuple[float, str]]] = defaultdict(list)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """How far off one estimator is on one figure of the rows of one source and method."""
+
+    source: str
+    method: str
+    figure: str
+    estimator: str
+    errors: tuple[tuple[float, str], ...]
+    """Relative error and id of each row."""
+
+    def cells(self) -> str:
+        """Write the summary as the cells of a table's row."""
+        sizes = sorted(abs(error) for error, _ in self.errors)
+        worst, where = max(self.errors, key=lambda each: abs(each[0]))
+        under = sum(error < -UNDER_FRACTION for error, _ in self.errors)
+        return (
+            f"| {self.source} | {self.method} | {self.figure} | {self.estimator} | {len(sizes)} | "
+            f"{statistics.median(sizes):.2%} | {percentile(sizes, 0.95):.2%} | {worst:+.2%} ({where}) | "
+            f"{under / len(sizes):.0%} |"
+        )
+
+
+PeerError = tuple[str, str, str, float, str]
+"""Source, method, estimator, relative error of the whole process, row."""
+
+
+def peer_errors(rows: Iterable[Row], compared: Sequence[Compared]) -> list[PeerError]:
+    """Ask the other estimators about every row that was compared and whose whole process was measured."""
+    from peers import ask_all
+
+    content = {row["id"]: row for row in rows}
+    errors = []
+    for each in compared:
+        measured = each.measured_bytes.get("process")
+        if each.refused or each.contradicts or measured is None:
+            continue
+        row = content[each.id]
+        model = resolve_model(row["model"])
+        if model.num_params is None:
+            continue
+        for name, predicted in ask_all(row, model.config, model.num_params).items():
+            errors.append((each.source, each.method, name, predicted / measured - 1, each.id))
+    return errors
+
+
+def print_summary(rows: Sequence[Compared], peers: Sequence[PeerError]) -> None:
+    """Print how far off the rows of each source and method are; peers' under ours, where the process was measured."""
+    groups: dict[tuple[str, str, int, str, str], list[tuple[float, str]]] = defaultdict(list)
     for row in rows:
         for name, error in row.errors.items():
-            groups[row.source, row.method, name].append((error, row.id))
-    print("\n| source | method | figure | rows | median | 95th percentile | worst |")
-    print("| --- | --- | --- | ---: | ---: | ---: | ---: |")
-    for (source, method, name), errors in sorted(groups.items()):
-        sizes = sorted(abs(error) for error, _ in errors)
-        worst, where = max(errors, key=lambda each: abs(each[0]))
-        print(
-            f"| {source} | {method} | {name} | {len(errors)} | {statistics.median(sizes):.2%} | "
-            f"{percentile(sizes, 0.95):.2%} | {worst:+.2%} ({where}) |"
-        )
+            groups[row.source, row.method, FIGURES.index(name), name, "autofit"].append((error, row.id))
+    for source, method, peer, error, row_id in peers:
+        groups[source, method, FIGURES.index("process"), "process", peer].append((error, row_id))
+    print("\n| source | method | figure | estimator | rows | median | 95th percentile | worst | under by > 3 % |")
+    print("| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    for (source, method, _, name, estimator), errors in sorted(groups.items()):
+        summary = Summary(source=source, method=method, figure=name, estimator=estimator, errors=tuple(errors))
+        print(summary.cells())
 
 
 def percentile(ordered: Sequence[float], fraction: float) -> float:
