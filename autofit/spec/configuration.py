@@ -138,6 +138,8 @@ class Configuration:
     """Which head is trained; `auto`: the one that the config's `architectures` names."""
     image_tokens: int = 0
     """Tokens of each sequence that come from images; vision-language models only."""
+    keeps_outputs: bool = False
+    """Whether the training loop keeps the model's output, and so its logits, through backward; Trainer does not."""
     tf32: bool = False
     """Whether fp32 products may round their inputs to TF32: faster, same memory."""
     expandable_segments: bool = False

@@ -43,6 +43,7 @@ def regime_of(configuration: Configuration, device: Device) -> Regime:
         task=configuration.task,
         image_tokens=configuration.image_tokens,
         device=device.kind,
+        keeps_outputs=configuration.keeps_outputs,
     )
 
 
