@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
+from typing import get_args
 
 from autofit.errors import InputError
 from autofit.spec.configuration import Configuration, Dtype, Method, MixedPrecision, Optim, Quantization, Sharding
 from autofit.spec.hardware import Cluster, Device
-from autofit.spec.job import Job, Restrictions, Workload
-
-Precision = Literal["bf16", "fp16", "fp32", "pure-bf16"]
+from autofit.spec.job import Job, Precision, QuantizationWish, Restrictions, Workload
 
 METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
+"""Tried unasked. How many layers to leave trainable is nothing that a planner can choose."""
 OPTIMS: tuple[Optim, ...] = ("adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit")
 """Tried unasked. `adamw_torch` computes what its fused form does, with a temporary as large as the gradients; paged
 32-bit state is larger than paged 8-bit state."""
-SHARDINGS: tuple[Sharding, ...] = ("ddp", "zero1", "zero2", "zero3")
-"""Tried on several devices. On one there is nothing to shard."""
+ADAPTER_METHODS: tuple[Method, ...] = ("lora", "qlora")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,20 +82,37 @@ def configuration(
     """
     precision = resolved_precision(restrictions.precision, cluster.device)
     dtypes = dtypes_of(precision, method, sharding)
+    reentrant_by_need = method in ADAPTER_METHODS and sharding == "zero3"
     return Configuration(
         method=method,
-        quantization=_quantization(dtypes, sharding) if method == "qlora" else None,
-        lora=None if method == "full" else restrictions.lora,
+        quantization=_quantization(restrictions.quantization, dtypes, sharding) if method == "qlora" else None,
+        lora=restrictions.lora if method in ADAPTER_METHODS else None,
+        freeze=restrictions.freeze if method == "freeze" else None,
         optim=optim,
         per_device_train_batch_size=split.per_device_train_batch_size,
         gradient_accumulation_steps=split.gradient_accumulation_steps,
         num_processes=cluster.num_devices,
         gradient_checkpointing=gradient_checkpointing,
         sharding=sharding,
-        weights_dtype=dtypes.weights_dtype,
+        offload=restrictions.offload,
+        num_replicas=restrictions.num_replicas,
+        reshard_after_forward=restrictions.reshard_after_forward,
+        sequence_parallel_size=restrictions.sequence_parallel_size,
+        weights_dtype=restrictions.weights_dtype or dtypes.weights_dtype,
         mixed_precision=dtypes.mixed_precision,
         attention=restrictions.attention,
-        use_reentrant=gradient_checkpointing and method != "full" and sharding == "zero3",
+        use_reentrant=gradient_checkpointing
+        and (reentrant_by_need if restrictions.use_reentrant is None else restrictions.use_reentrant),
+        checkpoint_every_n_layers=restrictions.checkpoint_every_n_layers if gradient_checkpointing else 1,
+        checkpoint_offload=gradient_checkpointing and restrictions.checkpoint_offload,
+        loss=restrictions.loss,
+        batching=restrictions.batching,
+        task=restrictions.task,
+        image_tokens=restrictions.image_tokens,
+        keeps_outputs=restrictions.keeps_outputs,
+        tf32=precision == "tf32",
+        expandable_segments=restrictions.expandable_segments,
+        max_split_size_mb=restrictions.max_split_size_mb,
     )
 
 
@@ -116,39 +131,90 @@ def dtypes_of(precision: Precision, method: Method, sharding: Sharding) -> Dtype
     Full fine-tuning under autocast needs fp32 weights, or small updates round away; DeepSpeed keeps fp32 copies of its
     own, so there the weights are loaded in half, with half the host's memory. What is frozen needs no more than half.
     """
-    if precision == "fp32":
+    if precision in {"fp32", "tf32"}:
         return Dtypes(weights_dtype="float32", mixed_precision="no", compute_dtype="float32")
-    half: Dtype = "float16" if precision == "fp16" else "bfloat16"
-    if precision == "pure-bf16":
+    half: Dtype = "float16" if precision.endswith("fp16") else "bfloat16"
+    if precision.startswith("pure-"):
         return Dtypes(weights_dtype=half, mixed_precision="no", compute_dtype=half)
-    keeps_fp32 = method == "full" and not sharding.startswith("zero")
-    return Dtypes(weights_dtype="float32" if keeps_fp32 else half, mixed_precision=precision, compute_dtype=half)
+    keeps_fp32 = method not in ADAPTER_METHODS and not sharding.startswith("zero")
+    mixed: MixedPrecision = "fp16" if half == "float16" else "bf16"
+    return Dtypes(weights_dtype="float32" if keeps_fp32 else half, mixed_precision=mixed, compute_dtype=half)
 
 
-def _quantization(dtypes: Dtypes, sharding: Sharding) -> Quantization:
-    """NF4, twice quantised, packed for stage 3 in the dtype that DeepSpeed casts to, so that its cast is none.
+def _quantization(wish: QuantizationWish, dtypes: Dtypes, sharding: Sharding) -> Quantization:
+    """Complete the dtypes of a quantised model.
 
-    Source: huggingface/transformers#29587; deepspeed/runtime/engine.py 0.19 (`_cast_module_mixed_precision`).
+    Packed for stage 3 in the dtype that DeepSpeed casts to, so that its cast is none; for FSDP in the dtype of the
+    other weights, which it flattens them with, and it shards floating ones only.
+    Source: huggingface/transformers#29587; deepspeed/runtime/engine.py 0.19 (`_cast_module_mixed_precision`);
+    transformers' bitsandbytes guide, "FSDP-QLoRA".
     """
     casts = sharding == "zero3" and dtypes.mixed_precision != "no"
-    return Quantization(compute_dtype=dtypes.compute_dtype, storage_dtype=dtypes.compute_dtype if casts else "uint8")
+    packed_as_computed = casts or sharding.startswith("fsdp")
+    return Quantization(
+        bits=wish.bits,
+        quant_type=wish.quant_type,
+        double_quant=wish.double_quant,
+        compute_dtype=wish.compute_dtype or dtypes.compute_dtype,
+        storage_dtype=wish.storage_dtype or (dtypes.compute_dtype if packed_as_computed else "uint8"),
+        prepares_kbit=wish.prepares_kbit,
+    )
 
 
 def shardings(restrictions: Restrictions, cluster: Cluster) -> tuple[Sharding, ...]:
-    """Return the shardings to try: what the user allows of those that this number of devices has.
+    """Return the shardings to try: what the user allows of those that can do what else was asked for.
+
+    FSDP is tried where it is asked for, or nothing else can do it.
 
     Raises:
         InputError: none of those asked for can be used.
     """
-    possible: tuple[Sharding, ...] = SHARDINGS if cluster.num_devices > 1 else ("none",)
-    allowed = tuple(sharding for sharding in possible if sharding in (restrictions.shardings or possible))
+    possible = tuple(sharding for sharding in get_args(Sharding) if _can(sharding, restrictions, cluster))
+    usual = tuple(sharding for sharding in possible if not sharding.startswith("fsdp"))
+    allowed = tuple(s for s in possible if s in restrictions.shardings) if restrictions.shardings else usual or possible
     if allowed:
         return allowed
+    num = cluster.num_devices
     raise InputError(
-        f"sharding {', '.join(restrictions.shardings)} cannot be used on {cluster.num_devices} "
-        f"{'devices' if cluster.num_devices > 1 else 'device'}.",
-        to_fix=f"choose from {', '.join(possible)}, or another number of devices",
+        f"sharding {', '.join(restrictions.shardings) or 'of any kind'} cannot be used on {num} "
+        f"{'devices' if num > 1 else 'device'}{_asked_of_sharding(restrictions)}.",
+        to_fix=f"choose from {', '.join(possible)}, or another number of devices"
+        if possible
+        else "leave one of these out",
     )
+
+
+def _can(sharding: Sharding, restrictions: Restrictions, cluster: Cluster) -> bool:
+    """Tell whether a sharding is of use on so many devices and has what is asked of it.
+
+    On one device an engine is of use only to move state to the host.
+    Source: accelerate 1.15 utils/dataclasses.py (`DeepSpeedPlugin`, `FullyShardedDataParallelPlugin`,
+    `ParallelismConfig.sp_backend`).
+    """
+    engine = sharding.startswith(("zero", "fsdp"))
+    shards_parameters = sharding == "zero3" or sharding.startswith("fsdp")
+    hybrid = restrictions.num_replicas > 1 or not restrictions.reshard_after_forward
+    several = cluster.num_devices > 1
+    return (
+        (sharding == "none") != (several or restrictions.offload != "none")
+        and (several or engine or sharding == "none")
+        and (engine or restrictions.offload == "none")
+        and (shards_parameters or restrictions.offload != "optimizer_and_parameters")
+        and (sharding.startswith("fsdp") or not hybrid)
+        and (sharding.startswith("zero") or restrictions.sequence_parallel_size == 1)
+    )
+
+
+def _asked_of_sharding(restrictions: Restrictions) -> str:
+    """Name what narrows the choice of a sharding."""
+    asked = {
+        f"offload of {restrictions.offload.replace('_', ' ')}": restrictions.offload != "none",
+        f"{restrictions.num_replicas} replicas": restrictions.num_replicas > 1,
+        "no resharding after forward": not restrictions.reshard_after_forward,
+        "sequence parallelism": restrictions.sequence_parallel_size > 1,
+    }
+    names = [name for name, is_asked in asked.items() if is_asked]
+    return f" with {' and '.join(names)}" if names else ""
 
 
 def batch_splits(workload: Workload, cluster: Cluster, restrictions: Restrictions) -> tuple[BatchSplit, ...]:
@@ -157,7 +223,7 @@ def batch_splits(workload: Workload, cluster: Cluster, restrictions: Restriction
     Raises:
         InputError: it does not divide over the devices, or not by a micro-batch that was asked for.
     """
-    per_device = _per_device_sequences(workload, cluster)
+    per_device = _per_device_sequences(workload, cluster, restrictions.sequence_parallel_size)
     asked = restrictions.micro_batch_sequences
     unusable = [size for size in asked if size < 1 or per_device % size]
     if unusable:
@@ -171,14 +237,25 @@ def batch_splits(workload: Workload, cluster: Cluster, restrictions: Restriction
     )
 
 
-def _per_device_sequences(workload: Workload, cluster: Cluster) -> int:
-    sequences, num_devices = workload.global_batch_sequences, cluster.num_devices
-    if sequences >= 1 and sequences % num_devices == 0:
-        return sequences // num_devices
-    below = sequences // num_devices * num_devices
-    nearest = [str(batch) for batch in (below, below + num_devices) if batch > 0]
+def _per_device_sequences(workload: Workload, cluster: Cluster, sequence_parallel_size: int) -> int:
+    """Return the sequences of a device's step; devices that share sequences count as one.
+
+    Raises:
+        InputError: they do not divide.
+    """
+    num_groups, rest = divmod(cluster.num_devices, sequence_parallel_size)
+    if rest:
+        raise InputError(
+            f"{cluster.num_devices} devices do not divide into groups of {sequence_parallel_size}.",
+            to_fix=f"choose a sequence_parallel_size from {', '.join(map(str, divisors(cluster.num_devices)))}",
+        )
+    sequences = workload.global_batch_sequences
+    if sequences >= 1 and sequences % num_groups == 0:
+        return sequences // num_groups
+    below = sequences // num_groups * num_groups
+    nearest = [str(batch) for batch in (below, below + num_groups) if batch > 0]
     raise InputError(
-        f"a global batch of {sequences} does not divide over {num_devices} devices.",
+        f"a global batch of {sequences} does not divide over {num_groups} devices.",
         to_fix=f"choose a global batch of {' or '.join(nearest)}, or another number of devices",
     )
 

@@ -5,8 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from autofit.spec.configuration import Attention, Lora, Method, Optim, Sharding
+from autofit.spec.configuration import (
+    Attention,
+    Batching,
+    Dtype,
+    Freeze,
+    Lora,
+    Loss,
+    Method,
+    Offload,
+    Optim,
+    Sharding,
+    Task,
+)
 
+Precision = Literal["bf16", "fp16", "tf32", "fp32", "pure-bf16", "pure-fp16"]
+"""`bf16`/`fp16`: mixed precision; `pure-...`: weights, gradients and optimizer state all in it, without autocast."""
+StorageDtype = Literal["uint8", "bfloat16", "float16", "float32"]
 Origin = Literal["catalogue", "folder", "config file", "hub", "script"]
 
 
@@ -36,19 +51,54 @@ class Workload:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizationWish:
+    """What the user fixes of a quantised model; what is None follows from the precision and the sharding."""
+
+    bits: Literal[4, 8] = 4
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    double_quant: bool = True
+    compute_dtype: Dtype | None = None
+    storage_dtype: StorageDtype | None = None
+    prepares_kbit: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Restrictions:
-    """What the user allows. An empty tuple leaves a dimension free; more than one value is a choice."""
+    """What the user allows. An empty tuple leaves a dimension free; more than one value is a choice.
+
+    Fields without a choice hold for every configuration of their kind: `lora` for those with an adapter, `freeze` for
+    those that freeze, what begins with `checkpoint_` for those that checkpoint. They mean what the fields of the same
+    name mean in `Configuration`.
+    """
 
     methods: tuple[Method, ...] = ()
-    precision: Literal["auto", "bf16", "fp16", "fp32", "pure-bf16"] = "auto"
-    """`bf16`/`fp16`: mixed precision; `pure-bf16`: weights, gradients and Adam's state all in bf16."""
+    precision: Literal["auto"] | Precision = "auto"
+    weights_dtype: Dtype | None = None
+    """None: what the precision and the method ask for."""
     optims: tuple[Optim, ...] = ()
     shardings: tuple[Sharding, ...] = ()
+    offload: Offload = "none"
+    num_replicas: int = 1
+    reshard_after_forward: bool = True
+    sequence_parallel_size: int = 1
     micro_batch_sequences: tuple[int, ...] = ()
     gradient_checkpointing: bool | None = None
+    use_reentrant: bool | None = None
+    """None: reentrant only where the other implementation fails."""
+    checkpoint_every_n_layers: int = 1
+    checkpoint_offload: bool = False
     attention: Attention = "sdpa"
     lora: Lora = field(default_factory=Lora)
     """The adapter to train where the method is lora or qlora."""
+    freeze: Freeze = field(default_factory=Freeze)
+    quantization: QuantizationWish = field(default_factory=QuantizationWish)
+    loss: Loss = "stock"
+    batching: Batching = "equal"
+    task: Task = "auto"
+    image_tokens: int = 0
+    keeps_outputs: bool = False
+    expandable_segments: bool = False
+    max_split_size_mb: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,6 +39,9 @@ AS_THE_FIELD_SPELLS_IT = {
     "hidden_size",
     "vocab_size",
     "bits",
+    "freeze_trainable_layers",
+    "sequence_parallel_size",
+    "checkpoint_every_n_layers",
     "compute_capability",
 }
 WITHOUT_A_UNIT = {"schema_version", "rank", "layer", "rows", "zero_stage"}
