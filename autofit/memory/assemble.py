@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from autofit.memory.engines import Layout, Terms, layout
+from autofit.memory.limits import refuse_unmodelled
 from autofit.memory.overheads import context_bytes, workspace_bytes
 from autofit.memory.replay import MAX_MICRO_STEPS, Replayed, replay_step
 from autofit.memory.static import StaticBytes, static_bytes
@@ -55,7 +56,11 @@ class MemoryModel:
             cluster: what it runs on.
             replays: whether to send every allocation through the caching allocator's policy (tenths of a second) for
                 `peak_reserved_bytes`; otherwise that figure is None.
+
+        Raises:
+            InputError: a knob of the configuration is not modelled.
         """
+        refuse_unmodelled(configuration)
         plan = self._layout(configuration, cluster.device)
         phases = self._phases(plan, configuration, cluster.device)
         replayed = self._replay(plan, configuration, cluster) if replays else None

@@ -1,0 +1,52 @@
+"""What of a configuration is not modelled: refused by name, so that no knob is ever left out of a figure in silence.
+
+Whoever models one of these removes its line.
+"""
+
+from __future__ import annotations
+
+from autofit.errors import InputError
+from autofit.memory.optimizers import OPTIMIZERS
+from autofit.spec.configuration import Configuration
+
+MODELLED_SHARDINGS = ("none", "ddp", "zero1", "zero2", "zero3")
+
+
+def refuse_unmodelled(configuration: Configuration) -> None:
+    """Refuse a configuration whose memory would come out as if one of its knobs were not set.
+
+    Raises:
+        InputError: something about it is not modelled.
+    """
+    knob = unmodelled(configuration)
+    if knob is not None:
+        raise InputError(f"{knob} is not modelled.", to_fix="leave it out, or choose another")
+
+
+def unmodelled(configuration: Configuration) -> str | None:
+    """Name the first knob that is not modelled, None if all are."""
+    c = configuration
+    quantization, lora = c.quantization, c.lora
+    checks = (
+        (c.optim not in OPTIMIZERS, f"optim {c.optim}"),
+        (c.sharding not in MODELLED_SHARDINGS, f"sharding {c.sharding}"),
+        (c.offload != "none", f"offload {c.offload}"),
+        (c.num_replicas != 1, "a hybrid shard (num_replicas)"),
+        (c.sequence_parallel_size != 1, "sequence parallelism (sequence_parallel_size)"),
+        (not c.reshard_after_forward, "reshard_after_forward off"),
+        (c.method == "freeze", "method freeze"),
+        (lora is not None and lora.use_dora, "use_dora"),
+        (lora is not None and bool(lora.modules_to_save), "modules_to_save"),
+        (quantization is not None and quantization.bits != 4, "load_in_8bit"),
+        (quantization is not None and quantization.quant_type != "nf4", "bnb_4bit_quant_type other than nf4"),
+        (c.checkpoint_every_n_layers != 1, "checkpoint_every_n_layers"),
+        (c.checkpoint_offload, "checkpoint_offload"),
+        (c.loss != "stock", f"loss {c.loss}"),
+        (c.batching != "equal", f"batching {c.batching}"),
+        (c.task != "auto", f"task {c.task}"),
+        (c.image_tokens != 0, "image_tokens"),
+        (c.attention == "flex_attention", "attention flex_attention"),
+        (c.expandable_segments, "expandable_segments"),
+        (c.max_split_size_mb is not None, "max_split_size_mb"),
+    )
+    return next((name for applies, name in checks if applies), None)
