@@ -19,6 +19,26 @@ class Tensor:
     trains: bool
     embeds: bool
     kind: str
+    rows: int = 1
+    """First dimension, 1 for a vector or scalar."""
+    columns: int = 0
+    """Last dimension, 0 where it is what is left of the first."""
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it has two dimensions or more."""
+        return self.rows > 1 or self.columns not in {0, self.num_elements}
+
+    @property
+    def row_sums(self) -> int:
+        """Elements of a sum over the last dimension."""
+        return self.num_elements // self.columns if self.columns else self.rows
+
+    @property
+    def column_sums(self) -> int:
+        """Elements of a sum over the dimension before the last."""
+        columns = self.columns or self.num_elements // self.rows
+        return self.rows * columns if self.rows * columns < self.num_elements else columns
 
     @property
     def num_bytes(self) -> int:
@@ -35,4 +55,6 @@ def tensors(profile: RegimeProfile) -> tuple[Tensor, ...]:
 
 def _tensor(tensor: StaticTensor) -> Tensor:
     size = BYTES_PER_ELEMENT.get(tensor.dtype) or _OTHER_DTYPES[tensor.dtype]
-    return Tensor(tensor.num_elements, size, tensor.trains, tensor.embeds, tensor.kind)
+    return Tensor(
+        tensor.num_elements, size, tensor.trains, tensor.embeds, tensor.kind, rows=tensor.rows, columns=tensor.columns
+    )

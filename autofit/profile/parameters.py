@@ -35,6 +35,7 @@ def _static(name: str, tensor: torch.Tensor, *, embeds: bool) -> StaticTensor:
         kind=_kind(name, tensor),
         embeds=embeds,
         rows=tensor.shape[0] if tensor.dim() > 1 else 1,
+        columns=tensor.shape[-1] if tensor.dim() else 1,
     )
 
 

@@ -78,6 +78,8 @@ class StaticTensor:
     """Whether it is an nn.Embedding's table (bitsandbytes keeps 32-bit state for those)."""
     rows: int = 1
     """First dimension, 1 for a vector or scalar."""
+    columns: int = 0
+    """Last dimension; 0 where a profile does not say, and then the tensor has at most two."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
