@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autofit.spec.deepspeed import reduce_bucket_elements
-from autofit.spec.profile import GRADIENT, MIDDLE_LAYER, MONOMIALS, Event, RegimeProfile, Segment
+from autofit.spec.profile import GRADIENT, MIDDLE_LAYER, MONOMIALS, ON_HOST, Event, RegimeProfile, Segment
 from autofit.units import BYTES_PER_ELEMENT
 
 Bytes = npt.NDArray[np.float64]
@@ -82,6 +82,22 @@ def phase_peaks(profile: RegimeProfile, micro_batches: npt.ArrayLike, sequence_t
             activations = activations + count * curves.net_activations
             gradients = gradients + count * curves.net_gradients
     return tuple(_highest(peaks) for peaks in found.values())
+
+
+def host_bytes(profile: RegimeProfile, micro_batches: npt.ArrayLike, sequence_tokens: int) -> Bytes:
+    """Return the most bytes that one micro-step keeps in host memory: the activations that checkpoints offload.
+
+    They are born in forward and die in backward, so the most is their sum. Host memory has no 512-byte blocks.
+    """
+    batches = np.atleast_1d(np.asarray(micro_batches, dtype=np.float64))
+    powers = np.stack([batches**i * float(sequence_tokens) ** j for i, j in MONOMIALS])
+    counts = np.zeros(len(profile.sizes))
+    for segment in profile.segments:
+        for event in segment.events:
+            if len(event) == BIRTH_FIELDS and event[1] == ON_HOST:
+                counts[event[0]] += profile.repeats(segment)
+    kept: Bytes = counts @ (np.asarray(profile.sizes, dtype=np.float64) @ powers)
+    return kept
 
 
 def bucket_gradient_bytes(profile: RegimeProfile) -> int:
@@ -163,7 +179,7 @@ def _curves(events: tuple[Event, ...], sizes: Bytes, num_meant: list[int], bucke
     category = np.array([event[1] for event in events])
     is_birth = np.array([len(event) == BIRTH_FIELDS for event in events])
     sign = (np.where(is_birth, 1.0, -1.0) * num_meant)[:, None]
-    changes = sizes[index] * sign
+    changes = np.where((category == ON_HOST)[:, None], 0.0, sizes[index] * sign)
     is_gradient = (category == GRADIENT)[:, None]
     activations = np.cumsum(np.where(is_gradient, 0.0, changes), axis=0)
     gradients = np.cumsum(np.where(is_gradient, changes, 0.0), axis=0)
@@ -245,8 +261,11 @@ class _Unroller:
     def run(self) -> list[list[StepEvent]]:
         out: list[list[StepEvent]] = []
         for segment in self._profile.segments:
-            out.extend([e for raw in self._events(segment, layer) for e in raw] for layer in self._real_layers(segment))
+            out.extend(self._on_device(segment, layer) for layer in self._real_layers(segment))
         return out
+
+    def _on_device(self, segment: Segment, layer: int | None) -> list[StepEvent]:
+        return [event for raw in self._events(segment, layer) for event in raw if event.category != ON_HOST]
 
     def _real_layers(self, segment: Segment) -> list[int | None]:
         """The layers of the real model for which a traced segment stands, in the order in which they run."""

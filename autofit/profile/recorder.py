@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -62,6 +63,7 @@ class Recorder(TorchDispatchMode):
         self._temporaries = temporaries
         self._living: dict[int, _Living] = {}
         self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._category = ACTIVATION
         self.segments: list[RawSegment] = []
 
     def mark(self, name: str, kind: SegmentKind, layer: int | None = None) -> None:
@@ -93,6 +95,15 @@ class Recorder(TorchDispatchMode):
                 events = self.segments[living.segment].events
                 events[living.event] = (events[living.event][0], GRADIENT)
 
+    @contextmanager
+    def bearing(self, category: int) -> Iterator[None]:
+        """Take what is born inside for a tensor of that category."""
+        before, self._category = self._category, category
+        try:
+            yield
+        finally:
+            self._category = before
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         inside = self._temporaries.get(func)
@@ -110,7 +121,7 @@ class Recorder(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if storage._cdata in self._living or not storage.nbytes():
             return False
-        self._watch(storage, self._bear(storage.nbytes(), ACTIVATION))
+        self._watch(storage, self._bear(storage.nbytes(), self._category))
         return True
 
     def _watch(self, storage: torch.UntypedStorage, living: _Living) -> None:

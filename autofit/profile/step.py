@@ -2,28 +2,89 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
+import transformers
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
+from autofit.errors import InputError
 from autofit.profile.fit import Point
 from autofit.profile.inputs import a_batch
 from autofit.profile.recorder import Recorder
-from autofit.spec.profile import Regime
+from autofit.spec.profile import ON_HOST, Regime
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def checkpoint(model: nn.Module, *, use_reentrant: bool) -> None:
-    """Switch checkpointing on, as Trainer does."""
-    kwargs = {"use_reentrant": use_reentrant}
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(kwargs)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+def checkpoint(model: nn.Module, regime: Regime, recorder: Recorder) -> None:
+    """Switch checkpointing on, as Trainer does.
+
+    Source: transformers/trainer.py 5.23, _inner_training_loop; before release 5 the method is
+    `gradient_checkpointing_enable`, which knows neither `every_n_layers` nor `offload`.
+
+    Raises:
+        InputError: the installed transformers has no checkpointing of that kind, or the model none at all.
+    """
+    kwargs: dict[str, Any] = {"use_reentrant": regime.use_reentrant}
+    chosen: dict[str, Any] = {}
+    if regime.checkpoint_every_n_layers > 1:
+        chosen["every_n_layers"] = regime.checkpoint_every_n_layers
+    if regime.checkpoint_offload:
+        chosen["offload"] = True
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if chosen and (enable is None or not set(chosen) <= set(inspect.signature(enable).parameters)):
+        raise InputError(
+            f"transformers {transformers.__version__} cannot checkpoint with {', '.join(chosen)}",
+            to_fix="install transformers 5.23 or later, or checkpoint every layer without offload",
+        )
+    try:
+        if enable is None:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        else:
+            enable(kwargs, **chosen)
+    except ValueError as error:
+        raise InputError(
+            f"transformers {transformers.__version__} cannot checkpoint {type(model).__name__}: {error}",
+            to_fix="plan without gradient checkpointing",
+        ) from error
+    if regime.checkpoint_offload:
+        _offload(model, recorder)
     if hasattr(model, "peft_config"):
         model.enable_input_require_grads()
+
+
+def _offload(model: nn.Module, recorder: Recorder) -> None:
+    """Let what checkpoints save count as pinned host memory, and what they read back as the device's again.
+
+    A CPU has no memory to pin, so torch's own `save_on_cpu` cannot run here. The copies are the same: a contiguous one
+    on the host when a tensor is saved, one on the device when backward asks for it.
+    Source: torch v2.13 torch/autograd/graph.py, save_on_cpu; transformers/modeling_utils.py 5.23,
+    _activation_checkpointing_enable.
+    """
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        with recorder.bearing(ON_HOST):
+            return torch.empty(tensor.size(), dtype=tensor.dtype)
+
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if function is not None:
+            plain = partial(torch.utils.checkpoint.checkpoint, **function.keywords)
+            module._gradient_checkpointing_func = _hooked(plain, pack)
+
+
+def _hooked(function: Callable[..., Any], pack: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with saved_tensors_hooks(pack, torch.clone):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def run_step(model: nn.Module, recorder: Recorder, regime: Regime, point: Point) -> None:

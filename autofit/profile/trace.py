@@ -50,7 +50,7 @@ def trace(
     full = load_config(config, None, regime)
     num_layers = full.num_hidden_layers
     points = trace_points(getattr(full, "max_position_embeddings", None))
-    shallow = num_layers > NUM_TRACED_LAYERS and not layers_differ(full)
+    shallow = num_layers > NUM_TRACED_LAYERS and not layers_differ(full) and regime.checkpoint_every_n_layers == 1
     num_traced = NUM_TRACED_LAYERS if shallow else num_layers
     steps, tensors = trace_steps(load_config(config, num_traced, regime), regime, points, progress)
     sizes, segments = fold(steps, points)
@@ -79,9 +79,9 @@ def trace_steps(
     with FakeTensorMode(allow_non_fake_inputs=True), environment(regime):
         fill_with_fakes(model)
         model.train()
-        if regime.gradient_checkpointing:
-            checkpoint(model, use_reentrant=regime.use_reentrant)
         recorder = Recorder(kernels.temporaries(regime.device))
+        if regime.gradient_checkpointing:
+            checkpoint(model, regime, recorder)
         recorder.ignore([*model.parameters(), *model.buffers()])
         watch_layers(model, recorder)
         steps = []
