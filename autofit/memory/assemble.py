@@ -12,7 +12,7 @@ from autofit.memory.limits import refuse_unmodelled
 from autofit.memory.overheads import context_bytes, workspace_bytes
 from autofit.memory.replay import MAX_MICRO_STEPS, Replayed, replay_step
 from autofit.memory.static import StaticBytes, static_bytes
-from autofit.memory.tape import PhasePeak, phase_peaks
+from autofit.memory.tape import PhasePeak, offloaded_bytes, phase_peaks
 from autofit.memory.tensors import Tensor, tensors
 from autofit.spec.configuration import Configuration
 from autofit.spec.estimate import MemoryEstimate, Phase
@@ -44,6 +44,7 @@ class MemoryModel:
         self.sequence_tokens = sequence_tokens
         self._column = {batch: n for n, batch in enumerate(micro_batches)}
         self._peaks = phase_peaks(profile, np.asarray(micro_batches), sequence_tokens)
+        self._offloaded = offloaded_bytes(profile, np.asarray(micro_batches), sequence_tokens)
         self._tensors: tuple[Tensor, ...] = tensors(profile)
         self._layouts: dict[Configuration, Layout] = {}
         self._static: StaticBytes = static_bytes(self._tensors, profile.regime.device)
@@ -68,12 +69,13 @@ class MemoryModel:
             phases = _with_rounding(phases, replayed.peak_allocated_bytes)
         peak = max(phase.bytes for phase in phases)
         context = context_bytes(cluster.device, cluster.num_devices)
+        host = plan.host + int(self._offloaded[self._column[configuration.per_device_train_batch_size]])
         return MemoryEstimate(
             peak_allocated_bytes=peak,
             peak_reserved_bytes=replayed.peak_reserved_bytes if replayed else None,
             process_bytes=None if context is None else context + (replayed.peak_reserved_bytes if replayed else peak),
             after_step_allocated_bytes=sum(self._always(plan, cluster.device).values()),
-            host_bytes=plan.host * cluster.num_devices_per_node or None,
+            host_bytes=host * cluster.num_devices_per_node or None,
             budget_bytes=cluster.device.memory_bytes,
             phases=phases,
         )

@@ -39,8 +39,6 @@ def unmodelled(configuration: Configuration) -> str | None:
         (lora is not None and bool(lora.modules_to_save), "modules_to_save"),
         (quantization is not None and quantization.bits != 4, "load_in_8bit"),
         (quantization is not None and quantization.quant_type != "nf4", "bnb_4bit_quant_type other than nf4"),
-        (c.checkpoint_every_n_layers != 1, "checkpoint_every_n_layers"),
-        (c.checkpoint_offload, "checkpoint_offload"),
         (c.loss != "stock", f"loss {c.loss}"),
         (c.batching != "equal", f"batching {c.batching}"),
         (c.task != "auto", f"task {c.task}"),

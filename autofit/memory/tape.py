@@ -84,7 +84,7 @@ def phase_peaks(profile: RegimeProfile, micro_batches: npt.ArrayLike, sequence_t
     return tuple(_highest(peaks) for peaks in found.values())
 
 
-def host_bytes(profile: RegimeProfile, micro_batches: npt.ArrayLike, sequence_tokens: int) -> Bytes:
+def offloaded_bytes(profile: RegimeProfile, micro_batches: npt.ArrayLike, sequence_tokens: int) -> Bytes:
     """Return the most bytes that one micro-step keeps in host memory: the activations that checkpoints offload.
 
     They are born in forward and die in backward, so the most is their sum. Host memory has no 512-byte blocks.
