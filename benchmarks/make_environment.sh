@@ -10,8 +10,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 release=${1:-}
 case "$release" in
+  4.45.2) packages=(transformers==4.45.2 'tokenizers==0.20.*' 'huggingface_hub==0.25.*' peft==0.12.0 accelerate==0.34.2) ;;
   4.48.1) packages=(transformers==4.48.1 'tokenizers==0.21.*' 'huggingface_hub==0.27.*' peft==0.13.2 accelerate==1.0.1) ;;
-  *) echo "make_environment.sh: unknown release '$release'; known: 4.48.1" >&2; exit 2 ;;
+  *) echo "make_environment.sh: unknown release '$release'; known: 4.45.2, 4.48.1" >&2; exit 2 ;;
 esac
 folder=${2:-.envs/transformers-$release}
 python=${PYTHON:-.venv/bin/python}
