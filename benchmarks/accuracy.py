@@ -122,6 +122,9 @@ def compare(row: Row, profiles: dict[tuple[str, Regime], RegimeProfile]) -> Comp
         predicted = predict(row, profiles)
     except AutofitError as error:
         return replace(bare, refused=error.message)
+    except Exception as error:  # noqa: BLE001 - whatever a library raises while it is traced is the row's reason
+        first_line = str(error).partition("\n")[0]
+        return replace(bare, refused=f"cannot be traced: {type(error).__name__}: {first_line}")
     figures = {name: getattr(predicted, f"{name}_bytes") for name in FIGURES}
     known = {name: figure for name, figure in figures.items() if figure is not None}
     full = replace(bare, predicted_bytes=known)
