@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import torch
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 
 class LiveBytes(TorchDispatchMode):
@@ -52,12 +52,19 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def add(self, tensor: torch.Tensor) -> None:
-        """Count the storage of a tensor, once, at the size it has now."""
+        """Count the storage of a tensor, once, at the size it has now; of a wrapper (a DTensor), what it wraps.
+
+        A wrapper's own storage has the size of the whole tensor and holds nothing.
+        """
         if not self._counts(tensor):
+            return
+        if is_traceable_wrapper_subclass(tensor):
+            wrapped = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+            pytree.tree_map_only(torch.Tensor, self.add, wrapped)
             return
         try:
             storage = tensor.untyped_storage()
-        except (NotImplementedError, RuntimeError):  # sparse and wrapper tensors have none of their own
+        except (NotImplementedError, RuntimeError):  # sparse tensors have none of their own
             return
         self.note(storage)
 

@@ -7,6 +7,9 @@ import gc
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from autofit.runtime.live_bytes import LiveBytes
 
@@ -66,6 +69,22 @@ def test_a_storage_freed_without_dying_is_noticed() -> None:
         assert live.now_bytes == 0
         tensor.untyped_storage().resize_(2 * MIB)
         assert live.now_bytes == 2 * MIB
+
+
+def test_a_sharded_tensor_holds_its_shard() -> None:
+    """A DTensor's own storage claims the whole tensor's bytes; what a rank holds is the shard inside."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        mesh = init_device_mesh("cpu", (4,))
+        with LiveBytes() as live:
+            sharded = DTensor.from_local(floats(2), mesh, [Shard(0)])
+            doubled = sharded + sharded
+            assert doubled.numel() * 4 == 8 * MIB
+            assert live.now_bytes == 4 * MIB
+            del doubled
+            assert live.now_bytes == 2 * MIB
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_backward_is_counted() -> None:
