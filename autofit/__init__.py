@@ -1,1 +1,25 @@
-"""Finds the cheapest training configuration that fits the GPUs, writes its files, and launches the script with them."""
+"""Finds the cheapest training configuration that fits the GPUs, writes its files, and launches the script with them.
+
+From Python: `autofit.estimate(model=..., gpus=..., seq_len=..., method="lora")`, and so `autofit.make_plan`. Keywords
+are the options of the command line; a refusal is an `autofit.AutofitError` with `message` and `to_fix`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from autofit.errors import AutofitError
+
+if TYPE_CHECKING:
+    from autofit.api import estimate, make_plan
+
+__all__ = ["AutofitError", "estimate", "make_plan"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the interface when it is asked for: importing the package costs nothing."""
+    if name not in __all__:
+        raise AttributeError(f"module 'autofit' has no attribute {name!r}")
+    from autofit import api
+
+    return getattr(api, name)

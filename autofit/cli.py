@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autofit.errors import AutofitError, InputError, NothingFitsError
+from autofit.errors import AutofitError, InputError
 from autofit.options import (
     GLOBAL_BATCH,
     GPUS,
     MODEL,
     SEQ_LEN,
     AllowHubOption,
+    EveryWish,
     JsonOption,
     OutputOption,
+    SectionedCommand,
     Wishes,
-    one_of_each,
     restrictions,
     takes_wishes,
 )
@@ -28,11 +30,9 @@ from autofit.options import (
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from autofit.api import Progress
     from autofit.plan import Plan
     from autofit.sources.script import Overrides
-    from autofit.spec.hardware import Cluster
-    from autofit.spec.job import Job, Model
-    from autofit.spec.profile import ProfileSet, Regime
 
 
 OBJECTS_BETWEEN_COLLECTIONS = 200_000
@@ -65,8 +65,8 @@ def root(
     """Find the cheapest training configuration that fits the GPUs, and launch the unmodified script with it."""
 
 
-@app.command()
-@takes_wishes
+@app.command(cls=SectionedCommand)
+@takes_wishes(Wishes)
 def plan(
     model: Annotated[str, MODEL],
     seq_len: Annotated[int, SEQ_LEN],
@@ -79,22 +79,17 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Find the cheapest configuration that fits, and write its files."""
-    from autofit.sources.hardware import parse_cluster
-    from autofit.sources.models import resolve_model
-    from autofit.spec.job import Job, Workload
+    from autofit.api import planned_job, solve_job
 
-    cluster = parse_cluster(gpus)
-    job = Job(
-        model=resolve_model(model, allow_hub=allow_hub),
-        workload=Workload(sequence_tokens=seq_len, global_batch_sequences=global_batch),
-        restrictions=restrictions(wishes),
+    job, cluster = planned_job(
+        model=model, gpus=gpus, seq_len=seq_len, global_batch=global_batch, wishes=wishes, allow_hub=allow_hub
     )
-    made = make_plan(job, cluster)
+    made = solve_job(job, cluster, tracing)
     show_plan(made, output, as_json=as_json)
 
 
-@app.command()
-@takes_wishes
+@app.command(cls=SectionedCommand)
+@takes_wishes(Wishes)
 def launch(
     script: Annotated[Path, typer.Argument(help="The training script, as it is.", show_default=False)],
     wishes: Wishes,
@@ -155,6 +150,7 @@ def overrides(
 
 def plan_for_script(script: Path, arguments: Sequence[str], gpus: str, said: Overrides, *, allow_hub: bool) -> Plan:
     """Find out what a script is about to train, and plan it."""
+    from autofit.api import solve_job
     from autofit.report.console import side_console
     from autofit.report.progress import discovery_display
     from autofit.sources.hardware import parse_cluster
@@ -163,7 +159,8 @@ def plan_for_script(script: Path, arguments: Sequence[str], gpus: str, said: Ove
     cluster = parse_cluster(gpus)
     with discovery_display(side_console(), script):
         discovered = discover(script, arguments, allow_hub=allow_hub)
-    return make_plan(job_from_discovery(discovered, cluster, said, script=script, arguments=arguments), cluster)
+    job = job_from_discovery(discovered, cluster, said, script=script, arguments=arguments)
+    return solve_job(job, cluster, tracing)
 
 
 def new_run_folder(script: Path) -> Path:
@@ -188,13 +185,13 @@ def train(made: Plan, run_folder: Path, script: Path, arguments: Sequence[str], 
     return outcome.exit_code
 
 
-@app.command()
-@takes_wishes
+@app.command(cls=SectionedCommand)
+@takes_wishes(EveryWish)
 def estimate(
     model: Annotated[str, MODEL],
     seq_len: Annotated[int, SEQ_LEN],
     gpus: Annotated[str, GPUS],
-    wishes: Wishes,
+    wishes: EveryWish,
     gradient_accumulation_steps: Annotated[
         int, typer.Option("--gradient-accumulation-steps", min=1, metavar="N", help="Micro-batches in one step.")
     ] = 1,
@@ -206,24 +203,17 @@ def estimate(
 
     What is left out: full fine-tuning, micro-batch 1, adamw_torch_fused, no checkpointing, DDP on several devices.
     """
-    from autofit.search.solve import estimate as estimate_one
-    from autofit.search.solve import required_regimes
-    from autofit.search.space import candidates
-    from autofit.sources.hardware import parse_cluster
-    from autofit.sources.models import resolve_model
-    from autofit.spec.job import Job, Workload
+    from autofit.api import estimate_job, estimated_job
 
-    cluster = parse_cluster(gpus)
-    chosen = restrictions(one_of_each(wishes))
-    sequences = chosen.micro_batch_sequences[0] * gradient_accumulation_steps * cluster.num_devices
-    job = Job(
-        model=resolve_model(model, allow_hub=allow_hub),
-        workload=Workload(sequence_tokens=seq_len, global_batch_sequences=sequences),
-        restrictions=chosen,
+    job, cluster = estimated_job(
+        model=model,
+        gpus=gpus,
+        seq_len=seq_len,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        wishes=wishes,
+        allow_hub=allow_hub,
     )
-    (configuration,) = candidates(job, cluster)
-    profiles = profiles_of(job.model, required_regimes(job, cluster))
-    made = estimate_one(job, cluster, profiles, configuration)
+    made = estimate_job(job, cluster, tracing)
     print_plan(made, as_json=as_json)
 
 
@@ -284,37 +274,14 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def make_plan(job: Job, cluster: Cluster) -> Plan:
-    """Plan a job; where nothing fits, look further before saying what would help.
-
-    Raises:
-        NothingFitsError: nothing fits.
-    """
-    from autofit.search.solve import explaining_regimes, required_regimes, solve
-
-    profiles = profiles_of(job.model, required_regimes(job, cluster))
-    try:
-        return solve(job, cluster, profiles)
-    except NothingFitsError as refusal:
-        try:
-            more = profiles_of(job.model, explaining_regimes(job, cluster))
-        except InputError:
-            raise refusal from None
-    return solve(job, cluster, {**profiles, **more})
-
-
-def profiles_of(model: Model, regimes: Sequence[Regime]) -> ProfileSet:
-    """Take the stored profiles of a model, or trace what has none and show that."""
-    from autofit.sources.profiles import profiles_for, stored_profiles
-
-    stored = stored_profiles(model, regimes)
-    if len(stored) == len(regimes):
-        return stored
+@contextmanager
+def tracing() -> Iterator[Progress]:
+    """Show on stderr what is traced."""
     from autofit.report.console import side_console
     from autofit.report.progress import tracing_display
 
     with tracing_display(side_console()) as report:
-        return profiles_for(model, regimes, progress=report)
+        yield report
 
 
 def show_plan(made: Plan, run_folder: Path | None, *, as_json: bool) -> None:

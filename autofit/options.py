@@ -1,22 +1,33 @@
-"""The options that several commands share: declared once, read once."""
+"""The options that several commands share: declared once, read once.
+
+`Wishes` are what plan, launch and estimate take, `EveryWish` adds what only estimates can hold. A field is a keyword of
+the Python interface and an option of the same name; what it may be is read from the types of `autofit.spec`.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
-from autofit.errors import InputError
-from autofit.spec.configuration import Attention
+from autofit.errors import InputError, nearest
+from autofit.spec.configuration import Attention, Batching, Dtype, Loss, Method, Optim, Sharding, Task
+from autofit.spec.job import Precision, StorageDtype
 
 if TYPE_CHECKING:
     from autofit.spec.job import Restrictions
 
+METHODS, OPTIMS, SHARDINGS = get_args(Method), get_args(Optim), get_args(Sharding)
+PRECISIONS = ("auto", *get_args(Precision))
+LAUNCHED_METHODS = ("auto", "full", "lora", "qlora")
+"""What a run can be started with: nothing freezes layers for a script."""
+QUANT_TYPES = ("nf4", "fp4")
+PLACES = ("none", "cpu")
 
 MODEL = typer.Option(
     "--model",
@@ -46,36 +57,18 @@ AllowHubOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
 
-class MethodWish(StrEnum):
-    """Values of --method."""
-
-    AUTO = "auto"
-    FULL = "full"
-    LORA = "lora"
-    QLORA = "qlora"
+def _option(*names: str, section: str, metavar: str | None = None, help: str, **more: Any) -> Any:  # noqa: A002 - typer's word
+    """Declare an option of a section of --help; without a default shown unless it is said."""
+    return typer.Option(*names, rich_help_panel=section, metavar=metavar, help=help, **{"show_default": False, **more})
 
 
-class OptimWish(StrEnum):
-    """Values of --optim, as transformers spells them."""
-
-    ADAMW_TORCH = "adamw_torch"
-    ADAMW_TORCH_FUSED = "adamw_torch_fused"
-    ADAMW_8BIT = "adamw_8bit"
-    PAGED_ADAMW_8BIT = "paged_adamw_8bit"
-    PAGED_ADAMW_32BIT = "paged_adamw_32bit"
+def _any_of(values: Iterable[str]) -> str:
+    return "|".join(values)
 
 
-class ShardingWish(StrEnum):
-    """Values of --sharding."""
-
-    NONE = "none"
-    DDP = "ddp"
-    ZERO1 = "zero1"
-    ZERO2 = "zero2"
-    ZERO3 = "zero3"
-
-
-PrecisionWish = Literal["auto", "bf16", "fp16", "fp32", "pure-bf16"]
+_METHOD, _QUANT, _PRECISION = "Method", "Quantisation", "Precision and optimizer"
+_SHARDING, _BATCH, _ACTIVATIONS = "Sharding and offload", "Batch", "Activations"
+_MODEL, _ALLOCATOR = "Model and loss", "Allocator"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,61 +76,155 @@ class Wishes:
     """The options that plan, launch and estimate share. Each restricts one dimension; left out, it is free."""
 
     method: Annotated[
-        list[MethodWish] | None,
-        typer.Option("--method", metavar="auto|full|lora|qlora", help="Method to consider; repeatable."),
+        list[str] | None,
+        _option("--method", section=_METHOD, metavar=_any_of(LAUNCHED_METHODS), help="Method to consider; repeatable."),
     ] = None
     lora_r: Annotated[
         int | None,
-        typer.Option("--lora-r", metavar="R", min=1, help="Rank of the adapter.", show_default="16, or the script's"),
+        _option(
+            "--lora-r",
+            section=_METHOD,
+            metavar="R",
+            min=1,
+            help="Rank of the adapter (default: 16, or the script's).",
+        ),
     ] = None
     lora_alpha: Annotated[
         int | None,
-        typer.Option(
-            "--lora-alpha", metavar="ALPHA", min=1, help="Scale of the adapter.", show_default="32, or the script's"
+        _option(
+            "--lora-alpha",
+            section=_METHOD,
+            metavar="ALPHA",
+            min=1,
+            help="Scale of the adapter (default: 32, or the script's).",
+        ),
+    ] = None
+    lora_dropout: Annotated[
+        float | None,
+        _option(
+            "--lora-dropout",
+            section=_METHOD,
+            metavar="SHARE",
+            min=0,
+            max=1,
+            help="Dropout before the adapter (default: 0, or the script's).",
         ),
     ] = None
     lora_target_modules: Annotated[
         str | None,
-        typer.Option(
+        _option(
             "--lora-target-modules",
+            section=_METHOD,
             metavar="NAMES",
-            help="Module names with commas between, or all-linear.",
-            show_default="all-linear, or the script's",
+            help="Module names with commas between, or all-linear (default: all-linear, or the script's).",
         ),
     ] = None
+    load_in_4bit: Annotated[
+        bool, _option("--load-in-4bit", section=_QUANT, help="Four-bit weights; the same as --method qlora.")
+    ] = False
+    bnb_4bit_quant_type: Annotated[
+        str | None,
+        _option(
+            "--bnb-4bit-quant-type",
+            section=_QUANT,
+            metavar=_any_of(QUANT_TYPES),
+            help="Code of the four-bit weights (default: nf4).",
+        ),
+    ] = None
+    bnb_4bit_use_double_quant: Annotated[
+        bool | None,
+        _option(
+            "--bnb-4bit-use-double-quant/--no-bnb-4bit-use-double-quant",
+            section=_QUANT,
+            help="Quantise the scales too (default: yes).",
+        ),
+    ] = None
+    bnb_4bit_quant_storage: Annotated[
+        str | None,
+        _option(
+            "--bnb-4bit-quant-storage",
+            section=_QUANT,
+            metavar="DTYPE",
+            help="Dtype that packed weights are stored as: uint8 or a floating one (default: as sharded).",
+        ),
+    ] = None
+    bnb_4bit_compute_dtype: Annotated[
+        str | None,
+        _option(
+            "--bnb-4bit-compute-dtype",
+            section=_QUANT,
+            metavar="DTYPE",
+            help="Dtype that weights are unpacked to (default: the precision's).",
+        ),
+    ] = None
+    prepare_kbit: Annotated[
+        bool,
+        _option(
+            "--prepare-kbit",
+            section=_QUANT,
+            help="peft's prepare_model_for_kbit_training runs: what is not quantised becomes fp32.",
+        ),
+    ] = False
     precision: Annotated[
-        PrecisionWish,
-        typer.Option(
+        str,
+        _option(
             "--precision",
-            metavar="auto|bf16|fp16|fp32|pure-bf16",
-            help="bf16 and fp16: mixed precision; pure-bf16: no fp32 anywhere.",
+            section=_PRECISION,
+            metavar="NAME",
+            help=f"{', '.join(PRECISIONS[1:])} or auto. bf16, fp16: mixed precision; pure-...: no fp32 anywhere.",
+            show_default=True,
         ),
     ] = "auto"
+    weights_dtype: Annotated[
+        str | None,
+        _option(
+            "--weights-dtype",
+            section=_PRECISION,
+            metavar="DTYPE",
+            help="Dtype that weights are loaded in, against what the precision says.",
+        ),
+    ] = None
     optim: Annotated[
-        list[OptimWish] | None,
-        typer.Option(
+        list[str] | None,
+        _option(
             "--optim",
+            section=_PRECISION,
             metavar="NAME",
-            help="adamw_torch, adamw_torch_fused, adamw_8bit, paged_adamw_8bit or paged_adamw_32bit; repeatable.",
+            help="transformers' optim, for instance adamw_torch_fused, adamw_8bit or sgd; repeatable.",
         ),
     ] = None
     sharding: Annotated[
-        list[ShardingWish] | None,
-        typer.Option(
-            "--sharding",
-            metavar="none|ddp|zero1|zero2|zero3",
-            help="Sharding to consider; repeatable.",
-        ),
+        list[str] | None,
+        _option("--sharding", section=_SHARDING, metavar=_any_of(SHARDINGS), help="Sharding to consider; repeatable."),
     ] = None
     zero: Annotated[
         int | None,
-        typer.Option("--zero", metavar="STAGE", min=0, max=3, help="ZeRO stage; 0: no DeepSpeed.", show_default=False),
+        _option("--zero", section=_SHARDING, metavar="STAGE", min=0, max=3, help="ZeRO stage; 0: no DeepSpeed."),
+    ] = None
+    offload_optimizer_device: Annotated[
+        str | None,
+        _option(
+            "--offload-optimizer-device",
+            section=_SHARDING,
+            metavar=_any_of(PLACES),
+            help="Where the optimizer's state lives and is updated (default: none).",
+        ),
+    ] = None
+    offload_param_device: Annotated[
+        str | None,
+        _option(
+            "--offload-param-device",
+            section=_SHARDING,
+            metavar=_any_of(PLACES),
+            help="Where parameters wait; cpu: the optimizer's state too (default: none).",
+        ),
     ] = None
     micro_batch: Annotated[
         list[int] | None,
-        typer.Option(
+        _option(
             "--micro-batch",
             "--per-device-train-batch-size",
+            section=_BATCH,
             metavar="N",
             min=1,
             help="Sequences a device takes at a time; repeatable.",
@@ -145,26 +232,199 @@ class Wishes:
     ] = None
     gradient_checkpointing: Annotated[
         bool | None,
-        typer.Option(
+        _option(
             "--gradient-checkpointing/--no-gradient-checkpointing",
+            section=_ACTIVATIONS,
             help="Compute activations again in backward.",
-            show_default=False,
+        ),
+    ] = None
+    use_reentrant: Annotated[
+        bool | None,
+        _option(
+            "--use-reentrant/--no-use-reentrant",
+            section=_ACTIVATIONS,
+            help="Which of torch's two checkpoint implementations (default: no, but for adapters under ZeRO-3).",
         ),
     ] = None
     attention: Annotated[
-        Attention,
-        typer.Option(
-            "--attention", metavar="NAME", help="transformers' attn_implementation: sdpa, eager or flash_attention_2."
+        str,
+        _option(
+            "--attention",
+            "--attn-implementation",
+            section=_ACTIVATIONS,
+            metavar="NAME",
+            help=f"transformers' attn_implementation: {', '.join(get_args(Attention))}.",
+            show_default=True,
         ),
     ] = "sdpa"
 
 
-def takes_wishes(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option for each field of `Wishes`, and pass them to it as its argument `wishes`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EveryWish(Wishes):
+    """Every knob that memory depends on, for commands that start nothing."""
+
+    method: Annotated[
+        list[str] | None,
+        _option("--method", section=_METHOD, metavar=_any_of(METHODS), help="What trains (default: full)."),
+    ] = None
+    freeze_trainable_layers: Annotated[
+        int | None,
+        _option(
+            "--freeze-trainable-layers",
+            section=_METHOD,
+            metavar="N",
+            min=0,
+            help="Of freeze: how many of the last layers train (default: 2).",
+        ),
+    ] = None
+    freeze_extra_modules: Annotated[
+        str | None,
+        _option(
+            "--freeze-extra-modules",
+            section=_METHOD,
+            metavar="NAMES",
+            help="Of freeze: modules outside the layers that train too, for instance embed_tokens,norm.",
+        ),
+    ] = None
+    use_rslora: Annotated[
+        bool, _option("--use-rslora", section=_METHOD, help="Scale the adapter by alpha / sqrt(r).")
+    ] = False
+    use_dora: Annotated[bool, _option("--use-dora", section=_METHOD, help="Train a magnitude beside it.")] = False
+    modules_to_save: Annotated[
+        str | None,
+        _option(
+            "--modules-to-save",
+            section=_METHOD,
+            metavar="NAMES",
+            help="Modules trained whole beside the adapter, for instance embed_tokens,lm_head.",
+        ),
+    ] = None
+    load_in_8bit: Annotated[
+        bool, _option("--load-in-8bit", section=_QUANT, help="LLM.int8() weights under an adapter.")
+    ] = False
+    num_replicas: Annotated[
+        int | None,
+        _option(
+            "--num-replicas",
+            section=_SHARDING,
+            metavar="N",
+            min=1,
+            help="Of FSDP: groups of processes with a whole sharded copy each (default: 1).",
+        ),
+    ] = None
+    reshard_after_forward: Annotated[
+        bool | None,
+        _option(
+            "--reshard-after-forward/--no-reshard-after-forward",
+            section=_SHARDING,
+            help="Of FSDP: free a layer's weights between its forward and its backward (default: yes).",
+        ),
+    ] = None
+    sequence_parallel_size: Annotated[
+        int | None,
+        _option(
+            "--sequence-parallel-size",
+            section=_SHARDING,
+            metavar="N",
+            min=1,
+            help="Processes that share each sequence, Ulysses (default: 1).",
+        ),
+    ] = None
+    padding: Annotated[
+        bool, _option("--padding", section=_BATCH, help="Sequences of other lengths, padded, with a mask.")
+    ] = False
+    packing: Annotated[
+        bool, _option("--packing", section=_BATCH, help="Sequences packed into rows without padding.")
+    ] = False
+    checkpoint_every_n_layers: Annotated[
+        int | None,
+        _option(
+            "--checkpoint-every-n-layers",
+            section=_ACTIVATIONS,
+            metavar="N",
+            min=1,
+            help="Layers between two checkpoints (default: 1).",
+        ),
+    ] = None
+    checkpoint_offload: Annotated[
+        bool, _option("--checkpoint-offload", section=_ACTIVATIONS, help="Keep checkpoints in pinned host memory.")
+    ] = False
+    task: Annotated[
+        str,
+        _option("--task", section=_MODEL, metavar="NAME", help=f"{', '.join(get_args(Task))}.", show_default=True),
+    ] = "auto"
+    image_tokens: Annotated[
+        int | None,
+        _option(
+            "--image-tokens",
+            section=_MODEL,
+            metavar="TOKENS",
+            min=0,
+            help="Tokens of each sequence that come from images.",
+        ),
+    ] = None
+    loss: Annotated[
+        str | None,
+        _option(
+            "--loss",
+            section=_MODEL,
+            metavar=_any_of(get_args(Loss)),
+            help="transformers' loss, Liger's fused head, or TRL's chunked head.",
+            show_default="stock",
+        ),
+    ] = None
+    use_liger_kernel: Annotated[
+        bool, _option("--use-liger-kernel", section=_MODEL, help="The same as --loss liger.")
+    ] = False
+    keeps_outputs: Annotated[
+        bool,
+        _option(
+            "--keeps-outputs",
+            section=_MODEL,
+            help="A loop of one's own that keeps the output, and so the logits, through backward.",
+        ),
+    ] = False
+    expandable_segments: Annotated[
+        bool,
+        _option("--expandable-segments", section=_ALLOCATOR, help="PYTORCH_ALLOC_CONF=expandable_segments:True."),
+    ] = False
+    max_split_size_mb: Annotated[
+        int | None,
+        _option(
+            "--max-split-size-mb",
+            section=_ALLOCATOR,
+            metavar="MB",
+            min=21,
+            help="PYTORCH_ALLOC_CONF=max_split_size_mb:MB.",
+        ),
+    ] = None
+
+
+AnyWishes = TypeVar("AnyWishes", bound=Wishes)
+
+
+class SectionedCommand(TyperCommand):
+    """A command whose --help lists options by section: the command's own first."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write arguments, then each section in the order in which its first option was declared."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
+            if record is not None:
+                sections.setdefault(getattr(parameter, "rich_help_panel", None) or usual, []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+def takes_wishes(kind: type[AnyWishes]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one option for each field of `kind`, and pass them to it as its argument `wishes`.
 
     typer reads a function's signature; this writes the fields into it, so that no command repeats them.
     """
-    hints = get_type_hints(Wishes, include_extras=True)
+    hints = get_type_hints(kind, include_extras=True)
     shared = [
         inspect.Parameter(
             field.name,
@@ -172,89 +432,323 @@ def takes_wishes(command: Callable[..., None]) -> Callable[..., None]:
             default=inspect.Parameter.empty if field.default is MISSING else field.default,
             annotation=hints[field.name],
         )
-        for field in fields(Wishes)
-    ]
-    own = inspect.signature(command, eval_str=True).parameters.values()
-    parameters = [
-        *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own if parameter.name != "wishes"),
-        *shared,
+        for field in fields(kind)
     ]
 
-    def with_wishes(**options: Any) -> None:
-        wishes = Wishes(**{parameter.name: options.pop(parameter.name) for parameter in shared})
-        command(**options, wishes=wishes)
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        kept = (parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own)
+        parameters = [*(parameter for parameter in kept if parameter.name != "wishes"), *shared]
 
-    with_wishes.__doc__, with_wishes.__name__ = command.__doc__, command.__name__
-    with_wishes.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    vars(with_wishes)["__signature__"] = inspect.Signature(parameters)
-    return with_wishes
+        def with_wishes(**options: Any) -> None:
+            wishes = kind(**{parameter.name: options.pop(parameter.name) for parameter in shared})
+            command(**options, wishes=wishes)
+
+        with_wishes.__doc__, with_wishes.__name__ = command.__doc__, command.__name__
+        with_wishes.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        vars(with_wishes)["__signature__"] = inspect.Signature(parameters)
+        return with_wishes
+
+    return decorate
+
+
+def wishes_of(kind: type[AnyWishes], given: Mapping[str, Any]) -> AnyWishes:
+    """Read keyword arguments as a command line would be read: the same names, the same bounds.
+
+    A single value does where several may stand, and a list of names where the command line takes commas.
+
+    Raises:
+        InputError: an argument is not known, or its value is of the wrong kind or out of bounds.
+    """
+    hints = get_type_hints(kind, include_extras=True)
+    if unknown := [name for name in given if name not in hints]:
+        raise InputError(f"{unknown[0]!r} is no option.", to_fix=f"the nearest are {nearest(unknown[0], hints)}")
+    return kind(**{name: _read(name, value, hints[name]) for name, value in given.items()})
+
+
+def _read(name: str, value: Any, hint: Any) -> Any:
+    wanted, option = get_args(hint)
+    kinds = get_args(wanted) or (wanted,)
+    if list[str] in kinds or list[int] in kinds:
+        inner = str if list[str] in kinds else int
+        many = value if isinstance(value, (list, tuple)) else [value]
+        return None if value is None else [_in_bounds(name, each, (inner,), option) for each in many]
+    if str in kinds and isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
+    return _in_bounds(name, value, kinds, option)
+
+
+def _in_bounds(name: str, value: Any, kinds: tuple[Any, ...], option: Any) -> Any:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (isinstance(value, kinds) and isinstance(value, bool) <= (bool in kinds)) and not (
+        float in kinds and is_number
+    ):
+        raise InputError(f"{name}={value!r} is not of the kind {_any_of(kind.__name__ for kind in kinds)}.")
+    if is_number and not (option.min is None or value >= option.min) & (option.max is None or value <= option.max):
+        raise InputError(f"{name}={value!r} is out of bounds.", to_fix=f"at least {option.min}, at most {option.max}")
+    return value
 
 
 def restrictions(wishes: Wishes) -> Restrictions:
     """Turn options into the planner's restrictions: what is left out leaves a dimension free.
 
-    `--method auto` names every method, so that it also frees a script from its own.
+    `--method auto` names every method that is tried unasked, so that it also frees a script from its own.
 
     Raises:
-        InputError: --zero and --sharding are both given.
+        InputError: an option has a value that it does not take, or two contradict each other.
     """
     import msgspec
 
     from autofit.spec.job import Restrictions
 
     given = {
-        "methods": _methods(wishes.method or []),
-        "precision": wishes.precision,
-        "optims": [optim.value for optim in wishes.optim or ()],
+        "methods": _methods(wishes),
+        "precision": _one_of("precision", wishes.precision, PRECISIONS),
+        "weights_dtype": _one_of("weights-dtype", wishes.weights_dtype, get_args(Dtype)),
+        "optims": _optims(wishes.optim or ()),
         "shardings": _shardings(wishes),
+        "offload": _offload(wishes),
         "micro_batch_sequences": wishes.micro_batch or [],
         "gradient_checkpointing": wishes.gradient_checkpointing,
-        "attention": wishes.attention,
+        "use_reentrant": wishes.use_reentrant,
+        "attention": _one_of("attention", wishes.attention, get_args(Attention)),
         "lora": _lora(wishes),
+        "quantization": _quantization(wishes),
+        **(_further(wishes) if isinstance(wishes, EveryWish) else {}),
     }
     return msgspec.convert(given, Restrictions)
 
 
-def one_of_each(wishes: Wishes) -> Wishes:
+def one_of_each(wishes: EveryWish) -> EveryWish:
     """Fix every dimension that is left open, for a single configuration.
 
     Raises:
-        InputError: a dimension is given more than one value.
+        InputError: a dimension is given more than one value, or an option would be without effect.
     """
     for name in ("method", "optim", "sharding", "micro_batch"):
         values = getattr(wishes, name) or ()
-        if len(values) > 1 or MethodWish.AUTO in values:
+        if len(values) > 1 or "auto" in values:
             raise InputError(
                 f"estimate takes one configuration, and --{name.replace('_', '-')} leaves several.",
                 to_fix="give one value, or let `autofit plan` choose",
             )
-    return replace(
+    quantises = wishes.load_in_4bit or wishes.load_in_8bit
+    chosen = replace(
         wishes,
-        method=wishes.method or [MethodWish.FULL],
-        optim=wishes.optim or [OptimWish.ADAMW_TORCH_FUSED],
-        sharding=wishes.sharding or ([ShardingWish.NONE, ShardingWish.DDP] if wishes.zero is None else None),
+        method=wishes.method or ["qlora" if quantises else "full"],
+        optim=wishes.optim or ["adamw_torch_fused"],
         micro_batch=wishes.micro_batch or [1],
         gradient_checkpointing=bool(wishes.gradient_checkpointing),
+        sharding=wishes.sharding or _usual_sharding(wishes),
     )
+    _refuse_idle(chosen)
+    return chosen
 
 
-def _methods(wished: list[MethodWish]) -> list[str]:
-    chosen = MethodWish if MethodWish.AUTO in wished else wished
-    return [method.value for method in chosen if method != MethodWish.AUTO]
+def _usual_sharding(wishes: EveryWish) -> list[str] | None:
+    """Leave it to what else is asked for; without that, what a plain launch does."""
+    asks = wishes.zero is not None or "cpu" in {wishes.offload_optimizer_device, wishes.offload_param_device}
+    return None if asks else ["none", "ddp"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Group:
+    """Options that mean something together with another one only."""
+
+    needs: str
+    applies: Callable[[EveryWish], bool]
+    names: tuple[str, ...]
+
+
+_GROUPS = (
+    _Group(
+        needs="--method lora or qlora",
+        applies=lambda wishes: bool({"lora", "qlora"} & {*(wishes.method or ())}),
+        names=(
+            "lora_r",
+            "lora_alpha",
+            "lora_dropout",
+            "lora_target_modules",
+            "use_rslora",
+            "use_dora",
+            "modules_to_save",
+        ),
+    ),
+    _Group(
+        needs="--method freeze",
+        applies=lambda wishes: wishes.method == ["freeze"],
+        names=("freeze_trainable_layers", "freeze_extra_modules"),
+    ),
+    _Group(
+        needs="--method qlora",
+        applies=lambda wishes: wishes.method == ["qlora"],
+        names=("load_in_4bit", "load_in_8bit", "prepare_kbit"),
+    ),
+    _Group(
+        needs="four-bit weights",
+        applies=lambda wishes: wishes.method == ["qlora"] and not wishes.load_in_8bit,
+        names=(
+            "bnb_4bit_quant_type",
+            "bnb_4bit_use_double_quant",
+            "bnb_4bit_quant_storage",
+            "bnb_4bit_compute_dtype",
+        ),
+    ),
+    _Group(
+        needs="--gradient-checkpointing",
+        applies=lambda wishes: bool(wishes.gradient_checkpointing),
+        names=("use_reentrant", "checkpoint_every_n_layers", "checkpoint_offload"),
+    ),
+)
+
+
+def _refuse_idle(wishes: EveryWish) -> None:
+    """Refuse an option that would be without effect, for it was meant to have one."""
+    defaults = {field.name: field.default for field in fields(wishes)}
+    for group in _GROUPS:
+        idle = [name for name in group.names if getattr(wishes, name) != defaults[name]]
+        if idle and not group.applies(wishes):
+            raise InputError(
+                f"--{idle[0].replace('_', '-')} has no effect without {group.needs}.",
+                to_fix=f"give {group.needs}, or leave it out",
+            )
+
+
+def _one_of(name: str, value: str | None, allowed: Sequence[str]) -> str | None:
+    """Return a value that an option takes.
+
+    Raises:
+        InputError: it does not take it.
+    """
+    if value is None or value in allowed:
+        return value
+    raise InputError(f"--{name} {value!r} is not one of {', '.join(allowed)}.", to_fix="choose one of these")
+
+
+def _methods(wishes: Wishes) -> list[str]:
+    """Name the methods that are allowed; quantised weights are qlora's."""
+    from autofit.search.space import METHODS as TRIED
+
+    allowed = METHODS if isinstance(wishes, EveryWish) else LAUNCHED_METHODS
+    wished = [_one_of("method", method, allowed) or "" for method in wishes.method or ()]
+    quantises = [name for name in ("load_in_4bit", "load_in_8bit") if getattr(wishes, name, False)]
+    if len(quantises) > 1:
+        raise InputError("--load-in-4bit and --load-in-8bit are both given.", to_fix="leave one of them out")
+    if quantises and set(wished) - {"qlora"}:
+        raise InputError(
+            f"--{quantises[0].replace('_', '-')} is given with --method {wished[0]}.",
+            to_fix="an adapter on quantised weights is --method qlora; others have none",
+        )
+    if "auto" in wished:
+        return [*TRIED]
+    return ["qlora"] if quantises else wished
+
+
+def _optims(wished: Sequence[str]) -> list[str]:
+    from autofit.memory.optimizers import OPTIMIZERS
+
+    for optim in wished:
+        if optim not in OPTIMIZERS:
+            words = "is not modelled" if optim in OPTIMS else "is none of transformers' optim names"
+            raise InputError(
+                f"--optim {optim!r} {words}.",
+                to_fix=f"the nearest that are modelled: {nearest(optim, OPTIMIZERS)}; all: {', '.join(OPTIMIZERS)}",
+            )
+    return [*wished]
 
 
 def _shardings(wishes: Wishes) -> list[str]:
     if wishes.zero is None:
-        return [sharding.value for sharding in wishes.sharding or ()]
+        return [_one_of("sharding", sharding, SHARDINGS) or "" for sharding in wishes.sharding or ()]
     if wishes.sharding:
         raise InputError("--zero and --sharding are both given.", to_fix="leave one of them out")
     return ["none", "ddp"] if wishes.zero == 0 else [f"zero{wishes.zero}"]
 
 
+def _offload(wishes: Wishes) -> str:
+    optimizer = _one_of("offload-optimizer-device", wishes.offload_optimizer_device, PLACES)
+    parameters = _one_of("offload-param-device", wishes.offload_param_device, PLACES)
+    if parameters == "cpu" and optimizer == "none":
+        raise InputError(
+            "--offload-param-device cpu with --offload-optimizer-device none is not modelled.",
+            to_fix="offload the optimizer's state too, or nothing",
+        )
+    return "optimizer_and_parameters" if parameters == "cpu" else "optimizer" if optimizer == "cpu" else "none"
+
+
 def _lora(wishes: Wishes) -> dict[str, Any]:
-    targets = wishes.lora_target_modules
-    names = None if targets is None else [name.strip() for name in targets.split(",") if name.strip()]
+    given = {
+        "r": wishes.lora_r,
+        "lora_alpha": wishes.lora_alpha,
+        "lora_dropout": wishes.lora_dropout,
+        "target_modules": _names("lora-target-modules", wishes.lora_target_modules),
+    }
+    if isinstance(wishes, EveryWish):
+        given |= {
+            "use_rslora": wishes.use_rslora,
+            "use_dora": wishes.use_dora,
+            "modules_to_save": _names("modules-to-save", wishes.modules_to_save),
+        }
+    return _stated(given)
+
+
+def _quantization(wishes: Wishes) -> dict[str, Any]:
+    return _stated(
+        {
+            "bits": 8 if isinstance(wishes, EveryWish) and wishes.load_in_8bit else None,
+            "quant_type": _one_of("bnb-4bit-quant-type", wishes.bnb_4bit_quant_type, QUANT_TYPES),
+            "double_quant": wishes.bnb_4bit_use_double_quant,
+            "compute_dtype": _one_of("bnb-4bit-compute-dtype", wishes.bnb_4bit_compute_dtype, get_args(Dtype)),
+            "storage_dtype": _one_of("bnb-4bit-quant-storage", wishes.bnb_4bit_quant_storage, get_args(StorageDtype)),
+            "prepares_kbit": wishes.prepare_kbit,
+        }
+    )
+
+
+def _further(wishes: EveryWish) -> dict[str, Any]:
+    """Read what only estimates take."""
+    freeze = {
+        "freeze_trainable_layers": wishes.freeze_trainable_layers,
+        "freeze_extra_modules": _names("freeze-extra-modules", wishes.freeze_extra_modules),
+    }
+    return _stated(
+        {
+            "freeze": _stated(freeze),
+            "num_replicas": wishes.num_replicas,
+            "reshard_after_forward": wishes.reshard_after_forward,
+            "sequence_parallel_size": wishes.sequence_parallel_size,
+            "checkpoint_every_n_layers": wishes.checkpoint_every_n_layers,
+            "checkpoint_offload": wishes.checkpoint_offload,
+            "loss": _loss(wishes),
+            "batching": _batching(wishes),
+            "task": _one_of("task", wishes.task, get_args(Task)),
+            "image_tokens": wishes.image_tokens,
+            "keeps_outputs": wishes.keeps_outputs,
+            "expandable_segments": wishes.expandable_segments,
+            "max_split_size_mb": wishes.max_split_size_mb,
+        }
+    )
+
+
+def _loss(wishes: EveryWish) -> str | None:
+    loss = _one_of("loss", wishes.loss, get_args(Loss))
+    if wishes.use_liger_kernel and loss not in {None, "liger"}:
+        raise InputError(f"--use-liger-kernel is given with --loss {loss}.", to_fix="leave one of them out")
+    return "liger" if wishes.use_liger_kernel else loss
+
+
+def _batching(wishes: EveryWish) -> Batching:
+    if wishes.padding and wishes.packing:
+        raise InputError("--padding and --packing are both given.", to_fix="leave one of them out")
+    return "padded" if wishes.padding else "packed" if wishes.packing else "equal"
+
+
+def _names(option: str, text: str | None) -> list[str] | None:
+    names = None if text is None else [name.strip() for name in text.split(",") if name.strip()]
     if names == []:
-        raise InputError("--lora-target-modules is empty.", to_fix="name modules, or write all-linear")
-    given = {"r": wishes.lora_r, "lora_alpha": wishes.lora_alpha, "target_modules": names}
+        raise InputError(f"--{option} is empty.", to_fix="name modules, with commas between")
+    return names
+
+
+def _stated(given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}

@@ -24,6 +24,7 @@ def describe(configuration: Configuration) -> str:
         configuration.optim,
         f"micro-batch {configuration.per_device_train_batch_size} x {configuration.gradient_accumulation_steps}",
         *([f"{configuration.sharding} on {configuration.num_processes}"] if configuration.num_processes > 1 else []),
+        *([f"{configuration.offload.replace('_', ' ')} on the host"] if configuration.offload != "none" else []),
         *(["checkpointing"] if configuration.gradient_checkpointing else []),
     ]
     return ", ".join(parts)
@@ -137,4 +138,6 @@ def _spelt(value: object) -> str:
 def _precision(configuration: Configuration) -> str:
     if configuration.mixed_precision != "no":
         return configuration.mixed_precision
-    return "fp32" if configuration.weights_dtype == "float32" else "pure-bf16"
+    if configuration.weights_dtype == "float32":
+        return "tf32" if configuration.tf32 else "fp32"
+    return "pure-bf16" if configuration.weights_dtype == "bfloat16" else "pure-fp16"

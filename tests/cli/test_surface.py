@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 import subprocess
 import sys
@@ -13,7 +14,11 @@ import pytest
 import typer
 
 from autofit import cli, options
+from autofit.errors import InputError
+from autofit.memory.optimizers import OPTIMIZERS
 from autofit.report.tables import REQUIREMENTS
+from autofit.search import candidates
+from autofit.sources.hardware import parse_cluster
 from autofit.spec import configuration, job
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -21,23 +26,61 @@ SHARED = {
     "--method",
     "--lora-r",
     "--lora-alpha",
+    "--lora-dropout",
     "--lora-target-modules",
+    "--load-in-4bit",
+    "--bnb-4bit-quant-type",
+    "--bnb-4bit-use-double-quant",
+    "--no-bnb-4bit-use-double-quant",
+    "--bnb-4bit-quant-storage",
+    "--bnb-4bit-compute-dtype",
+    "--prepare-kbit",
     "--precision",
+    "--weights-dtype",
     "--optim",
     "--sharding",
     "--zero",
+    "--offload-optimizer-device",
+    "--offload-param-device",
     "--micro-batch",
     "--per-device-train-batch-size",
     "--gradient-checkpointing",
     "--no-gradient-checkpointing",
+    "--use-reentrant",
+    "--no-use-reentrant",
     "--attention",
+    "--attn-implementation",
+}
+ESTIMATED = SHARED | {
+    "--freeze-trainable-layers",
+    "--freeze-extra-modules",
+    "--use-rslora",
+    "--use-dora",
+    "--modules-to-save",
+    "--load-in-8bit",
+    "--num-replicas",
+    "--reshard-after-forward",
+    "--no-reshard-after-forward",
+    "--sequence-parallel-size",
+    "--padding",
+    "--packing",
+    "--checkpoint-every-n-layers",
+    "--checkpoint-offload",
+    "--task",
+    "--image-tokens",
+    "--loss",
+    "--use-liger-kernel",
+    "--keeps-outputs",
+    "--expandable-segments",
+    "--max-split-size-mb",
 }
 SURFACE = {
     "plan": SHARED | {"--model", "--seq-len", "--global-batch", "--gpus", "--allow-hub", "-o", "--output", "--json"},
     "launch": SHARED
     | {"--gpus", "--plan", "--model", "--seq-len", "--global-batch", "--allow-hub"}
     | {"-o", "--output", "--dry-run", "--json"},
-    "estimate": SHARED | {"--model", "--seq-len", "--gpus", "--gradient-accumulation-steps", "--allow-hub", "--json"},
+    "estimate": ESTIMATED
+    | {"--model", "--seq-len", "--gpus", "--gradient-accumulation-steps", "--allow-hub", "--json"},
     "devices": {"--json"},
     "models": {"--json"},
     "templates": {"--json"},
@@ -66,23 +109,109 @@ def test_there_are_few_commands():
     assert len(SURFACE) <= 8
 
 
-@pytest.mark.parametrize(
-    ("wish", "meant"),
-    [
-        (options.MethodWish, ("auto", *typing.get_args(configuration.Method))),
-        (options.OptimWish, typing.get_args(configuration.Optim)),
-        (options.ShardingWish, set(typing.get_args(configuration.Sharding)) - {"fsdp2"}),
-    ],
-)
-def test_an_option_takes_what_a_configuration_can_be(wish, meant):
-    """The values of a repeatable option are those of the spec's type; fsdp2 is not planned yet."""
-    assert {member.value for member in wish} == set(meant)
+VALUES = {
+    "method": typing.get_args(configuration.Method),
+    "optim": tuple(OPTIMIZERS),
+    "sharding": typing.get_args(configuration.Sharding),
+    "precision": ("auto", *typing.get_args(job.Precision)),
+    "attention": typing.get_args(configuration.Attention),
+    "loss": typing.get_args(configuration.Loss),
+    "task": typing.get_args(configuration.Task),
+    "weights_dtype": typing.get_args(configuration.Dtype),
+    "bnb_4bit_quant_type": ("nf4", "fp4"),
+    "bnb_4bit_quant_storage": ("uint8", "bfloat16", "float16", "float32"),
+    "bnb_4bit_compute_dtype": typing.get_args(configuration.Dtype),
+}
 
 
-def test_precision_takes_what_restrictions_take():
-    """The values of --precision are those of the spec's type."""
-    hints = typing.get_type_hints(job.Restrictions)
-    assert typing.get_args(options.PrecisionWish) == typing.get_args(hints["precision"])
+@pytest.mark.parametrize(("name", "values"), VALUES.items(), ids=VALUES)
+def test_an_option_takes_what_a_configuration_can_be(name, values):
+    """Every value of the spec's type is taken, and what no configuration can be is refused with all that may be."""
+    for value in values:
+        options.restrictions(options.wishes_of(options.EveryWish, {name: value}))
+    with pytest.raises(InputError) as refused:
+        options.restrictions(options.wishes_of(options.EveryWish, {name: "nonsense"}))
+    assert "'nonsense'" in refused.value.message
+    assert all(value in f"{refused.value}" for value in values)
+
+
+EVERY_KNOB = {
+    "method": "qlora",
+    "lora_r": 3,
+    "lora_alpha": 5,
+    "lora_dropout": 0.25,
+    "lora_target_modules": "q_proj,v_proj",
+    "use_rslora": True,
+    "use_dora": True,
+    "modules_to_save": "lm_head",
+    "bnb_4bit_quant_type": "fp4",
+    "bnb_4bit_use_double_quant": False,
+    "bnb_4bit_quant_storage": "float16",
+    "bnb_4bit_compute_dtype": "float32",
+    "prepare_kbit": True,
+    "optim": "adamw_8bit",
+    "precision": "tf32",
+    "weights_dtype": "float16",
+    "sharding": "fsdp1",
+    "offload_param_device": "cpu",
+    "num_replicas": 2,
+    "reshard_after_forward": False,
+    "micro_batch": 3,
+    "gradient_checkpointing": True,
+    "use_reentrant": True,
+    "checkpoint_every_n_layers": 2,
+    "checkpoint_offload": True,
+    "attention": "eager",
+    "use_liger_kernel": True,
+    "padding": True,
+    "task": "causal-lm",
+    "image_tokens": 7,
+    "keeps_outputs": True,
+    "expandable_segments": True,
+    "max_split_size_mb": 64,
+}
+
+
+def test_every_knob_of_a_configuration_can_be_set():
+    """Options given other values than their defaults change every field of the configuration, its parts included."""
+    plain, changed = only_configuration(method="qlora"), only_configuration(**EVERY_KNOB)
+    same = {
+        field.name
+        for whole, other in ((plain, changed), (plain.lora, changed.lora), (plain.quantization, changed.quantization))
+        for field in dataclasses.fields(whole)
+        if getattr(whole, field.name) == getattr(other, field.name)
+    }
+    assert same == {"method", "freeze", "bits", "num_processes", "sequence_parallel_size"}
+
+
+def test_the_rest_can_be_set_too():
+    """Those that exclude the others: frozen layers, eight bits, sequence parallelism."""
+    frozen = only_configuration(method="freeze", freeze_trainable_layers=3, freeze_extra_modules="norm, lm_head")
+    assert frozen.freeze == configuration.Freeze(freeze_trainable_layers=3, freeze_extra_modules=("norm", "lm_head"))
+    assert only_configuration(load_in_8bit=True).quantization.bits == 8
+    assert only_configuration(sharding="zero3", sequence_parallel_size=2).sequence_parallel_size == 2
+
+
+def only_configuration(**wishes):
+    """Return the configuration that options on four GPUs leave."""
+    asked = options.one_of_each(options.wishes_of(options.EveryWish, wishes))
+    work = job.Workload(sequence_tokens=8, global_batch_sequences=12)
+    model = job.Model(name="any", config={}, origin="catalogue")
+    (only,) = candidates(
+        job.Job(model=model, workload=work, restrictions=options.restrictions(asked)), parse_cluster("4xA100-80G")
+    )
+    return only
+
+
+def test_nothing_more_is_searched_unasked():
+    """Without a wish a plan tries three methods, three optimizers and no FSDP, and every other knob as it is."""
+    work = job.Workload(sequence_tokens=8, global_batch_sequences=2)
+    model = job.Model(name="any", config={}, origin="catalogue")
+    wished = options.restrictions(options.Wishes(method=["auto"]))
+    found = candidates(job.Job(model=model, workload=work, restrictions=wished), parse_cluster("2xA100-80G"))
+    assert {each.method for each in found} == {"full", "lora", "qlora"}
+    assert {each.sharding for each in found} == {"ddp", "zero1", "zero2", "zero3"}
+    assert len(found) == 3 * 4 * 2 * 3
 
 
 def test_doctor_asks_for_the_releases_that_the_package_declares():
