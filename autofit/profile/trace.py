@@ -19,6 +19,7 @@ from autofit.profile.parameters import fold_layers, static_tensors
 from autofit.profile.quantized import unpacking_as_an_operator
 from autofit.profile.recorder import RawSegment, Recorder
 from autofit.profile.step import checkpoint, run_step
+from autofit.profile.zero3_linear import linear_as_in_zero3
 from autofit.spec.libraries import installed_versions
 from autofit.spec.profile import NUM_TRACED_LAYERS, Polynomial, Regime, RegimeProfile, Segment, StaticTensor
 
@@ -104,6 +105,8 @@ def environment(regime: Regime) -> Iterator[None]:
         stack.enter_context(believing_it_is_real())
         if regime.quantization is not None:
             stack.enter_context(unpacking_as_an_operator())
+        if regime.zero3_linear:
+            stack.enter_context(linear_as_in_zero3())
         if regime.device == "cuda":
             stack.enter_context(kernels.softmax_as_on_cuda())
         gc.collect()

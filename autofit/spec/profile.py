@@ -61,6 +61,8 @@ class Regime:
     """Whose kernels and casts the trace imitates."""
     keeps_outputs: bool = False
     """Whether the loop keeps the model's output, and so its logits, alive through backward; Trainer does not."""
+    zero3_linear: bool = False
+    """Whether frozen linear layers keep their input for backward, as DeepSpeed's linear function of stage 3 does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

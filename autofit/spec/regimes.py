@@ -20,6 +20,8 @@ def regime_of(configuration: Configuration, device: Device) -> Regime:
     DeepSpeed casts the model to its 16-bit dtype whatever it was loaded in, and does not use autocast.
     Source: deepspeed/runtime/engine.py 0.19.8 (`_configure_distributed_model`); accelerate/accelerator.py 1.15
     (`_prepare_deepspeed` skips `prepare_model`'s autocast).
+
+    Stage 3 replaces torch's linear function. Where every weight trains that keeps what torch's own keeps.
     """
     half = _HALF.get(configuration.mixed_precision)
     checkpoints = configuration.gradient_checkpointing
@@ -44,6 +46,7 @@ def regime_of(configuration: Configuration, device: Device) -> Regime:
         image_tokens=configuration.image_tokens,
         device=device.kind,
         keeps_outputs=configuration.keeps_outputs,
+        zero3_linear=configuration.zero_stage == ZERO3 and configuration.method != "full",
     )
 
 
