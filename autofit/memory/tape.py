@@ -42,12 +42,16 @@ class PhasePeak:
 
 def size_table(profile: RegimeProfile, micro_batches: npt.ArrayLike, sequence_tokens: int) -> Bytes:
     """Evaluate every size of the tape, rounded as the device's allocator does: (num_sizes, num_micro_batches)."""
-    batches = np.atleast_1d(np.asarray(micro_batches, dtype=np.float64))
-    powers = np.stack([batches**i * float(sequence_tokens) ** j for i, j in MONOMIALS])
-    sizes: Bytes = np.asarray(profile.sizes, dtype=np.float64) @ powers
+    sizes: Bytes = np.asarray(profile.sizes, dtype=np.float64) @ _powers(profile, micro_batches, sequence_tokens)
     if profile.regime.device == "cuda":
         sizes = np.ceil(sizes / CUDA_BLOCK_BYTES) * CUDA_BLOCK_BYTES
     return sizes
+
+
+def _powers(profile: RegimeProfile, micro_batches: npt.ArrayLike, sequence_tokens: int) -> Bytes:
+    asked = np.atleast_1d(np.asarray(micro_batches, dtype=np.int64)).tolist()
+    b, s = np.asarray([profile.regime.rows(batch, sequence_tokens) for batch in asked], dtype=np.float64).T
+    return np.stack([b**i * s**j for i, j in MONOMIALS])
 
 
 def phase_peaks(profile: RegimeProfile, micro_batches: npt.ArrayLike, sequence_tokens: int) -> tuple[PhasePeak, ...]:
@@ -89,14 +93,14 @@ def offloaded_bytes(profile: RegimeProfile, micro_batches: npt.ArrayLike, sequen
 
     They are born in forward and die in backward, so the most is their sum. Host memory has no 512-byte blocks.
     """
-    batches = np.atleast_1d(np.asarray(micro_batches, dtype=np.float64))
-    powers = np.stack([batches**i * float(sequence_tokens) ** j for i, j in MONOMIALS])
     counts = np.zeros(len(profile.sizes))
     for segment in profile.segments:
         for event in segment.events:
             if len(event) == BIRTH_FIELDS and event[1] == ON_HOST:
                 counts[event[0]] += profile.repeats(segment)
-    kept: Bytes = counts @ (np.asarray(profile.sizes, dtype=np.float64) @ powers)
+    kept: Bytes = counts @ (
+        np.asarray(profile.sizes, dtype=np.float64) @ _powers(profile, micro_batches, sequence_tokens)
+    )
     return kept
 
 

@@ -8,22 +8,26 @@ from fractions import Fraction
 from autofit.errors import AutofitError
 from autofit.spec.profile import MONOMIALS, Polynomial
 
+LENGTHS_ALONE = tuple((i, j) for i, j in MONOMIALS if i == 0)
+
 Point = tuple[int, int]
 """(b, s): sequences of the micro-batch, tokens of a sequence."""
 
 
 def inverse(points: Sequence[Point]) -> list[list[Fraction]]:
-    """Invert the matrix of monomials at `points`, exactly.
+    """Invert the matrix of monomials at `points`, exactly; a row for each monomial.
 
     Args:
-        points: as many as there are monomials, in general position.
+        points: as many as there are monomials, in general position; or three lengths of one row, which determine the
+            powers of s alone.
 
     Raises:
         ValueError: the points do not determine the coefficients.
     """
-    size = len(MONOMIALS)
+    size = len(points)
+    monomials = MONOMIALS if size == len(MONOMIALS) else LENGTHS_ALONE
     rows = [
-        [Fraction(b**i * s**j) for i, j in MONOMIALS] + [Fraction(int(k == n)) for k in range(size)]
+        [Fraction(b**i * s**j) for i, j in monomials] + [Fraction(int(k == n)) for k in range(size)]
         for n, (b, s) in enumerate(points)
     ]
     for column in range(size):
@@ -37,7 +41,8 @@ def inverse(points: Sequence[Point]) -> list[list[Fraction]]:
             if row != column and rows[row][column]:
                 factor = rows[row][column]
                 rows[row] = [a - factor * b for a, b in zip(rows[row], rows[column], strict=True)]
-    return [row[size:] for row in rows]
+    solved = dict(zip(monomials, (row[size:] for row in rows), strict=True))
+    return [solved.get(monomial, [Fraction(0)] * size) for monomial in MONOMIALS]
 
 
 def fit(inverted: Sequence[Sequence[Fraction]], values: Sequence[int]) -> Polynomial:

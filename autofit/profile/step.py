@@ -14,6 +14,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from autofit.errors import InputError
+from autofit.profile.batching import arrange, branches_of
 from autofit.profile.fit import Point
 from autofit.profile.inputs import a_batch
 from autofit.profile.recorder import Recorder
@@ -90,16 +91,18 @@ def _hooked(function: Callable[..., Any], pack: Callable[[torch.Tensor], torch.T
 def run_step(model: nn.Module, recorder: Recorder, regime: Regime, point: Point) -> None:
     """One forward and backward with the lifetimes of transformers' Trainer (compute_loss, training_step)."""
     recorder.mark("embedding", "forward")
-    batch = a_batch(point)
-    outputs = forward(model, batch, regime)
-    loss = outputs["loss"]
-    kept = outputs if regime.keeps_outputs else None
-    del outputs, batch
-    recorder.mark("loss_backward", "backward")
-    loss.backward()
+    with branches_of(regime, point):
+        batch = arrange(a_batch(point), regime)
+        outputs = forward(model, batch, regime)
+        loss = outputs["loss"]
+        kept = outputs if regime.keeps_outputs else None
+        held = batch if regime.batching != "equal" else None
+        del outputs, batch
+        recorder.mark("loss_backward", "backward")
+        loss.backward()
     recorder.call_gradients(p.grad for p in model.parameters() if p.grad is not None)
     recorder.mark("end", "backward")
-    del loss, kept
+    del loss, kept, held
     for parameter in model.parameters():
         parameter.grad = None
 

@@ -26,12 +26,17 @@ from autofit.spec.profile import NUM_TRACED_LAYERS, Polynomial, Regime, RegimePr
 Progress = Callable[[int, int], None]
 
 
-def trace_points(max_tokens: int | None) -> tuple[Point, ...]:
-    """Sizes to trace: two batches and three lengths, none of which is a special case (one sequence is)."""
+def trace_points(max_tokens: int | None, *, one_row: bool = False) -> tuple[Point, ...]:
+    """Sizes to trace: two batches and three lengths, none of which is a special case (one sequence is).
+
+    Args:
+        max_tokens: the longest sequence that the model takes.
+        one_row: whether a micro-batch is always one row; then three lengths of it are enough.
+    """
     lengths = (
         (256, 512, 1024) if not max_tokens or max_tokens >= 1024 else (max_tokens // 4, max_tokens // 2, max_tokens)
     )
-    return tuple((b, s) for b in (2, 3) for s in lengths)
+    return tuple((b, s) for b in ((1,) if one_row else (2, 3)) for s in lengths)
 
 
 def trace(
@@ -50,7 +55,7 @@ def trace(
     """
     full = load_config(config, None, regime)
     num_layers = full.num_hidden_layers
-    points = trace_points(getattr(full, "max_position_embeddings", None))
+    points = trace_points(getattr(full, "max_position_embeddings", None), one_row=regime.masks_one_row)
     shallow = num_layers > NUM_TRACED_LAYERS and not layers_differ(full) and regime.checkpoint_every_n_layers == 1
     num_traced = NUM_TRACED_LAYERS if shallow else num_layers
     steps, tensors = trace_steps(load_config(config, num_traced, regime), regime, points, progress)

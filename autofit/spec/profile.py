@@ -64,6 +64,15 @@ class Regime:
     zero3_linear: bool = False
     """Whether frozen linear layers keep their input for backward, as DeepSpeed's linear function of stage 3 does."""
 
+    @property
+    def masks_one_row(self) -> bool:
+        """Whether a micro-batch is one packed row with a mask over all of it: its size is in (b s)², no b matters."""
+        return self.batching == "packed" and self.attention != "flash_attention_2"
+
+    def rows(self, num_sequences: int, sequence_tokens: int) -> tuple[int, int]:
+        """Return the b and s that the tape's polynomials mean by so many sequences of so many tokens."""
+        return (1, num_sequences * sequence_tokens) if self.masks_one_row else (num_sequences, sequence_tokens)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StaticTensor:

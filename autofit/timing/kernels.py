@@ -48,7 +48,7 @@ def micro_step_time(
     profile: RegimeProfile, micro_batch_sequences: int, sequence_tokens: int, rates: Rates
 ) -> MicroStepTime:
     """Add up the segments of one micro-step, each as often as the real model has it."""
-    powers = _powers(micro_batch_sequences, sequence_tokens)
+    powers = _powers(*profile.regime.rows(micro_batch_sequences, sequence_tokens))
     times = [(segment, _segment_time(profile, segment, powers, rates)) for segment in profile.segments]
     return MicroStepTime(
         matmul_seconds=sum(time.matmul_seconds for _, time in times),
