@@ -1,0 +1,147 @@
+"""What generating text needs: the weights and the cache of keys and values, from a config.json alone.
+
+Source: transformers/cache_utils.py 5.23, DynamicCache and get_layer_types_and_kwargs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from autofit.errors import InputError
+from autofit.spec.configuration import Dtype
+from autofit.units import BYTES_PER_ELEMENT
+
+FULL = "full_attention"
+WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+"""Layer types that keep a window, and the config's name for its length."""
+WINDOW_IN_EVERY_LAYER = ("ministral", "mistral", "mixtral", "phi3", "starcoder2")
+"""Model types whose `sliding_window` holds for every layer without `layer_types`."""
+SQUARE_HEADS = ("bloom", "codegen", "gpt2", "gpt_neo", "gpt_neox", "gptj", "llama", "mpt", "opt", "stablelm")
+"""Model types in which, where a config names no `num_key_value_heads`, every query head has keys of its own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InferenceMemory:
+    """What one device holds while it generates."""
+
+    weights_bytes: int
+    kv_cache_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Both; the activations of the tokens being read come on top."""
+        return self.weights_bytes + self.kv_cache_bytes
+
+
+def inference_memory(
+    weights_bytes: int, config: Mapping[str, Any], *, batch: int, tokens: int, dtype: Dtype = "bfloat16"
+) -> InferenceMemory:
+    """Add up what generating holds.
+
+    Args:
+        weights_bytes: of the parameters and buffers as they are stored.
+        config: content of config.json.
+        batch: sequences at one time (times beams).
+        tokens: prompt and answer together.
+        dtype: that keys and values are computed in.
+
+    Raises:
+        InputError: what the architecture caches does not follow from its config.
+    """
+    return InferenceMemory(
+        weights_bytes=weights_bytes, kv_cache_bytes=kv_cache_bytes(config, batch=batch, tokens=tokens, dtype=dtype)
+    )
+
+
+def kv_cache_bytes(config: Mapping[str, Any], *, batch: int, tokens: int, dtype: Dtype = "bfloat16") -> int:
+    """Return the bytes of a DynamicCache that holds so many tokens of each sequence, after the last was added.
+
+    A layer with a window keeps its last tokens: the window, as the storage has one token more than the view shows.
+    While a prompt is read, such a layer holds all of it for the moment.
+
+    Args:
+        config: content of config.json.
+        batch: sequences at one time (times beams).
+        tokens: prompt and answer together.
+        dtype: that keys and values are computed in.
+
+    Raises:
+        InputError: what the architecture caches does not follow from its config.
+    """
+    text = _text_config(config)
+    per_token = _elements_per_token(text) * BYTES_PER_ELEMENT[dtype]
+    return batch * per_token * sum(min(tokens, window or tokens) for window in _windows(text))
+
+
+def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    if config.get("is_encoder_decoder"):
+        raise _unknown(config, "an encoder-decoder also caches what the encoder made")
+    inner = config.get("text_config")
+    return inner if isinstance(inner, Mapping) else config
+
+
+def _windows(config: Mapping[str, Any]) -> list[int | None]:
+    """The most tokens that each layer keeps, None where it keeps all."""
+    num_layers = _number(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    kinds = config.get("layer_types")
+    if kinds is None:
+        kinds = [_kind_of_every_layer(config)] * num_layers
+    if config.get("num_kv_shared_layers"):
+        raise _unknown(config, "some of its layers read the keys of others (num_kv_shared_layers)")
+    unknown = sorted({kind for kind in kinds if kind != FULL and kind not in WINDOWS})
+    if unknown:
+        raise _unknown(config, f"layers of type {', '.join(unknown)} keep a state of another shape")
+    return [None if kind == FULL else _number(config, WINDOWS[kind]) for kind in kinds]
+
+
+def _kind_of_every_layer(config: Mapping[str, Any]) -> str:
+    window = config.get("sliding_window")
+    if window is None or config.get("use_sliding_window") is False:
+        return FULL
+    if config.get("model_type") in WINDOW_IN_EVERY_LAYER:
+        return "sliding_attention"
+    raise _unknown(config, "it has a sliding_window, and no layer_types say in which layers")
+
+
+def _elements_per_token(config: Mapping[str, Any]) -> int:
+    """Keys and values of one token in one layer.
+
+    With latent attention (MLA) the compressed latent and the shared rotated key are cached.
+    Source: transformers/models/deepseek_v3/modeling_deepseek_v3.py 5.23, DeepseekV3Attention.forward.
+    """
+    if config.get("kv_lora_rank"):
+        return _number(config, "kv_lora_rank") + _number(config, "qk_rope_head_dim")
+    if config.get("global_head_dim") or config.get("num_global_key_value_heads"):
+        raise _unknown(config, "its layers of full attention have heads of another size")
+    heads = _number(config, "num_attention_heads", "n_head", "n_heads", "num_heads")
+    head_dim = config.get("head_dim") or _number(config, "hidden_size", "n_embd", "d_model") // heads
+    return 2 * _key_value_heads(config, heads) * head_dim
+
+
+def _key_value_heads(config: Mapping[str, Any], heads: int) -> int:
+    if config.get("num_key_value_heads"):
+        return int(config["num_key_value_heads"])
+    if config.get("model_type") == "falcon":
+        grouped = int(config.get("num_kv_heads") or heads)
+        return grouped if config.get("new_decoder_architecture") or not config.get("multi_query", True) else 1
+    if config.get("model_type") == "gpt_bigcode":
+        return 1 if config.get("multi_query", True) else heads
+    if config.get("model_type") in SQUARE_HEADS:
+        return heads
+    raise _unknown(config, "it names no num_key_value_heads")
+
+
+def _number(config: Mapping[str, Any], *names: str) -> int:
+    found = next((config[name] for name in names if config.get(name) is not None), None)
+    if found is None:
+        raise _unknown(config, f"it has no {names[0]}")
+    return int(found)
+
+
+def _unknown(config: Mapping[str, Any], reason: str) -> InputError:
+    return InputError(
+        f"the cache of model_type {config.get('model_type')!r} cannot be worked out from its config: {reason}.",
+        to_fix="give the config.json of a decoder with full or sliding attention, as transformers saves it",
+    )

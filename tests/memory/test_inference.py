@@ -1,0 +1,115 @@
+"""The cache's arithmetic against the cache itself: models of the installed transformers read and answer on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from autofit.errors import InputError
+from autofit.memory.inference import inference_memory, kv_cache_bytes
+
+BATCH, PROMPT, ANSWER = 2, 20, 3
+WINDOW = 8
+_SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+_GROUPED = {**_SMALL, "num_key_value_heads": 2}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama, grouped queries": {"model_type": "llama", **_GROUPED},
+    "llama, a key for each query": {"model_type": "llama", **_SMALL},
+    "gpt2": {"model_type": "gpt2", "vocab_size": 64, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
+    "qwen3, wide heads": {"model_type": "qwen3", **_GROUPED, "head_dim": 16},
+    "mistral, a window everywhere": {"model_type": "mistral", **_GROUPED, "head_dim": 8, "sliding_window": WINDOW},
+    "mistral, no window": {"model_type": "mistral", **_GROUPED, "head_dim": 8, "sliding_window": None},
+    "gemma3, windows in some layers": {
+        "model_type": "gemma3_text",
+        **_GROUPED,
+        "head_dim": 16,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "falcon, one key for all": {"model_type": "falcon", **_SMALL, "multi_query": True, "alibi": False},
+    "gpt_bigcode": {
+        "model_type": "gpt_bigcode",
+        "vocab_size": 64,
+        "n_embd": 32,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_positions": 64,
+    },
+    "deepseek, a latent": {
+        "model_type": "deepseek_v3",
+        **_SMALL,
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "first_k_dense_replace": 3,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+    },
+}
+
+
+def cached_bytes(config: dict[str, Any]) -> int:
+    """Let a real model read a prompt and a few tokens more; return the bytes of its cache's storages."""
+    values = {key: value for key, value in config.items() if key != "model_type"}
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(config["model_type"], **values, use_cache=True), dtype=torch.bfloat16
+    ).eval()
+    cache = None
+    with torch.no_grad():
+        for length in (PROMPT, *[1] * ANSWER):
+            out = model(torch.zeros(BATCH, length, dtype=torch.long), past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+    storages = {
+        t.untyped_storage()._cdata: t.untyped_storage() for layer in cache.layers for t in (layer.keys, layer.values)
+    }
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_cache_holds_as_many_bytes_as_the_config_says(name):
+    """Keys and values of every architecture, byte for byte, as a DynamicCache holds them after a few tokens."""
+    assert kv_cache_bytes(CONFIGS[name], batch=BATCH, tokens=PROMPT + ANSWER) == cached_bytes(CONFIGS[name])
+
+
+def test_a_published_cache():
+    """Llama 2 7B keeps half a MiB for each token in 16 bits: 2 GiB for a context of 4096."""
+    llama = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+    assert kv_cache_bytes(llama, batch=1, tokens=4096) == 2 * 2**30
+
+
+def test_what_generating_holds_is_weights_and_cache():
+    """Twice the sequences take twice the cache, and the weights once."""
+    config = CONFIGS["llama, grouped queries"]
+    one, two = (inference_memory(1000, config, batch=batch, tokens=9, dtype="float16") for batch in (1, 2))
+    assert two.total_bytes - one.total_bytes == one.kv_cache_bytes == one.total_bytes - 1000
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"model_type": "t5", "is_encoder_decoder": True}, "encoder"),
+        ({"model_type": "strange", **_SMALL}, "num_key_value_heads"),
+        ({"model_type": "gemma2", **_GROUPED, "sliding_window": 8}, "sliding_window"),
+        ({"model_type": "jamba", **_GROUPED, "layer_types": ["linear_attention"] * 3}, "linear_attention"),
+        ({"model_type": "llama"}, "num_attention_heads"),
+    ],
+)
+def test_a_cache_that_does_not_follow_from_the_config_is_refused(config, reason):
+    """Other states, and counts that a config leaves to the library's defaults, are not guessed."""
+    with pytest.raises(InputError, match=reason):
+        kv_cache_bytes(config, batch=1, tokens=1)
