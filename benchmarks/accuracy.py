@@ -194,6 +194,7 @@ def configuration(row: Row) -> Configuration:
         weights_dtype=row["weights_dtype"],
         mixed_precision=row["autocast"],
         attention=row["attention"],
+        sdpa_kernel="efficient" if "memory-efficient kernel pinned" in (row.get("notes") or "") else "auto",
     )
 
 

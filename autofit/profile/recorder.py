@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from autofit.profile.kernels import TemporaryBytes
+from autofit.profile.kernels import Substitute, TemporaryBytes
 from autofit.spec.profile import ACTIVATION, GRADIENT, INSIDE, SegmentKind
 
 aten = torch.ops.aten
@@ -56,11 +56,15 @@ class Recorder(TorchDispatchMode):
 
     Args:
         temporaries: bytes that kernels allocate inside, by operator.
+        substitutes: what to call instead of an operator.
     """
 
-    def __init__(self, temporaries: Mapping[Any, TemporaryBytes]) -> None:
+    def __init__(
+        self, temporaries: Mapping[Any, TemporaryBytes], substitutes: Mapping[Any, Substitute] | None = None
+    ) -> None:
         super().__init__()
         self._temporaries = temporaries
+        self._substitutes = substitutes or {}
         self._living: dict[int, _Living] = {}
         self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._category = ACTIVATION
@@ -109,7 +113,7 @@ class Recorder(TorchDispatchMode):
         inside = self._temporaries.get(func)
         sizes = inside(*args, **kwargs) if inside else ()
         births = [self._bear(size, INSIDE) for size in sizes]
-        out = func(*args, **kwargs)
+        out = self._substitutes.get(func, func)(*args, **kwargs)
         born = [self._see(tensor) for tensor in pytree.tree_leaves(out) if isinstance(tensor, torch.Tensor)]
         for birth in births:
             self._die(birth)

@@ -85,7 +85,7 @@ def trace_steps(
     with FakeTensorMode(allow_non_fake_inputs=True), environment(regime):
         fill_with_fakes(model)
         model.train()
-        recorder = Recorder(kernels.temporaries(regime.device))
+        recorder = Recorder(kernels.temporaries(regime), kernels.substitutes(regime))
         if regime.gradient_checkpointing:
             checkpoint(model, regime, recorder)
         recorder.ignore([*model.parameters(), *model.buffers()])
@@ -112,8 +112,7 @@ def environment(regime: Regime) -> Iterator[None]:
             stack.enter_context(unpacking_as_an_operator())
         if regime.zero3_linear:
             stack.enter_context(linear_as_in_zero3())
-        if regime.device == "cuda":
-            stack.enter_context(kernels.softmax_as_on_cuda())
+        stack.enter_context(kernels.kernels_of(regime))
         gc.collect()
         gc.disable()
         try:

@@ -49,6 +49,7 @@ Sharding = Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 MixedPrecision = Literal["no", "bf16", "fp16"]
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flex_attention"]
+SdpaKernel = Literal["auto", "efficient"]
 Offload = Literal["none", "optimizer", "optimizer_and_parameters"]
 Loss = Literal["stock", "liger", "chunked"]
 Batching = Literal["equal", "padded", "packed"]
@@ -124,6 +125,8 @@ class Configuration:
     mixed_precision: MixedPrecision
     """`no`; or the autocast dtype, under DeepSpeed the dtype of its bf16/fp16 block."""
     attention: Attention
+    sdpa_kernel: SdpaKernel = "auto"
+    """Which of torch's kernels the script pins sdpa to (`torch.nn.attention.sdpa_kernel`); auto: torch chooses."""
     use_reentrant: bool = False
     """Which of torch's two checkpoint implementations; without meaning unless `gradient_checkpointing`."""
     checkpoint_every_n_layers: int = 1

@@ -10,7 +10,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from autofit.spec.configuration import Attention, Batching, Dtype, Freeze, Lora, Loss, Method, Quantization, Task
+from autofit.spec.configuration import (
+    Attention,
+    Batching,
+    Dtype,
+    Freeze,
+    Lora,
+    Loss,
+    Method,
+    Quantization,
+    SdpaKernel,
+    Task,
+)
 from autofit.spec.hardware import DeviceKind
 
 PROFILE_SCHEMA_VERSION = 1
@@ -52,7 +63,8 @@ class Regime:
     checkpoint_offload: bool = False
     attention: Attention
     flash_kernel: bool = True
-    """Whether torch's flash attention runs on the device; otherwise sdpa takes the memory-efficient kernel."""
+    """Whether torch's flash attention runs on the device; otherwise sdpa takes the memory-efficient kernel or none."""
+    sdpa_kernel: SdpaKernel = "auto"
     loss: Loss = "stock"
     batching: Batching = "equal"
     task: Task = "auto"

@@ -40,6 +40,7 @@ def regime_of(configuration: Configuration, device: Device) -> Regime:
         checkpoint_offload=checkpoints and configuration.checkpoint_offload,
         attention=configuration.attention,
         flash_kernel=_runs_flash(device),
+        sdpa_kernel=configuration.sdpa_kernel if configuration.attention == "sdpa" else "auto",
         loss=configuration.loss,
         batching=configuration.batching,
         task=configuration.task,

@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional
 
-from autofit.profile import kernels
 from autofit.profile.recorder import Recorder
 from autofit.spec.profile import ACTIVATION, GRADIENT, INSIDE
 
@@ -117,37 +115,13 @@ def test_temporaries_inside_a_kernel_live_while_it_runs():
     del y
 
 
-@pytest.mark.parametrize("name", ["softmax", "log_softmax"])
-def test_a_softmax_to_fp32_is_one_kernel_on_cuda(name):
-    """A CPU copies the halves to fp32 first, CUDA reads them directly: one fp32 tensor instead of two."""
-    births = {}
-    for device in ("cpu", "cuda"):
-        recorder = Recorder({})
-        recorder.mark("layer", "forward", 0)
-        with FakeTensorMode(), recorder:
-            x = torch.zeros(SIDE, SIDE, dtype=torch.float16)
-            recorder.restart()
-            recorder.mark("layer", "forward", 0)
-            if device == "cuda":
-                with kernels.softmax_as_on_cuda():
-                    y = getattr(functional, name)(x, dim=-1, dtype=torch.float32)
-            else:
-                y = getattr(functional, name)(x, dim=-1, dtype=torch.float32)
-            assert y.dtype == torch.float32
-        births[device] = [event[0] for event in recorder.segments[0].events if len(event) == 2]
-        del y
-    assert births == {"cpu": [MIB, MIB], "cuda": [MIB]}
-
-
-def test_softmax_as_on_cuda_gives_the_same_gradient_dtype():
-    """The gradient comes back in the halves that went in, as CUDA's kernel returns it."""
-    with FakeTensorMode(), kernels.softmax_as_on_cuda():
-        x = torch.zeros(8, 8, dtype=torch.bfloat16, requires_grad=True)
-        functional.softmax(x, dim=-1, dtype=torch.float32).sum().backward()
-        assert x.grad.dtype == torch.bfloat16
-
-
-def test_a_cpu_rank_has_no_temporaries_in_kernels():
-    """The counter of a CPU rank sees no kernel's inside, so a prediction for it has none."""
-    assert kernels.temporaries("cpu") == {}
-    assert kernels.temporaries("cuda")
+def test_a_substitute_is_called_instead_of_an_operator():
+    """What a substitute returns is what was born, and what the operator's caller gets."""
+    recorder = Recorder({}, {torch.ops.aten.sin.default: lambda x: torch.cat([x, x])})
+    recorder.mark("layer", "forward", 0)
+    with FakeTensorMode(), recorder:
+        x = square()
+        y = torch.sin(x)
+    assert y.shape == (2 * SIDE, SIDE)
+    assert recorder.segments[0].events == [(MIB, ACTIVATION), (2 * MIB, ACTIVATION)]
+    del y
