@@ -90,6 +90,9 @@ def _hooked(function: Callable[..., Any], pack: Callable[[torch.Tensor], torch.T
 
 def run_step(model: nn.Module, recorder: Recorder, regime: Regime, point: Point) -> None:
     """One forward and backward with the lifetimes of transformers' Trainer (compute_loss, training_step)."""
+    if regime.evaluates:
+        _evaluate(model, recorder, regime, point)
+        return
     recorder.mark("embedding", "forward")
     with branches_of(regime, point):
         batch = arrange(a_batch(point), regime)
@@ -105,6 +108,23 @@ def run_step(model: nn.Module, recorder: Recorder, regime: Regime, point: Point)
     del loss, kept, held
     for parameter in model.parameters():
         parameter.grad = None
+
+
+def _evaluate(model: nn.Module, recorder: Recorder, regime: Regime, point: Point) -> None:
+    """One batch of an evaluation; what is alive when its last segment begins are the predictions, which may be kept.
+
+    Source: transformers/trainer.py 5.23, prediction_step.
+    """
+    model.eval()
+    recorder.mark("embedding", "forward")
+    with torch.no_grad(), branches_of(regime, point):
+        batch = arrange(a_batch(point), regime)
+        outputs = forward(model, batch, regime)
+        loss = outputs["loss"].detach().mean()
+        predictions = tuple(value for name, value in outputs.items() if name not in {"loss", "past_key_values"})
+        del outputs, loss, batch
+        recorder.mark("end", "forward")
+        del predictions
 
 
 def forward(model: nn.Module, batch: dict[str, torch.Tensor], regime: Regime) -> Any:

@@ -76,6 +76,9 @@ class Regime:
     zero3_linear: bool = False
     """Whether frozen linear layers keep their input for backward, as DeepSpeed's linear function of stage 3 does."""
 
+    evaluates: bool = False
+    """Whether the tape is a forward pass without gradients, as Trainer evaluates, instead of a step of training."""
+
     @property
     def masks_one_row(self) -> bool:
         """Whether a micro-batch is one packed row with a mask over all of it: its size is in (b s)², no b matters."""

@@ -1,0 +1,127 @@
+"""What `Trainer.evaluate` needs above the weights: one forward pass, and the predictions that it keeps.
+
+Source: transformers/trainer.py 5.23, evaluation_loop and prediction_step; trainer_pt_utils.py, EvalLoopContainer.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from autofit.memory.tape import BIRTH_FIELDS, phase_peaks, size_table
+from autofit.spec.profile import RegimeProfile, Segment
+from autofit.units import BYTES_PER_ELEMENT
+
+TOKEN_ID_BYTES = 8
+NUM_BATCHES_AHEAD = 1
+"""accelerate's data loader moves the next batch to the device before it hands out this one.
+Source: accelerate/data_loader.py 1.15, DataLoaderShard.__iter__."""
+
+
+def evaluation_bytes(
+    profile: RegimeProfile,
+    micro_batch: int,
+    sequence_tokens: int,
+    *,
+    keeps_logits: bool,
+    num_batches: int,
+    num_processes: int = 1,
+) -> int:
+    """Return the most bytes alive in an evaluation, besides the weights and what training left on the device.
+
+    Predictions are gathered from every process, and each batch's are concatenated to those before: the old, the new and
+    their concatenation are alive together, twice what is kept in the end.
+
+    Args:
+        profile: of a regime that evaluates, which is exact; or of a training step, whose forward pass gives a bound.
+        micro_batch: `per_device_eval_batch_size`.
+        sequence_tokens: tokens of every sequence.
+        keeps_logits: whether predictions are kept; they are if there is a `compute_metrics`, unless
+            `prediction_loss_only` is set.
+        num_batches: of a process, or `eval_accumulation_steps` where that is set and smaller.
+        num_processes: that predictions are gathered from.
+    """
+    forward = forward_bytes(profile, micro_batch, sequence_tokens)
+    inputs = _input_bytes(profile, micro_batch, sequence_tokens)
+    waiting = NUM_BATCHES_AHEAD * inputs + inputs - _traced_input_bytes(profile, micro_batch, sequence_tokens)
+    if not keeps_logits:
+        return forward + waiting
+    logits = prediction_bytes(profile, micro_batch, sequence_tokens) * num_processes
+    labels = micro_batch * sequence_tokens * TOKEN_ID_BYTES * num_processes
+    kept = logits + labels
+    before = num_batches - 1
+    last = kept if before > 1 else 0  # the batch before is still a variable of the loop; the first is what is kept
+    newest = kept if before else 0
+    gathering = logits // num_processes if num_processes > 1 else 0
+    concatenated = gathering + num_batches * (logits * (2 if before else 1) + labels)
+    as_arrays = num_batches * (logits * _array_factor(profile) + labels) + newest
+    return waiting + max(before * kept + last + forward, concatenated + inputs, as_arrays)
+
+
+def forward_bytes(profile: RegimeProfile, micro_batch: int, sequence_tokens: int) -> int:
+    """Return the peak of one forward pass without gradients.
+
+    From a training step's tape it is a bound: within a layer all that backward would need is counted, between layers
+    only what goes on to the next, and what autocast keeps: the weights that it has cast.
+    """
+    if profile.regime.evaluates:
+        return int(max(peak.kept[0] for peak in phase_peaks(profile, [micro_batch], sequence_tokens)))
+    sizes = size_table(profile, [micro_batch], sequence_tokens)[:, 0]
+    highest = held = 0
+    for number, segment in enumerate(profile.segments):
+        if segment.kind != "forward":
+            break
+        peak, left = _own_bytes(segment, number, sizes)
+        highest = max(highest, held + peak)
+        held += left if segment.layer is None else profile.repeats(segment) * _cached_bytes(segment, number, profile)
+    return highest
+
+
+def prediction_bytes(profile: RegimeProfile, micro_batch: int, sequence_tokens: int) -> int:
+    """Return the bytes of one batch's predictions on one process.
+
+    They die in the last segment of a tape that evaluates. From a training step's tape they are taken to be logits, in
+    fp32 under autocast, as accelerate converts them, and otherwise in the weights' dtype.
+    """
+    if profile.regime.evaluates:
+        sizes = size_table(profile, [micro_batch], sequence_tokens)[:, 0]
+        return int(sum(sizes[event[0]] for event in profile.segments[-1].events if len(event) > BIRTH_FIELDS))
+    dtype = profile.regime.weights_dtype if profile.regime.autocast == "no" else "float32"
+    return micro_batch * sequence_tokens * profile.vocab_size * BYTES_PER_ELEMENT[dtype]
+
+
+def _array_factor(profile: RegimeProfile) -> int:
+    """How often the kept predictions are there when they become arrays: a CPU, which moves nothing, copies bf16 to fp32.
+
+    Source: transformers/trainer_pt_utils.py 5.23, nested_numpify.
+    """
+    regime = profile.regime
+    return 3 if regime.device == "cpu" and regime.autocast == "no" and regime.weights_dtype == "bfloat16" else 1
+
+
+def _cached_bytes(segment: Segment, number: int, profile: RegimeProfile) -> int:
+    """What a layer leaves behind whose size no batch changes."""
+    fixed = [int(size[0]) if not any(size[1:]) else 0 for size in profile.sizes]
+    return _own_bytes(segment, number, np.asarray(fixed))[1]
+
+
+def _own_bytes(segment: Segment, number: int, sizes: np.ndarray) -> tuple[int, int]:
+    """The most that a segment's own tensors hold, and what they hold at its end; deaths of others' are not counted."""
+    alive = highest = 0
+    for event in segment.events:
+        if len(event) == BIRTH_FIELDS:
+            alive += int(sizes[event[0]])
+        elif event[2] == number:
+            alive -= int(sizes[event[0]])
+        highest = max(highest, alive)
+    return highest, alive
+
+
+def _input_bytes(profile: RegimeProfile, micro_batch: int, sequence_tokens: int) -> int:
+    """Ids and labels, and the mask or the positions."""
+    num_tensors = 2 if profile.regime.batching == "equal" else 3
+    return num_tensors * micro_batch * sequence_tokens * TOKEN_ID_BYTES
+
+
+def _traced_input_bytes(profile: RegimeProfile, micro_batch: int, sequence_tokens: int) -> int:
+    """Those of them that the trace made itself: ids are labels there."""
+    return _input_bytes(profile, micro_batch, sequence_tokens) - micro_batch * sequence_tokens * TOKEN_ID_BYTES
