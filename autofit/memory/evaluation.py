@@ -90,7 +90,7 @@ def prediction_bytes(profile: RegimeProfile, micro_batch: int, sequence_tokens: 
 
 
 def _array_factor(profile: RegimeProfile) -> int:
-    """How often the kept predictions are there when they become arrays: a CPU, which moves nothing, copies bf16 to fp32.
+    """How often the predictions are there when they become arrays: a CPU, which moves nothing, copies bf16 to fp32.
 
     Source: transformers/trainer_pt_utils.py 5.23, nested_numpify.
     """
