@@ -31,8 +31,9 @@ def fill_with_fakes(model: nn.Module) -> None:
             for name, tensor in table.items():
                 if tensor is not None:
                     table[name] = fake(tensor)  # type: ignore[assignment]
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    base.tie_weights()
+    if not any(name.endswith("modules_to_save") for name, _ in model.named_modules()):  # copies of peft's are not tied
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base.tie_weights()
     del originals
 
 

@@ -96,6 +96,12 @@ class Quantization:
     """Dtype the packed weights are stored as; FSDP shards only floating ones."""
     prepares_kbit: bool = False
     """Whether peft's `prepare_model_for_kbit_training` runs (it upcasts what is not quantised to fp32)."""
+    recasts_tables: bool = False
+    """Whether embeddings and head are cast to bf16 again after that and only norms stay fp32, as TRL's SFTTrainer did
+    up to its release 0.13 where bf16 was asked for (`peft_module_casting_to_bf16`)."""
+    skip_modules: tuple[str, ...] = ()
+    """`llm_int8_skip_modules`: modules that are not quantised, at either width; none: those that transformers chooses
+    (the head, and what is tied to it)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
