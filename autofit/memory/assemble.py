@@ -9,7 +9,7 @@ import numpy as np
 
 from autofit.memory.engines import Layout, Terms, layout
 from autofit.memory.limits import refuse_unmodelled
-from autofit.memory.overheads import context_bytes, workspace_bytes
+from autofit.memory.overheads import context_bytes, workspace_bytes, workspace_sizes
 from autofit.memory.replay import MAX_MICRO_STEPS, Replayed, replay_step
 from autofit.memory.static import StaticBytes, static_bytes
 from autofit.memory.tape import PhasePeak, offloaded_bytes, phase_peaks
@@ -74,6 +74,7 @@ class MemoryModel:
             peak_allocated_bytes=peak,
             peak_reserved_bytes=replayed.peak_reserved_bytes if replayed else None,
             process_bytes=None if context is None else context + (replayed.peak_reserved_bytes if replayed else peak),
+            needed_reserved_bytes=replayed.needed_bytes if replayed else None,
             after_step_allocated_bytes=sum(self._always(plan, cluster.device).values()),
             host_bytes=host * cluster.num_devices_per_node or None,
             budget_bytes=cluster.device.memory_bytes,
@@ -126,7 +127,7 @@ class MemoryModel:
             self.sequence_tokens,
             plan,
             self._tensors,
-            workspace_bytes(cluster.device),
+            workspace_sizes(cluster.device),
             capacity_bytes=cluster.device.memory_bytes - context,
         )
 

@@ -15,10 +15,15 @@ def workspace_bytes(device: Device) -> int:
     Source: torch v2.13 aten/src/ATen/cuda/CUDABlas.cpp, parseChosenWorkspaceSize: 4096 KiB x 2 + 16 KiB x 8, from
     compute capability 9.0 on 4096 KiB x 8.
     """
+    return sum(workspace_sizes(device))
+
+
+def workspace_sizes(device: Device) -> tuple[int, ...]:
+    """The same, one for each thread that multiplies, in the order in which they are taken."""
     if device.kind != "cuda":
-        return 0
+        return ()
     hopper = device.compute_capability is not None and device.compute_capability >= (9, 0)
-    return NUM_CUBLAS_HANDLES * (32 * MIB if hopper else 8 * MIB + 128 * KIB)
+    return (32 * MIB if hopper else 8 * MIB + 128 * KIB,) * NUM_CUBLAS_HANDLES
 
 
 def context_bytes(device: Device, num_devices: int) -> int | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 from autofit.spec.profile import RegimeProfile, StaticTensor
 from autofit.units import BYTES_PER_ELEMENT
@@ -48,9 +50,20 @@ class Tensor:
 
 def tensors(profile: RegimeProfile) -> tuple[Tensor, ...]:
     """Every parameter and buffer of the real model, layer by layer."""
-    return tuple(
-        _tensor(tensor) for tensor in profile.tensors for _ in range(profile.num_layers if tensor.repeats else 1)
-    )
+    return tuple(_tensor(tensor) for tensor, _ in in_model_order(profile))
+
+
+def in_model_order(profile: RegimeProfile) -> Iterator[tuple[StaticTensor, int | None]]:
+    """Every parameter, then every buffer, in the order of the model's modules, with the layer it is one of, if any."""
+    for repeats, group in groupby(profile.tensors, key=lambda tensor: tensor.repeats):
+        members = list(group)
+        layers = range(profile.num_layers) if repeats else (None,)
+        yield from ((tensor, layer) for layer in layers for tensor in members)
+
+
+def num_bytes_of(tensor: StaticTensor) -> int:
+    """Bytes of one such tensor, without an allocator's rounding."""
+    return _tensor(tensor).num_bytes
 
 
 def _tensor(tensor: StaticTensor) -> Tensor:

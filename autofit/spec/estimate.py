@@ -33,10 +33,18 @@ class MemoryEstimate:
     budget_bytes: int
     """What the device has."""
     phases: tuple[Phase, ...]
+    needed_reserved_bytes: int | None = None
+    """What the caching allocator cannot do with less than: it keeps more while there is room, and returns it when
+    there is none."""
 
     @property
     def needed_bytes(self) -> int:
-        """The widest figure that was computed: what decides whether the configuration fits."""
+        """The widest figure that was computed: what decides whether the configuration fits.
+
+        Memory that the allocator keeps, and would return before it fails, is not needed.
+        """
+        if self.process_bytes and self.peak_reserved_bytes and self.needed_reserved_bytes:
+            return self.process_bytes - self.peak_reserved_bytes + self.needed_reserved_bytes
         return self.process_bytes or self.peak_reserved_bytes or self.peak_allocated_bytes
 
     @property

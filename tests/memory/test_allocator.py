@@ -129,5 +129,5 @@ def test_whatever_happens_the_books_balance(requests):
     for block in held:
         allocator.release(block)
     assert allocator.allocated_bytes == 0
-    assert sum(size for pool in allocator._free for size, _, _ in pool) == reserved
-    assert all(block.previous is None and block.following is None for pool in allocator._free for _, _, block in pool)
+    assert sum(block.size for block in allocator.free_blocks()) == reserved
+    assert all(block.previous is None and block.following is None for block in allocator.free_blocks())

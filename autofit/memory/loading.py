@@ -1,0 +1,156 @@
+"""The order in which a model comes onto the device: it decides which blocks are larger than their tensors, and stay so.
+
+transformers puts a quantised model on the device tensor by tensor; one that is not quantised is built in host memory,
+and Trainer moves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from autofit.memory.program import Program
+from autofit.memory.tensors import in_model_order, num_bytes_of
+from autofit.spec.profile import RegimeProfile, StaticTensor
+from autofit.units import BYTES_PER_ELEMENT, GIB
+
+KEPT_FREE_BYTES = int(1.2 * GIB)
+"""transformers' warm-up leaves so much of the device alone.
+
+Source: transformers/modeling_utils.py 5.23, caching_allocator_warmup."""
+FIRST_PEFT_THAT_EMPTIES = (0, 20)
+"""peft's `prepare_model_for_kbit_training` empties the cache from this release on. Source: peft/utils/other.py."""
+BROADCAST_BUCKET_BYTES = 250 * 2**20
+"""DDP copies parameters together into buffers of this size to send them. Source: torch/nn/parallel/distributed.py."""
+NUM_BROADCASTS_IN_FLIGHT = 2
+"""Source: torch v2.13 torch/csrc/distributed/c10d/comm.cpp, broadcast_coalesced, kMaxInFlight."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """One tensor of the real model."""
+
+    tensor: StaticTensor
+    layer: int | None
+
+    @property
+    def num_bytes(self) -> int:
+        return num_bytes_of(self.tensor)
+
+    @property
+    def parent(self) -> str:
+        """The module that holds it, as the checkpoint calls it."""
+        return _plain(self.tensor.name).rpartition(".")[0]
+
+    @property
+    def load_order(self) -> tuple[tuple[int, str, int], ...]:
+        """Where transformers loads it: by name, numbers as numbers.
+
+        Source: transformers/core_model_loading.py 5.23, dot_natural_key.
+        """
+        return tuple(_natural(part, self.layer) for part in _plain(self.tensor.name).split("."))
+
+
+def write_loading(program: Program, profile: RegimeProfile, device_bytes: int) -> None:
+    """Write down how the model's weights, buffers and adapters come onto one device that holds all of them."""
+    named = [_Named(tensor, layer) for tensor, layer in in_model_order(profile)]
+    if profile.regime.quantization is None:
+        program.hold(each.num_bytes for each in named)
+        return
+    adapters = [each for each in named if each.tensor.kind == "adapter"]
+    loaded = [each for each in named if each.tensor.kind != "adapter"]
+    _load_quantized(program, profile, loaded, device_bytes)
+    program.hold(each.num_bytes for each in adapters)
+
+
+def write_broadcast(program: Program, profile: RegimeProfile) -> None:
+    """Write down how DDP sends rank 0's parameters and buffers: copied together into buffers, two at a time.
+
+    Source: torch/nn/parallel/distributed.py, `_sync_module_states`; comm.cpp, broadcast_coalesced.
+    """
+    by_dtype: dict[str, list[int]] = {}
+    for tensor, _ in in_model_order(profile):
+        by_dtype.setdefault(tensor.dtype, []).append(num_bytes_of(tensor))
+    flight: list[int] = []
+    for sizes in by_dtype.values():
+        for bucket in buckets(sizes, (BROADCAST_BUCKET_BYTES,)):
+            if len(flight) == NUM_BROADCASTS_IN_FLIGHT:
+                program.release(flight.pop(0))
+            flight.append(program.allocate(bucket))
+    program.drop(flight)
+
+
+def buckets(sizes: Iterable[int], limits: tuple[int, ...]) -> list[int]:
+    """Group tensors in order until each group reaches its limit; the last limit holds for all further groups.
+
+    Source: torch v2.13 torch/csrc/distributed/c10d/reducer.cpp, compute_bucket_assignment_by_size.
+    """
+    found: list[int] = []
+    filled = 0
+    for size in sizes:
+        filled += size
+        if filled >= limits[min(len(found), len(limits) - 1)]:
+            found.append(filled)
+            filled = 0
+    return [*found, filled] if filled else found
+
+
+def _load_quantized(program: Program, profile: RegimeProfile, named: list[_Named], device_bytes: int) -> None:
+    """transformers reserves the model's size at once, then loads each weight in half precision and packs it.
+
+    What is not packed becomes fp32 afterwards where peft's `prepare_model_for_kbit_training` runs.
+    Source: transformers 5.23 modeling_utils.py (caching_allocator_warmup), core_model_loading.py, and
+    integrations/bitsandbytes.py; bitsandbytes 0.50 functional.py, quantize_4bit; peft/utils/other.py.
+    """
+    quantization = profile.regime.quantization
+    assert quantization is not None, "only a quantised model is loaded so"
+    states: dict[tuple[str, int | None], list[_Named]] = {}
+    for each in named:
+        if each.tensor.kind == "quant_state":
+            states.setdefault((each.parent, each.layer), []).append(each)
+    element = BYTES_PER_ELEMENT[profile.regime.weights_dtype]
+    weights = [each for each in named if each.tensor.kind in {"parameter", "quantized"}]
+    halves = {id(each): each.num_bytes for each in weights}
+    for each in weights:
+        if each.tensor.kind == "parameter":
+            halves[id(each)] = each.tensor.num_elements * element
+    warm_up = min(sum(halves.values()), max(0, device_bytes - KEPT_FREE_BYTES))
+    program.drop(program.hold([warm_up]))
+    held: dict[int, int] = {}
+    for each in sorted(weights, key=lambda each: each.load_order):
+        if each.tensor.kind == "parameter":
+            held[id(each)] = program.allocate(halves[id(each)])
+            continue
+        packed_elements = each.num_bytes * (8 // quantization.bits)
+        source = program.hold([packed_elements * element])
+        kept = states.get((each.parent, each.layer), [])
+        scales = program.hold([4 * packed_elements // 64]) if quantization.double_quant else []
+        program.hold([*(state.num_bytes for state in kept[:1]), each.num_bytes])
+        program.hold(state.num_bytes for state in kept[1:])
+        program.drop([*scales, *source])
+    program.hold(each.num_bytes for each in named if each.tensor.kind == "buffer")
+    if quantization.prepares_kbit:
+        for each in weights:
+            if each.tensor.kind == "parameter" and each.num_bytes != halves[id(each)]:
+                program.allocate(each.num_bytes)
+                program.release(held[id(each)])
+        if release_of(profile.versions.get("peft", "")) >= FIRST_PEFT_THAT_EMPTIES:
+            program.empty_cache()
+
+
+def release_of(version: str) -> tuple[int, int]:
+    """The first two numbers of a version; zeros where there are none."""
+    numbers = [int(part) for part in version.split("+", maxsplit=1)[0].split(".")[:2] if part.isdigit()]
+    return (numbers[0], numbers[1]) if len(numbers) > 1 else (0, 0)
+
+
+def _plain(name: str) -> str:
+    """A tensor's name without what peft puts around it."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def _natural(part: str, layer: int | None) -> tuple[int, str, int]:
+    if part.isdigit():
+        return (0, "", int(part) if layer is None else layer)
+    text = part.rstrip("0123456789")
+    return (1, text, int(part[len(text) :] or 0))
