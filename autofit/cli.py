@@ -13,6 +13,7 @@ import typer
 
 from autofit.errors import AutofitError, InputError
 from autofit.options import (
+    ACCUMULATION,
     GLOBAL_BATCH,
     GPUS,
     MODEL,
@@ -188,14 +189,27 @@ def train(made: Plan, run_folder: Path, script: Path, arguments: Sequence[str], 
 @app.command(cls=SectionedCommand)
 @takes_wishes(EveryWish)
 def estimate(
-    model: Annotated[str, MODEL],
-    seq_len: Annotated[int, SEQ_LEN],
-    gpus: Annotated[str, GPUS],
     wishes: EveryWish,
-    gradient_accumulation_steps: Annotated[
-        int, typer.Option("--gradient-accumulation-steps", min=1, metavar="N", help="Micro-batches in one step.")
-    ] = 1,
+    model: Annotated[str | None, MODEL] = None,
+    seq_len: Annotated[int | None, SEQ_LEN] = None,
+    gpus: Annotated[str | None, GPUS] = None,
+    gradient_accumulation_steps: Annotated[int, ACCUMULATION] = 1,
+    batch: Annotated[
+        Path | None,
+        typer.Option(
+            "--batch",
+            metavar="FILE",
+            help="Estimate one configuration a line of FILE (- is stdin), and print one JSON object for each.",
+        ),
+    ] = None,
     *,
+    replay: Annotated[
+        bool,
+        typer.Option(
+            "--replay/--no-replay",
+            help="Of --batch: send allocations through the allocator's policy, a fraction of a second a row.",
+        ),
+    ] = True,
     allow_hub: AllowHubOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -203,8 +217,15 @@ def estimate(
 
     What is left out: full fine-tuning, micro-batch 1, adamw_torch_fused, no checkpointing, DDP on several devices.
     """
+    if batch is not None:
+        if (model, seq_len, gpus, wishes) != (None, None, None, EveryWish()):
+            raise InputError("with --batch the rows say what is estimated.", to_fix="write the options into the rows")
+        print_batch(batch, replay=replay, allow_hub=allow_hub)
+        return
     from autofit.api import estimate_job, estimated_job
 
+    if model is None or seq_len is None or gpus is None:
+        raise InputError("estimate needs --model, --seq-len and --gpus, or --batch.", to_fix="give them")
     job, cluster = estimated_job(
         model=model,
         gpus=gpus,
@@ -215,6 +236,20 @@ def estimate(
     )
     made = estimate_job(job, cluster, tracing)
     print_plan(made, as_json=as_json)
+
+
+def print_batch(path: Path, *, replay: bool, allow_hub: bool) -> None:
+    """Estimate the rows of a file and print one line for each, as soon as it is there."""
+    from autofit.batch import estimate_rows, read_rows
+
+    try:
+        text = sys.stdin.read() if path == Path("-") else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {str(path)!r}: {error}", to_fix="give a readable file of JSON lines") from error
+    rows = read_rows(text.splitlines())
+    with tracing() as progress:
+        for line in estimate_rows(rows, replays=replay, allow_hub=allow_hub, progress=progress):
+            sys.stdout.write(line.decode() + "\n")
 
 
 @app.command()

@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperCommand
 
 from autofit.errors import InputError, nearest
-from autofit.spec.configuration import Attention, Batching, Dtype, Loss, Method, Optim, Sharding, Task
+from autofit.spec.configuration import Attention, Batching, Dtype, Loss, Method, Optim, SdpaKernel, Sharding, Task
 from autofit.spec.job import Precision, StorageDtype
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ SEQ_LEN = typer.Option(
 GLOBAL_BATCH = typer.Option(
     "--global-batch", min=1, metavar="SEQUENCES", help="Sequences in one optimizer step.", show_default=False
 )
+ACCUMULATION = typer.Option("--gradient-accumulation-steps", min=1, metavar="N", help="Micro-batches in one step.")
 OutputOption = Annotated[
     Path | None,
     typer.Option("--output", "-o", metavar="FOLDER", help="Run folder to write the files into.", show_default=False),
@@ -349,6 +350,16 @@ class EveryWish(Wishes):
     checkpoint_offload: Annotated[
         bool, _option("--checkpoint-offload", section=_ACTIVATIONS, help="Keep checkpoints in pinned host memory.")
     ] = False
+    sdpa_kernel: Annotated[
+        str,
+        _option(
+            "--sdpa-kernel",
+            section=_ACTIVATIONS,
+            metavar=_any_of(get_args(SdpaKernel)),
+            help="Kernel that the script pins sdpa to.",
+            show_default=True,
+        ),
+    ] = "auto"
     task: Annotated[
         str,
         _option("--task", section=_MODEL, metavar="NAME", help=f"{', '.join(get_args(Task))}.", show_default=True),
@@ -719,6 +730,7 @@ def _further(wishes: EveryWish) -> dict[str, Any]:
             "sequence_parallel_size": wishes.sequence_parallel_size,
             "checkpoint_every_n_layers": wishes.checkpoint_every_n_layers,
             "checkpoint_offload": wishes.checkpoint_offload,
+            "sdpa_kernel": _one_of("sdpa-kernel", wishes.sdpa_kernel, get_args(SdpaKernel)),
             "loss": _loss(wishes),
             "batching": _batching(wishes),
             "task": _one_of("task", wishes.task, get_args(Task)),

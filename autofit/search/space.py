@@ -101,6 +101,7 @@ def configuration(
         weights_dtype=restrictions.weights_dtype or dtypes.weights_dtype,
         mixed_precision=dtypes.mixed_precision,
         attention=restrictions.attention,
+        sdpa_kernel=restrictions.sdpa_kernel,
         use_reentrant=gradient_checkpointing
         and (reentrant_by_need if restrictions.use_reentrant is None else restrictions.use_reentrant),
         checkpoint_every_n_layers=restrictions.checkpoint_every_n_layers if gradient_checkpointing else 1,
@@ -198,7 +199,7 @@ def _can(sharding: Sharding, restrictions: Restrictions, cluster: Cluster) -> bo
     return (
         (sharding == "none") != (several or restrictions.offload != "none")
         and (several or engine or sharding == "none")
-        and (engine or restrictions.offload == "none")
+        and ((engine and sharding != "zero1") or restrictions.offload == "none")
         and (shards_parameters or restrictions.offload != "optimizer_and_parameters")
         and (sharding.startswith("fsdp") or not hybrid)
         and (sharding.startswith("zero") or restrictions.sequence_parallel_size == 1)

@@ -112,20 +112,37 @@ def obtain_profiles(job: Job, cluster: Cluster, *, progress: Progress) -> Profil
 
 def profiles_for(model: Model, regimes: Sequence[Regime], *, progress: Progress) -> ProfileSet:
     """Return a profile for each regime; see `obtain_profiles`."""
+    found, refused = profiles_and_refusals(model, regimes, progress=progress)
+    for refusal in refused.values():
+        raise refusal
+    return found
+
+
+def profiles_and_refusals(
+    model: Model, regimes: Sequence[Regime], *, progress: Progress
+) -> tuple[ProfileSet, dict[Regime, InputError]]:
+    """Return a profile for each regime that has one or can be traced, and why the others cannot be.
+
+    Raises:
+        InputError: a profile is missing and the libraries to trace it are not installed.
+    """
     found = stored_profiles(model, regimes)
     missing = [regime for regime in regimes if regime not in found]
     if not missing:
-        return found
+        return found, {}
     if not can_trace():
         raise InputError(
             f"no profile of {model.name} is stored, and the libraries to trace one are not installed.",
             to_fix="pip install 'autofit-launcher[trace]'",
             hint="`autofit models` lists the models whose profiles are shipped",
         )
-    traced = {profile.regime: profile for profile in _trace_all(model, missing, progress)}
-    path = cache_folder() / pack_name(model.config, installed_versions())
-    _try_to_cache(path, {**read_pack(path), **traced})
-    return {**found, **traced}
+    answers = dict(_trace_all(model, missing, progress))
+    traced = {regime: answer for regime, answer in answers.items() if isinstance(answer, RegimeProfile)}
+    refused = {regime: answer for regime, answer in answers.items() if isinstance(answer, InputError)}
+    if traced:
+        path = cache_folder() / pack_name(model.config, installed_versions())
+        _try_to_cache(path, {**read_pack(path), **traced})
+    return {**found, **traced}, refused
 
 
 def _try_to_cache(path: Path, profiles: ProfileSet) -> None:
@@ -135,17 +152,20 @@ def _try_to_cache(path: Path, profiles: ProfileSet) -> None:
         sys.stderr.write(f"autofit: profiles are not cached: {error}\n")
 
 
-def _trace_all(model: Model, regimes: Sequence[Regime], progress: Progress) -> Iterator[RegimeProfile]:
+def _trace_all(
+    model: Model, regimes: Sequence[Regime], progress: Progress
+) -> Iterator[tuple[Regime, RegimeProfile | InputError]]:
     """Trace in as many processes as there are cores, up to a few; answers come as they are ready."""
     workers = max(1, min(MAX_TRACERS, os.cpu_count() or 1, len(regimes)))
     shares = [regimes[n::workers] for n in range(workers)]
     progress(model.name, 0, len(regimes))
     done = 0
     with ThreadPoolExecutor(workers) as pool:
-        for profiles in pool.map(lambda share: trace_in_subprocess(model, share), shares):
+        answers = pool.map(lambda share: answers_of_subprocess(model, share), shares)
+        for share, profiles in zip(shares, answers, strict=True):
             done += len(profiles)
             progress(model.name, done, len(regimes))
-            yield from profiles
+            yield from zip(share, profiles, strict=True)
 
 
 def trace_in_subprocess(model: Model, regimes: Sequence[Regime]) -> list[RegimeProfile]:
@@ -153,6 +173,19 @@ def trace_in_subprocess(model: Model, regimes: Sequence[Regime]) -> list[RegimeP
 
     Raises:
         InputError: the model cannot be traced.
+    """
+    answers = answers_of_subprocess(model, regimes)
+    for answer in answers:
+        if isinstance(answer, InputError):
+            raise answer
+    return [answer for answer in answers if isinstance(answer, RegimeProfile)]
+
+
+def answers_of_subprocess(model: Model, regimes: Sequence[Regime]) -> list[RegimeProfile | InputError]:
+    """Trace regimes in one process; of each, the profile or why it cannot be traced.
+
+    Raises:
+        InputError: the process ended before it had answered.
     """
     request = msgspec.json.encode({"model": model.name, "config": model.config, "regimes": regimes})
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -169,8 +202,8 @@ def trace_in_subprocess(model: Model, regimes: Sequence[Regime]) -> list[RegimeP
     return answers
 
 
-def _read_answer(line: bytes) -> RegimeProfile:
+def _read_answer(line: bytes) -> RegimeProfile | InputError:
     answer = msgspec.json.decode(line)
     if "error" in answer:
-        raise InputError(answer["error"]["message"], to_fix=answer["error"]["to_fix"])
+        return InputError(answer["error"]["message"], to_fix=answer["error"]["to_fix"])
     return msgspec.convert(answer, RegimeProfile)

@@ -15,6 +15,7 @@ from autofit.spec.configuration import (
     Method,
     Offload,
     Optim,
+    SdpaKernel,
     Sharding,
     Task,
 )
@@ -88,6 +89,7 @@ class Restrictions:
     checkpoint_every_n_layers: int = 1
     checkpoint_offload: bool = False
     attention: Attention = "sdpa"
+    sdpa_kernel: SdpaKernel = "auto"
     lora: Lora = field(default_factory=Lora)
     """The adapter to train where the method is lora or qlora."""
     freeze: Freeze = field(default_factory=Freeze)

@@ -66,6 +66,7 @@ ESTIMATED = SHARED | {
     "--packing",
     "--checkpoint-every-n-layers",
     "--checkpoint-offload",
+    "--sdpa-kernel",
     "--task",
     "--image-tokens",
     "--loss",
@@ -80,7 +81,8 @@ SURFACE = {
     | {"--gpus", "--plan", "--model", "--seq-len", "--global-batch", "--allow-hub"}
     | {"-o", "--output", "--dry-run", "--json"},
     "estimate": ESTIMATED
-    | {"--model", "--seq-len", "--gpus", "--gradient-accumulation-steps", "--allow-hub", "--json"},
+    | {"--model", "--seq-len", "--gpus", "--gradient-accumulation-steps", "--batch", "--replay", "--no-replay"}
+    | {"--allow-hub", "--json"},
     "devices": {"--json"},
     "models": {"--json"},
     "templates": {"--json"},
@@ -115,6 +117,7 @@ VALUES = {
     "sharding": typing.get_args(configuration.Sharding),
     "precision": ("auto", *typing.get_args(job.Precision)),
     "attention": typing.get_args(configuration.Attention),
+    "sdpa_kernel": typing.get_args(configuration.SdpaKernel),
     "loss": typing.get_args(configuration.Loss),
     "task": typing.get_args(configuration.Task),
     "weights_dtype": typing.get_args(configuration.Dtype),
@@ -162,6 +165,7 @@ EVERY_KNOB = {
     "checkpoint_every_n_layers": 2,
     "checkpoint_offload": True,
     "attention": "eager",
+    "sdpa_kernel": "efficient",
     "use_liger_kernel": True,
     "padding": True,
     "task": "causal-lm",

@@ -1,0 +1,182 @@
+"""Many estimates at once: what rows of one model, code path and length share is worked out once."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any
+
+import msgspec
+
+from autofit.errors import AutofitError, InputError
+from autofit.memory.assemble import MemoryModel
+from autofit.memory.limits import refuse_unmodelled
+from autofit.search.evaluate import refuse_length
+from autofit.search.rules import broken_rule
+from autofit.sources.profiles import Progress, profiles_and_refusals
+from autofit.sources.rows import Case, Row, read_case
+from autofit.spec.job import Model, Restrictions
+from autofit.spec.profile import Regime, RegimeProfile
+from autofit.timing import TimeModel
+
+NUM_ROWS_A_TASK = 8
+"""Rows that one process takes at a time: enough for what they share to count, few enough to spread over cores."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Task:
+    """Rows of one code path and length."""
+
+    profile: RegimeProfile
+    cases: dict[int, Case]
+    """By number of the row."""
+    replays: bool
+
+
+def estimate_rows(
+    rows: Iterable[Row | InputError],
+    *,
+    replays: bool = True,
+    num_processes: int | None = None,
+    allow_hub: bool = False,
+    progress: Progress = lambda _name, _done, _total: None,
+) -> Iterator[bytes]:
+    """Estimate rows; yield one JSON object for each, in their order.
+
+    That is the row's id and the objects `memory` and `time` of `autofit estimate --json`, or `refused` with the reason.
+
+    Args:
+        rows: see `autofit.sources.rows`; an error stands for a row that could not be read.
+        replays: whether each row's allocations go through the allocator's policy, for `peak_reserved_bytes`.
+        num_processes: that replay at the same time; None: one for each core.
+        allow_hub: whether a config.json may be downloaded.
+        progress: called with (model, regimes traced, regimes in all) while something is traced.
+    """
+    read = [_read(row, allow_hub=allow_hub) for row in rows]
+    answers = {number: answer for number, answer in enumerate(read) if isinstance(answer, bytes)}
+    cases = {number: case for number, case in enumerate(read) if isinstance(case, Case)}
+    profiles, refusals = _profiles(cases.values(), progress)
+    for number, case in cases.items():
+        key = _key(case.model), case.regime
+        if key in refusals:
+            answers[number] = _refused(case.id, refusals[key])
+    todo = {number: case for number, case in cases.items() if number not in answers}
+    yield from _in_order(answers, _estimated(list(_tasks(todo, profiles, replays=replays)), num_processes), len(read))
+
+
+def read_rows(lines: Iterable[str]) -> Iterator[Row | InputError]:
+    """Read JSON lines; empty ones are left out, and one that is no object is an error in its place."""
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            yield InputError(f"line {number} is not JSON: {error}")
+            continue
+        yield row if isinstance(row, dict) else InputError(f"line {number} is not a JSON object.")
+
+
+def _read(row: Row | InputError, *, allow_hub: bool) -> Case | bytes:
+    if isinstance(row, InputError):
+        return _refused(None, row)
+    try:
+        case = read_case(row, allow_hub=allow_hub)
+        _refuse_impossible(case)
+    except AutofitError as error:
+        return _refused(row.get("id"), error)
+    return case
+
+
+def _refuse_impossible(case: Case) -> None:
+    """Refuse what is not modelled, and what a library refuses to run in a Trainer; a loop of one's own may do it."""
+    refuse_unmodelled(case.configuration)
+    rule = broken_rule(case.configuration, case.cluster, Restrictions(optims=(case.configuration.optim,)))
+    if rule is not None and not case.configuration.keeps_outputs:
+        raise InputError(f"{rule.reason} ({rule.name}: {rule.library} {rule.releases}).", to_fix="correct the row")
+
+
+def _refused(row_id: Any, error: AutofitError) -> bytes:
+    return msgspec.json.encode({"id": row_id, "refused": error.message})
+
+
+def _key(model: Model) -> str:
+    """Tell models apart by name and content."""
+    return f"{model.name} {json.dumps(model.config, sort_keys=True, default=str)}"
+
+
+def _profiles(
+    cases: Iterable[Case], progress: Progress
+) -> tuple[dict[tuple[str, Regime], RegimeProfile], dict[tuple[str, Regime], AutofitError]]:
+    """Look up or trace every code path, those of one model together."""
+    models: dict[str, Model] = {}
+    regimes: dict[str, dict[Regime, None]] = defaultdict(dict)
+    for case in cases:
+        models[_key(case.model)] = case.model
+        regimes[_key(case.model)][case.regime] = None
+    found: dict[tuple[str, Regime], RegimeProfile] = {}
+    refused: dict[tuple[str, Regime], AutofitError] = {}
+    for key, model in models.items():
+        try:
+            traced, refusals = profiles_and_refusals(model, tuple(regimes[key]), progress=progress)
+        except InputError as error:
+            refused |= {(key, regime): error for regime in regimes[key]}
+            continue
+        found |= {(key, regime): profile for regime, profile in traced.items()}
+        refused |= {(key, regime): error for regime, error in refusals.items()}
+    return found, refused
+
+
+def _tasks(
+    cases: Mapping[int, Case], profiles: Mapping[tuple[str, Regime], RegimeProfile], *, replays: bool
+) -> Iterator[_Task]:
+    groups: dict[tuple[str, Regime, int], list[int]] = defaultdict(list)
+    for number, case in cases.items():
+        groups[_key(case.model), case.regime, case.workload.sequence_tokens].append(number)
+    for (key, regime, _), numbers in groups.items():
+        for first in range(0, len(numbers), NUM_ROWS_A_TASK):
+            chosen = numbers[first : first + NUM_ROWS_A_TASK]
+            yield _Task(
+                profile=profiles[key, regime], cases={number: cases[number] for number in chosen}, replays=replays
+            )
+
+
+def _estimated(tasks: Sequence[_Task], num_processes: int | None) -> Iterator[dict[int, bytes]]:
+    workers = min(num_processes or len(os.sched_getaffinity(0)), len(tasks))
+    if workers < 2 or not tasks[0].replays:
+        yield from map(_estimate, tasks)
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+        yield from pool.map(_estimate, tasks)
+
+
+def _estimate(task: _Task) -> dict[int, bytes]:
+    """Estimate the rows of one task."""
+    cases = task.cases.values()
+    tokens = next(iter(cases)).workload.sequence_tokens
+    batches = sorted({case.configuration.per_device_train_batch_size for case in cases})
+    model = MemoryModel(task.profile, tokens, batches)
+    return {number: _answer(case, model, task) for number, case in task.cases.items()}
+
+
+def _answer(case: Case, model: MemoryModel, task: _Task) -> bytes:
+    try:
+        refuse_length(task.profile, case.workload.sequence_tokens)
+        memory = model.estimate(case.configuration, case.cluster, replays=task.replays)
+        time = TimeModel(task.profile, case.cluster, case.workload).time(case.configuration)
+    except AutofitError as error:
+        return _refused(case.id, error)
+    return msgspec.json.encode({"id": case.id, "memory": memory, "time": time})
+
+
+def _in_order(known: dict[int, bytes], parts: Iterator[dict[int, bytes]], num_rows: int) -> Iterator[bytes]:
+    """Yield each row's answer as soon as it and all before it are there."""
+    for number in range(num_rows):
+        while number not in known:
+            known |= next(parts)
+        yield known.pop(number)

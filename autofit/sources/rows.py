@@ -1,0 +1,262 @@
+"""Rows of measured or planned runs, one JSON object each: from a row to the one configuration that it describes.
+
+Fields and their meaning are those of published measurements: `id`, `model`, `gpus`, `seq_len`, `micro_batch_size`,
+`method`, `quantization`, `kbit_prepare`, `lora_rank`, `lora_target_modules`, `weights_dtype`, `autocast`, `optimizer`,
+`gradient_checkpointing`, `attention`, `loss`, `outputs_kept`, `sharding`, `offload`. Every other keyword of
+`autofit.estimate` may stand beside them. What was measured is not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import msgspec
+
+from autofit.errors import InputError, nearest
+from autofit.search.space import candidates
+from autofit.sources.hardware import parse_cluster
+from autofit.sources.models import resolve_model
+from autofit.spec.configuration import Configuration
+from autofit.spec.hardware import Cluster
+from autofit.spec.job import Job, Model, Restrictions, Workload
+from autofit.spec.profile import Regime
+from autofit.spec.regimes import regime_of
+
+Row = Mapping[str, Any]
+
+NOT_READ = frozenset({"id", "source", "stack", "notes", "tokens_per_second", "tokens_per_second_total"})
+"""What says where a row is from, and what was measured (so is everything that ends in `_gib` or `_bytes`)."""
+REQUIRED = ("model", "gpus", "seq_len")
+SHARDINGS = {"fsdp_full_shard": "fsdp1", "fsdp2_full_shard": "fsdp2", "fsdp": "fsdp1", "fsdp_shard_grad_op": "fsdp1"}
+"""accelerate's words for FSDP, which mean the first of its versions unless they say otherwise."""
+OFFLOADS = {
+    "params cpu (FSDP CPUOffload)": "optimizer_and_parameters",
+    "params cpu": "optimizer_and_parameters",
+    "optimizer cpu": "optimizer",
+}
+PURE = {"float32": "fp32", "bfloat16": "pure-bf16", "float16": "pure-fp16"}
+LEFT_UNQUANTISED: tuple[list[str] | None, ...] = (None, [], ["lm_head"])
+"""transformers never quantises the head, and no other module can be named."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One row, read."""
+
+    id: Any
+    model: Model
+    cluster: Cluster
+    workload: Workload
+    configuration: Configuration
+
+    @property
+    def regime(self) -> Regime:
+        """The code path that it has to be traced under."""
+        return regime_of(self.configuration, self.cluster.device)
+
+
+def read_case(row: Row, *, allow_hub: bool = False) -> Case:
+    """Read a row.
+
+    Raises:
+        InputError: it lacks something, or has a value that is not known.
+    """
+    _refuse_unknown_fields(row)
+    for name in REQUIRED:
+        if row.get(name) is None:
+            raise InputError(f"the row has no {name}.", to_fix=f"give {', '.join(REQUIRED)}")
+    cluster, model = _cluster(row["gpus"]), _model(row["model"], allow_hub)
+    restrictions = read_restrictions(row, cluster)
+    accumulation = _number(row, "gradient_accumulation_steps", 1)
+    num_groups = max(1, cluster.num_devices // restrictions.sequence_parallel_size)
+    sequences = restrictions.micro_batch_sequences[0] * accumulation * num_groups
+    workload = Workload(sequence_tokens=_number(row, "seq_len", 1), global_batch_sequences=sequences)
+    found = candidates(Job(model=model, workload=workload, restrictions=restrictions), cluster)
+    if len(found) != 1:
+        raise InputError(
+            f"the row leaves several shardings: {', '.join(each.sharding for each in found)}.", to_fix="give sharding"
+        )
+    return Case(id=row.get("id"), model=model, cluster=cluster, workload=workload, configuration=found[0])
+
+
+def read_restrictions(row: Row, cluster: Cluster) -> Restrictions:
+    """Read what a row fixes: everything. A null is the default, or follows from the rest.
+
+    Raises:
+        InputError: a value is not known.
+    """
+    given: dict[str, Any] = {
+        "methods": (_method(row),),
+        "precision": _precision(row),
+        "weights_dtype": row.get("weights_dtype"),
+        "optims": (row.get("optimizer") or "adamw_torch_fused",),
+        "shardings": _shardings(row, cluster),
+        "reshard_after_forward": row.get("sharding") != "fsdp_shard_grad_op",
+        "offload": _offload(row),
+        "micro_batch_sequences": (_number(row, "micro_batch_size", 1),),
+        "gradient_checkpointing": bool(row.get("gradient_checkpointing")),
+        "attention": row.get("attention") or "sdpa",
+        "lora": _stated({"r": row.get("lora_rank"), "target_modules": _targets(row)}),
+        "quantization": _quantization(row),
+        "loss": row.get("loss") or "stock",
+        "keeps_outputs": bool(row.get("outputs_kept")),
+    }
+    given |= {name: read(row[name]) for name, read in FURTHER.items() if row.get(name) is not None}
+    for whole, names in PARTS.items():
+        parts = {part: row[name] for name, part in names.items() if row.get(name) is not None}
+        if parts:
+            given[whole] = {**given.get(whole, {}), **parts}
+    try:
+        return msgspec.convert(_stated(given), Restrictions)
+    except msgspec.ValidationError as error:
+        raise InputError(f"the row has a value that is not known: {_words(error)}", to_fix="correct it") from error
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+FURTHER: dict[str, Callable[[Any], Any]] = dict.fromkeys(
+    (
+        "use_reentrant",
+        "checkpoint_every_n_layers",
+        "checkpoint_offload",
+        "num_replicas",
+        "reshard_after_forward",
+        "sequence_parallel_size",
+        "batching",
+        "task",
+        "image_tokens",
+        "expandable_segments",
+        "max_split_size_mb",
+        "sdpa_kernel",
+    ),
+    _same,
+)
+"""Fields of `Restrictions` that a row may name as they are."""
+PARTS = {
+    "lora": {name: name for name in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora", "modules_to_save")},
+    "freeze": {name: name for name in ("freeze_trainable_layers", "freeze_extra_modules")},
+}
+READ = frozenset(
+    {
+        *REQUIRED,
+        *FURTHER,
+        *(name for names in PARTS.values() for name in names),
+        "gradient_accumulation_steps",
+        "micro_batch_size",
+        "method",
+        "quantization",
+        "kbit_prepare",
+        "lora_rank",
+        "lora_target_modules",
+        "weights_dtype",
+        "autocast",
+        "tf32",
+        "optimizer",
+        "gradient_checkpointing",
+        "attention",
+        "loss",
+        "outputs_kept",
+        "sharding",
+        "offload",
+    }
+)
+
+
+def _refuse_unknown_fields(row: Row) -> None:
+    for name, value in row.items():
+        measured = name in NOT_READ or name.endswith(("_gib", "_bytes"))
+        if name not in READ and not measured and value is not None:
+            raise InputError(
+                f"the row has the unknown field {name!r}.", to_fix=f"the nearest are {nearest(name, READ)}"
+            )
+
+
+@lru_cache(maxsize=256)
+def _cluster(text: Any) -> Cluster:
+    return parse_cluster(str(text))
+
+
+@lru_cache(maxsize=1024)
+def _model(text: Any, allow_hub: bool) -> Model:  # noqa: FBT001 - a key of the cache
+    return resolve_model(str(text), allow_hub=allow_hub)
+
+
+def _number(row: Row, name: str, default: int) -> int:
+    value = row.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"the row's {name} is {value!r}.", to_fix="give a whole number of at least 1")
+    return value
+
+
+def _method(row: Row) -> str:
+    method = row.get("method") or "full"
+    quantised = row.get("quantization") is not None
+    if quantised and method != "qlora":
+        raise InputError(f"the row's method is {method!r}, and it is quantised.", to_fix="give the method qlora")
+    return str(method)
+
+
+def _precision(row: Row) -> str:
+    """Name what autocast and the weights' dtype come to; autocast `no` leaves it to the weights."""
+    autocast, weights = row.get("autocast"), row.get("weights_dtype")
+    if autocast not in {None, "no", "bf16", "fp16"}:
+        raise InputError(f"the row's autocast is {autocast!r}.", to_fix="give no, bf16 or fp16")
+    if autocast != "no":
+        return autocast or "auto"
+    if row.get("tf32") and weights in {None, "float32"}:
+        return "tf32"
+    if weights is not None and weights not in PURE:
+        raise InputError(f"the row's weights_dtype is {weights!r}.", to_fix=f"give one of {', '.join(PURE)}")
+    return PURE[weights or "float32"]
+
+
+def _shardings(row: Row, cluster: Cluster) -> tuple[str, ...]:
+    stated = row.get("sharding")
+    if stated is None or (stated == "none" and cluster.num_devices > 1):
+        return ("none", "ddp")
+    return (SHARDINGS.get(stated, str(stated)),)
+
+
+def _offload(row: Row) -> str:
+    stated = row.get("offload") or "none"
+    return OFFLOADS.get(stated, str(stated))
+
+
+def _targets(row: Row) -> list[str] | None:
+    stated = row.get("lora_target_modules")
+    return [stated] if isinstance(stated, str) else stated
+
+
+def _quantization(row: Row) -> dict[str, Any]:
+    stated = row.get("quantization") or {}
+    known = {"bits", "type", "double_quant", "storage", "skip", "compute_dtype"}
+    if not isinstance(stated, dict) or set(stated) - known:
+        raise InputError(f"the row's quantization is {stated!r}.", to_fix=f"give null or {', '.join(sorted(known))}")
+    if stated.get("skip") not in LEFT_UNQUANTISED:
+        raise InputError(f"leaving {stated['skip']} unquantised is not modelled.", to_fix='give null or ["lm_head"]')
+    return _stated(
+        {
+            "bits": stated.get("bits"),
+            "quant_type": stated.get("type") if stated.get("bits") != 8 else None,
+            "double_quant": stated.get("double_quant"),
+            "storage_dtype": stated.get("storage"),
+            "compute_dtype": stated.get("compute_dtype"),
+            "prepares_kbit": row.get("kbit_prepare"),
+        }
+    )
+
+
+def _stated(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _words(error: msgspec.ValidationError) -> str:
+    """Shorten msgspec's words to what and where."""
+    return str(error).replace(" - at `$.", ", in `")
