@@ -303,6 +303,23 @@ class EveryWish(Wishes):
     load_in_8bit: Annotated[
         bool, _option("--load-in-8bit", section=_QUANT, help="LLM.int8() weights under an adapter.")
     ] = False
+    llm_int8_skip_modules: Annotated[
+        str | None,
+        _option(
+            "--llm-int8-skip-modules",
+            section=_QUANT,
+            metavar="NAMES",
+            help="Modules left unquantised, at either width (default: what transformers chooses).",
+        ),
+    ] = None
+    recasts_tables: Annotated[
+        bool,
+        _option(
+            "--recasts-tables",
+            section=_QUANT,
+            help="After --prepare-kbit, embeddings and head become bf16 again, as TRL did up to 0.13.",
+        ),
+    ] = False
     num_replicas: Annotated[
         int | None,
         _option(
@@ -593,7 +610,7 @@ _GROUPS = (
     _Group(
         needs="--method qlora",
         applies=lambda wishes: wishes.method == ["qlora"],
-        names=("load_in_4bit", "load_in_8bit", "prepare_kbit"),
+        names=("load_in_4bit", "load_in_8bit", "prepare_kbit", "recasts_tables", "llm_int8_skip_modules"),
     ),
     _Group(
         needs="four-bit weights",
@@ -712,6 +729,10 @@ def _quantization(wishes: Wishes) -> dict[str, Any]:
             "compute_dtype": _one_of("bnb-4bit-compute-dtype", wishes.bnb_4bit_compute_dtype, get_args(Dtype)),
             "storage_dtype": _one_of("bnb-4bit-quant-storage", wishes.bnb_4bit_quant_storage, get_args(StorageDtype)),
             "prepares_kbit": wishes.prepare_kbit,
+            "recasts_tables": wishes.recasts_tables if isinstance(wishes, EveryWish) else None,
+            "skip_modules": _names("llm-int8-skip-modules", wishes.llm_int8_skip_modules)
+            if isinstance(wishes, EveryWish)
+            else None,
         }
     )
 

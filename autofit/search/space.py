@@ -159,6 +159,8 @@ def _quantization(wish: QuantizationWish, dtypes: Dtypes, sharding: Sharding) ->
         compute_dtype=wish.compute_dtype or dtypes.compute_dtype,
         storage_dtype=wish.storage_dtype or (dtypes.compute_dtype if packed_as_computed else "uint8"),
         prepares_kbit=wish.prepares_kbit,
+        recasts_tables=wish.recasts_tables,
+        skip_modules=wish.skip_modules,
     )
 
 

@@ -38,8 +38,8 @@ OFFLOADS = {
     "optimizer cpu": "optimizer",
 }
 PURE = {"float32": "fp32", "bfloat16": "pure-bf16", "float16": "pure-fp16"}
-LEFT_UNQUANTISED: tuple[list[str] | None, ...] = (None, [], ["lm_head"])
-"""transformers never quantises the head, and no other module can be named."""
+ALWAYS_UNQUANTISED = ("lm_head",)
+"""What transformers leaves unquantised unasked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +151,7 @@ READ = frozenset(
         "method",
         "quantization",
         "kbit_prepare",
+        "recasts_tables",
         "lora_rank",
         "lora_target_modules",
         "weights_dtype",
@@ -239,8 +240,7 @@ def _quantization(row: Row) -> dict[str, Any]:
     known = {"bits", "type", "double_quant", "storage", "skip", "compute_dtype"}
     if not isinstance(stated, dict) or set(stated) - known:
         raise InputError(f"the row's quantization is {stated!r}.", to_fix=f"give null or {', '.join(sorted(known))}")
-    if stated.get("skip") not in LEFT_UNQUANTISED:
-        raise InputError(f"leaving {stated['skip']} unquantised is not modelled.", to_fix='give null or ["lm_head"]')
+    skipped = tuple(stated.get("skip") or ())
     return _stated(
         {
             "bits": stated.get("bits"),
@@ -249,6 +249,8 @@ def _quantization(row: Row) -> dict[str, Any]:
             "storage_dtype": stated.get("storage"),
             "compute_dtype": stated.get("compute_dtype"),
             "prepares_kbit": row.get("kbit_prepare"),
+            "skip_modules": () if skipped == ALWAYS_UNQUANTISED else skipped,
+            "recasts_tables": row.get("recasts_tables"),
         }
     )
 

@@ -61,6 +61,8 @@ class QuantizationWish:
     compute_dtype: Dtype | None = None
     storage_dtype: StorageDtype | None = None
     prepares_kbit: bool = False
+    recasts_tables: bool = False
+    skip_modules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
