@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from autofit.memory.engines import Layout, Terms, layout
+from autofit.memory.fsdp import FsdpModel
 from autofit.memory.limits import refuse_unmodelled
 from autofit.memory.overheads import context_bytes, workspace_bytes, workspace_sizes
 from autofit.memory.replay import MAX_MICRO_STEPS, Replayed, replay_step
@@ -46,6 +47,7 @@ class MemoryModel:
         self._peaks = phase_peaks(profile, np.asarray(micro_batches), sequence_tokens)
         self._offloaded = offloaded_bytes(profile, np.asarray(micro_batches), sequence_tokens)
         self._tensors: tuple[Tensor, ...] = tensors(profile)
+        self._fsdp = FsdpModel(profile, micro_batches, sequence_tokens)
         self._layouts: dict[Configuration, Layout] = {}
         self._static: StaticBytes = static_bytes(self._tensors, profile.regime.device)
 
@@ -75,7 +77,7 @@ class MemoryModel:
             peak_reserved_bytes=replayed.peak_reserved_bytes if replayed else None,
             process_bytes=None if context is None else context + (replayed.peak_reserved_bytes if replayed else peak),
             needed_reserved_bytes=replayed.needed_bytes if replayed else None,
-            after_step_allocated_bytes=sum(self._always(plan, cluster.device).values()),
+            after_step_allocated_bytes=self._between_steps(plan, configuration, cluster.device),
             host_bytes=host * cluster.num_devices_per_node or None,
             budget_bytes=cluster.device.memory_bytes,
             phases=phases,
@@ -83,6 +85,8 @@ class MemoryModel:
 
     def _layout(self, configuration: Configuration, device: Device) -> Layout:
         """Lay out a configuration, once for all micro-batches: only whether it accumulates matters."""
+        if configuration.uses_fsdp:
+            return self._fsdp.layout(configuration)
         accumulates = min(configuration.gradient_accumulation_steps, MAX_MICRO_STEPS)
         same = replace(configuration, per_device_train_batch_size=1, gradient_accumulation_steps=accumulates)
         if same not in self._layouts:
@@ -92,11 +96,19 @@ class MemoryModel:
     def _always(self, plan: Layout, device: Device) -> Terms:
         return {**plan.resident, "workspaces": workspace_bytes(device)}
 
+    def _between_steps(self, plan: Layout, configuration: Configuration, device: Device) -> int:
+        later = self._fsdp.between_steps(configuration) if configuration.uses_fsdp else {}
+        return sum([*self._always(plan, device).values(), *later.values()])
+
     def _phases(self, plan: Layout, configuration: Configuration, device: Device) -> tuple[Phase, ...]:
         always = {**self._always(plan, device), "batch": self._batch_bytes(configuration)}
         column = self._column[configuration.per_device_train_batch_size]
         accumulates = configuration.gradient_accumulation_steps > 1
-        phases = [self._phase(peak, column, plan, always, accumulates=accumulates) for peak in self._peaks]
+        if configuration.uses_fsdp:
+            found = self._fsdp.peaks(configuration, column)
+            phases = [_phase(PHASE_NAMES.get(name, name), [always, terms]) for name, terms in found.items()]
+        else:
+            phases = [self._phase(peak, column, plan, always, accumulates=accumulates) for peak in self._peaks]
         return _highest_of_each_name([*phases, *(_phase("optimizer_step", [always, step]) for step in plan.step)])
 
     def _phase(self, peak: PhasePeak, column: int, plan: Layout, always: Terms, *, accumulates: bool) -> Phase:
@@ -118,7 +130,7 @@ class MemoryModel:
         return micro * (NUM_INPUT_TENSORS * configuration.gradient_accumulation_steps - 1)
 
     def _replay(self, plan: Layout, configuration: Configuration, cluster: Cluster) -> Replayed | None:
-        if cluster.device.kind != "cuda":
+        if cluster.device.kind != "cuda" or configuration.uses_fsdp:
             return None
         context = context_bytes(cluster.device, cluster.num_devices) or 0
         return replay_step(

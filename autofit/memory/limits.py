@@ -9,7 +9,7 @@ from autofit.errors import InputError
 from autofit.memory.optimizers import OPTIMIZERS
 from autofit.spec.configuration import Configuration
 
-MODELLED_SHARDINGS = ("none", "ddp", "zero1", "zero2", "zero3")
+MODELLED_SHARDINGS = ("none", "ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2")
 
 
 def refuse_unmodelled(configuration: Configuration) -> None:
@@ -31,9 +31,14 @@ def unmodelled(configuration: Configuration) -> str | None:
         (c.optim not in OPTIMIZERS, f"optim {c.optim}"),
         (c.sharding not in MODELLED_SHARDINGS, f"sharding {c.sharding}"),
         (c.offload != "none", f"offload {c.offload}"),
-        (c.num_replicas != 1, "a hybrid shard (num_replicas)"),
+        (c.num_replicas != 1 and not c.uses_fsdp, f"a hybrid shard (num_replicas) under {c.sharding}"),
         (c.sequence_parallel_size != 1, "sequence parallelism (sequence_parallel_size)"),
-        (not c.reshard_after_forward, "reshard_after_forward off"),
+        (not c.reshard_after_forward and not c.uses_fsdp, f"reshard_after_forward off under {c.sharding}"),
+        (c.uses_fsdp and c.checkpoint_every_n_layers != 1, "checkpointing of every n-th layer under FSDP"),
+        (c.uses_fsdp and c.use_reentrant, "reentrant checkpointing under FSDP"),
+        (c.uses_fsdp and lora is not None and bool(lora.modules_to_save), "modules_to_save under FSDP"),
+        (c.uses_fsdp and c.loss != "stock", f"loss {c.loss} under FSDP"),
+        (c.uses_fsdp and c.num_processes == c.num_replicas, "FSDP whose copies are each held by one process"),
         (c.method == "freeze", "method freeze"),
         (lora is not None and lora.use_dora, "use_dora"),
         (lora is not None and bool(lora.modules_to_save), "modules_to_save"),

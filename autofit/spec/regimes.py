@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from autofit.spec.configuration import Configuration, Dtype, MixedPrecision
+from dataclasses import replace
+
+from autofit.spec.configuration import Configuration, Dtype, MixedPrecision, Quantization
 from autofit.spec.hardware import Device
 from autofit.spec.profile import Regime
 
@@ -21,18 +23,26 @@ def regime_of(configuration: Configuration, device: Device) -> Regime:
     Source: deepspeed/runtime/engine.py 0.19.8 (`_configure_distributed_model`); accelerate/accelerator.py 1.15
     (`_prepare_deepspeed` skips `prepare_model`'s autocast).
 
+    FSDP gathers every parameter in its 16-bit dtype, whatever it is stored in, and autocast stays around the forward.
+    FSDP1 puts adapters in units of their own, so that peft sees the stored dtype when it converts their input.
+    Source: accelerate/accelerator.py 1.15 (`prepare_model`), accelerate/utils/dataclasses.py (`set_mixed_precision`);
+    peft/utils/other.py 0.21 (`fsdp_auto_wrap_policy`).
+
     Stage 3 replaces torch's linear function. Where every weight trains that keeps what torch's own keeps.
     """
     half = _HALF.get(configuration.mixed_precision)
     checkpoints = configuration.gradient_checkpointing
     engine_casts = configuration.uses_deepspeed and half is not None
+    gathers_half = configuration.uses_fsdp and half is not None
     return Regime(
         method=configuration.method,
-        quantization=configuration.quantization,
+        quantization=_quantization(configuration.quantization, casts_rest=gathers_half),
         lora=configuration.lora,
         freeze=configuration.freeze,
-        weights_dtype=half if engine_casts and half else configuration.weights_dtype,
-        adapter_dtype=_adapter_dtype(configuration, half if engine_casts else None),
+        weights_dtype=half if (engine_casts or gathers_half) and half else configuration.weights_dtype,
+        adapter_dtype=_adapter_dtype(
+            configuration, half if engine_casts or (gathers_half and configuration.sharding == "fsdp2") else None
+        ),
         autocast="no" if engine_casts else configuration.mixed_precision,
         gradient_checkpointing=checkpoints,
         use_reentrant=checkpoints and configuration.use_reentrant,
@@ -49,6 +59,13 @@ def regime_of(configuration: Configuration, device: Device) -> Regime:
         keeps_outputs=configuration.keeps_outputs,
         zero3_linear=configuration.zero_stage == ZERO3 and configuration.method != "full",
     )
+
+
+def _quantization(quantization: Quantization | None, *, casts_rest: bool) -> Quantization | None:
+    """What is not quantised computes in the dtype it is gathered in, though it may have been prepared in fp32."""
+    if quantization is None or not casts_rest:
+        return quantization
+    return replace(quantization, prepares_kbit=False)
 
 
 def _adapter_dtype(configuration: Configuration, engine_dtype: Dtype | None) -> Dtype:
