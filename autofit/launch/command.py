@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from autofit.memory.alloc_conf import refuse_other_setting
 from autofit.plan import Plan
 from autofit.spec.event import RUN_FOLDER_VARIABLE
 from autofit.writers.render import ACCELERATE_FILE
@@ -62,7 +63,11 @@ def build_command(plan: Plan, run_folder: Path, invocation: Invocation) -> Comma
 
     Without `--config_file` accelerate merges the user's cached default config into the run.
     Source: accelerate/commands/launch.py, `_validate_launch_command`.
+
+    Raises:
+        InputError: the plan relies on options of torch's allocator that the user's environment sets otherwise.
     """
+    refuse_other_setting(plan.configuration, invocation.environment)
     added = added_environment(plan, run_folder, invocation)
     return Command(
         argv=(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from autofit.memory.alloc_conf import refuse_small_split_size
 from autofit.memory.allocator import (
     ROUND_LARGE_BYTES,
     AllocatorSettings,
@@ -101,8 +102,13 @@ def _replayed(ran: _Ran, needed_bytes: int | None) -> Replayed:
 
 
 def allocator_settings(configuration: Configuration) -> AllocatorSettings:
-    """Return the policy that a configuration's PYTORCH_ALLOC_CONF selects."""
+    """Return the policy that a configuration's PYTORCH_ALLOC_CONF selects.
+
+    Raises:
+        InputError: torch would refuse it.
+    """
     limit = configuration.max_split_size_mb
+    refuse_small_split_size(limit)
     return AllocatorSettings(
         expandable_segments=configuration.expandable_segments,
         max_split_size_bytes=None if limit is None else limit * MIB,
@@ -273,22 +279,22 @@ class _Writer:
     def _step(self, *, is_first: bool) -> None:
         """State is made tensor by tensor before anything is computed.
 
-        Source: torch/optim/adamw.py, `_init_group`; bitsandbytes/optim/optimizer.py, `step`. DeepSpeed makes its
+        Source: torch/optim/adam.py, `_init_group`; bitsandbytes/optim/optimizer.py, `step`. DeepSpeed makes its
         state while the partition's gradients are there.
         """
         temporaries: list[int] = []
-        if self._configuration.uses_deepspeed:
+        if not self._holds_whole_tensors:
             temporaries = self._program.hold(_largest_step(self._plan).values())
-        if is_first:
-            self._program.hold(_state_sizes(self._configuration, self._plan, self._model))
-        if not self._configuration.uses_deepspeed:
+        if is_first and self._holds_whole_tensors:
+            self._program.hold(_state_sizes(self._configuration, self._model))
+        elif is_first:
+            self._program.hold([self._plan.resident.get("optimizer_state", 0)])
+        if self._holds_whole_tensors:
             temporaries = self._program.hold(_foreach_sizes(self._plan, self._model))
         self._program.drop(temporaries)
 
 
-def _state_sizes(configuration: Configuration, plan: Layout, model: tuple[Tensor, ...]) -> list[int]:
-    if configuration.uses_deepspeed:
-        return [plan.resident["optimizer_state"]]
+def _state_sizes(configuration: Configuration, model: tuple[Tensor, ...]) -> list[int]:
     state = OPTIMIZERS[configuration.optim].state
     return [size for t in model if t.trains for size in state(t).device]
 

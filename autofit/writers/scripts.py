@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from string import Template
 
+from autofit.memory.alloc_conf import alloc_conf_variables
 from autofit.plan import Plan
 from autofit.writers.accelerate_config import distributed_type
 
@@ -69,13 +70,13 @@ def launch_options(plan: Plan) -> list[str]:
 
 
 def script_environment(plan: Plan) -> dict[str, str]:
-    """Return the variables without which CPU ranks would not train together.
+    """Return the variables that put the allocator's options into effect, or without which CPU ranks would not train.
 
     DDP over gloo needs ACCELERATE_USE_CPU; with DeepSpeed the same variable silently turns DeepSpeed off, and
     `TrainingArguments.use_cpu` takes its place. Source: accelerate/state.py, `AcceleratorState.__init__`.
     """
     if plan.inputs.cluster.device.kind != "cpu":
-        return {}
+        return alloc_conf_variables(plan.configuration)
     hidden_gpus = {"CUDA_VISIBLE_DEVICES": ""}
     if distributed_type(plan.configuration) == "DEEPSPEED":
         return hidden_gpus | {"DS_ACCELERATOR": "cpu"}
