@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from autofit.memory.optimizers import OPTIMIZERS
+from autofit.memory.optimizers import OPTIMIZERS, step_frame
 from autofit.memory.tape import CUDA_BLOCK_BYTES
 from autofit.memory.tensors import Tensor
 from autofit.spec.configuration import Optim
@@ -60,17 +60,28 @@ class OptimizerBytes:
     state: int
     host: int
     step: int
+    """In its step; of one that works in backward, beside the newest gradient while backward runs."""
+    temporaries: tuple[int, ...] = ()
+    """What `step` is made of: sizes of the allocations at its highest moment, not rounded."""
+    in_backward: bool = False
+    """Whether gradients are used and freed as they are made."""
 
 
 def optimizer_bytes(model: tuple[Tensor, ...], optim: Optim, device: DeviceKind) -> OptimizerBytes:
-    """Add up an optimizer's state over the tensors that train."""
+    """Add up an optimizer's state over the tensors that train; of a CPU rank all memory is its own."""
     trained = [t for t in model if t.trains]
     optimizer = OPTIMIZERS[optim]
     states = [optimizer.state(t) for t in trained]
+    host = sum(state.host for state in states)
+    frame = step_frame(optim, trained, device)
+    counters = sum(state.counter for state in states)
     return OptimizerBytes(
-        state=sum(rounded(size, device) for state in states for size in state.device),
-        host=sum(state.host for state in states),
-        step=optimizer.step_bytes([rounded(t.num_bytes, device) for t in trained], device),
+        state=sum(rounded(size, device) for state in states for size in state.device)
+        + (host + counters if device == "cpu" else 0),
+        host=0 if device == "cpu" else host,
+        step=frame.peak_bytes,
+        temporaries=frame.at_peak,
+        in_backward=optimizer.in_backward,
     )
 
 

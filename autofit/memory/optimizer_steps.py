@@ -1,0 +1,226 @@
+"""What optimizers allocate and free in a step: the variables of their loops over tensors, written out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from autofit.memory.tape import CUDA_BLOCK_BYTES
+from autofit.memory.tensors import Tensor
+from autofit.spec.hardware import DeviceKind
+
+FP32_BYTES = 4
+APOLLO_RANK = 128
+"""Source: transformers/trainer_optimizer.py 5.23, _get_apollo_optimizer."""
+
+
+class Frame:
+    """The variables of a step, each naming what it holds; counts the most that is held at one time.
+
+    A variable that is assigned anew frees what it held after the new value is there, as in Python.
+
+    Args:
+        device: whose allocator rounds the sizes.
+    """
+
+    def __init__(self, device: DeviceKind) -> None:
+        self.device = device
+        self.peak_bytes = 0
+        self.at_peak: tuple[int, ...] = ()
+        """Sizes of what is held at the highest moment."""
+        self._held: dict[str, tuple[int, ...]] = {}
+        self._now_bytes = 0
+
+    def assign(self, name: str, *sizes: int) -> None:
+        """Let a variable hold tensors of these sizes instead of what it holds; of none: end it."""
+        before = self._held.pop(name, ())
+        self._note((*before, *sizes), self._now_bytes + self._total(sizes))
+        self._now_bytes += self._total(sizes) - self._total(before)
+        if any(sizes):
+            self._held[name] = sizes
+
+    def moment(self, *sizes: int) -> None:
+        """Hold temporaries that no variable names, all at one time."""
+        self._note(sizes, self._now_bytes + self._total(sizes))
+
+    def _note(self, unnamed: tuple[int, ...], num_bytes: int) -> None:
+        if num_bytes > self.peak_bytes:
+            self.peak_bytes = num_bytes
+            held = [size for sizes in self._held.values() for size in sizes]
+            self.at_peak = tuple(size for size in (*held, *unnamed) if size)
+
+    def _total(self, sizes: Sequence[int]) -> int:
+        if self.device == "cuda":
+            return sum(-(-size // CUDA_BLOCK_BYTES) * CUDA_BLOCK_BYTES for size in sizes)
+        return sum(sizes)
+
+
+Step = Callable[[Frame, Sequence[Tensor]], None]
+
+
+def in_place(_frame: Frame, _tensors: Sequence[Tensor]) -> None:
+    """One kernel updates each tensor, or all of them, and allocates nothing.
+
+    Source: torch/optim/adam.py, _fused_adam; torch/optim/sgd.py (`_foreach_add_` alone, without momentum and weight
+    decay); bitsandbytes 0.50 backends/cuda/ops.py, optimizer updates; torch-optimi 0.3 on a GPU (Triton).
+    """
+
+
+def adam(frame: Frame, tensors: Sequence[Tensor]) -> None:
+    """On CUDA `foreach` makes a square root of every second moment at once; on a CPU it goes tensor by tensor.
+
+    Source: torch/optim/adam.py, _multi_tensor_adam (`_foreach_sqrt`) and _single_tensor_adam (`sqrt() / bias`).
+    """
+    if frame.device == "cuda":
+        frame.assign("square_roots", *(t.num_bytes for t in tensors))
+        return
+    for tensor in tensors:
+        frame.moment(tensor.num_bytes, tensor.num_bytes)
+        frame.assign("denom", tensor.num_bytes)
+
+
+def adagrad(frame: Frame, tensors: Sequence[Tensor]) -> None:
+    """On CUDA `foreach` makes two copies of everything: square roots and scaled gradients; on a CPU one of a tensor.
+
+    Source: torch/optim/adagrad.py, _multi_tensor_adagrad (`std`, `numerator`) and _single_tensor_adagrad.
+    """
+    if frame.device == "cuda":
+        frame.assign("std", *(t.num_bytes for t in tensors))
+        frame.assign("numerator", *(t.num_bytes for t in tensors))
+        return
+    for tensor in tensors:
+        frame.assign("std", tensor.num_bytes)
+
+
+def rmsprop(frame: Frame, tensors: Sequence[Tensor]) -> None:
+    """Source: torch/optim/rmsprop.py, _multi_tensor_rmsprop (`_foreach_sqrt`) and _single_tensor_rmsprop (`avg`)."""
+    if frame.device == "cuda":
+        frame.assign("avg", *(t.num_bytes for t in tensors))
+        return
+    for tensor in tensors:
+        frame.assign("avg", tensor.num_bytes)
+
+
+def schedule_free(frame: Frame, tensors: Sequence[Tensor]) -> None:
+    """`foreach`, also on a CPU: a copy of everything for the square roots.
+
+    Source: schedulefree 1.4 adamw_schedulefree.py and radam_schedulefree.py, step (`denom`).
+    """
+    frame.assign("denom", *(t.num_bytes for t in tensors))
+
+
+def stable_adamw(frame: Frame, tensors: Sequence[Tensor]) -> None:
+    """A GPU runs Triton kernels; a CPU squares a gradient and bounds a second moment at one time.
+
+    Source: torch-optimi 0.3 optimi/stableadamw.py, _single_param_stableadamw.
+    """
+    if frame.device == "cpu":
+        for tensor in tensors:
+            frame.moment(tensor.num_bytes, tensor.num_bytes)
+
+
+def adafactor(frame: Frame, tensors: Sequence[Tensor]) -> None:
+    """Copies of a tensor in fp32, and what is left of the tensor before: gradient and weight too where they are halves.
+
+    Source: transformers/optimization.py 5.23, Adafactor.step and _approx_sq_grad.
+    """
+    for tensor in tensors:
+        whole = FP32_BYTES * tensor.num_elements
+        copied = whole if tensor.bytes_per_element < FP32_BYTES else 0
+        frame.assign("grad")
+        frame.assign("grad", copied)
+        frame.assign("p_data_fp32")
+        frame.assign("p_data_fp32", copied)
+        frame.moment(whole, whole)
+        frame.assign("update", whole)
+        _adafactor_update(frame, tensor, whole)
+        frame.moment(whole)
+
+
+def _adafactor_update(frame: Frame, tensor: Tensor, whole: int) -> None:
+    if tensor.is_matrix:
+        frame.moment(whole, FP32_BYTES * tensor.row_sums, FP32_BYTES * tensor.column_sums)
+    frame.assign("update", whole)
+
+
+def grokadamw(frame: Frame, tensors: Sequence[Tensor]) -> None:
+    """A GPU fetches a tensor's three states from the host; then two copies of it while the tensor before's are there.
+
+    Source: grokadamw 0.1.2 grokadamw.py, _update_group.
+    """
+    for tensor in tensors:
+        size = tensor.num_bytes
+        if frame.device == "cuda":
+            frame.moment(size, size)
+            frame.assign("moments", size, size)
+            frame.assign("grok_ema", size)
+        frame.moment(size, size)
+        frame.assign("grok_grad", size)
+        frame.moment(size)
+
+
+def apollo(frame: Frame, tensors: Sequence[Tensor]) -> None:
+    """Linear weights are projected on few rows or columns, scaled back, and their growth limited: two whole copies.
+
+    The projection is drawn anew in the first and every 200th step, through an fp32 copy of a gradient in halves.
+    Source: apollo-torch 1.0.3 apollo.py, AdamW.step, and random_projector.py, GradientProjector.
+    """
+    for tensor in [t for t in tensors if not is_projected(t)] + [t for t in tensors if is_projected(t)]:
+        size = tensor.num_bytes
+        low = apollo_elements(tensor) * tensor.bytes_per_element
+        frame.assign("grad")
+        if is_projected(tensor):
+            drawn = FP32_BYTES * APOLLO_RANK * min(tensor.row_sums, tensor.column_sums)
+            copied = FP32_BYTES * tensor.num_elements if tensor.bytes_per_element < FP32_BYTES else 0
+            frame.moment(copied, drawn, drawn)
+            frame.assign("grad", low)
+        frame.assign("denom", low)
+        frame.assign("norm_grad", low)
+        if is_projected(tensor):
+            frame.assign("scale", max(tensor.row_sums, tensor.column_sums) * tensor.bytes_per_element)
+            frame.assign("scaled_grad", size)
+            frame.moment(size)
+            frame.assign("norm_grad")
+
+
+def is_projected(tensor: Tensor) -> bool:
+    """Whether a low-rank optimizer takes a tensor for a linear layer's weight (`optim_target_modules="all-linear"`)."""
+    return tensor.is_matrix and not tensor.embeds
+
+
+def apollo_elements(tensor: Tensor) -> int:
+    """Elements of a tensor's moments: of APOLLO's rank instead of the shorter side."""
+    if not is_projected(tensor):
+        return tensor.num_elements
+    return APOLLO_RANK * max(tensor.row_sums, tensor.column_sums)
+
+
+def lomo(frame: Frame, tensors: Sequence[Tensor]) -> None:
+    """The gradient before the newest, which waited; in halves it and its weight are copied to fp32.
+
+    Source: lomo-optim 0.1.1 lomo.py, fuse_update.
+    """
+    for tensor in tensors:
+        whole = FP32_BYTES * tensor.num_elements
+        frame.assign("grad", tensor.num_bytes)
+        if tensor.bytes_per_element < FP32_BYTES:
+            frame.assign("grad", whole)
+            frame.moment(whole)
+        frame.assign("grad")
+
+
+def adalomo(frame: Frame, tensors: Sequence[Tensor]) -> None:
+    """As LOMO, with Adafactor's update of the gradient that waited.
+
+    Source: lomo-optim 0.1.1 adalomo.py, fuse_update.
+    """
+    for tensor in tensors:
+        whole = FP32_BYTES * tensor.num_elements
+        frame.assign("grad", tensor.num_bytes)
+        if tensor.bytes_per_element < FP32_BYTES:
+            frame.assign("grad", whole)
+        frame.moment(whole, whole)
+        frame.assign("update", whole)
+        _adafactor_update(frame, tensor, whole)
+        frame.moment(whole if tensor.bytes_per_element < FP32_BYTES else 0)
+        frame.assign("grad")
+        frame.assign("update")
