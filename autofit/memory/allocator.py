@@ -21,8 +21,8 @@ MIN_LARGE_BYTES = 10 * MIB
 ROUND_LARGE_BYTES = 2 * MIB
 MAX_NON_SPLIT_ROUNDING_BYTES = LARGE_SEGMENT_BYTES
 """How much larger than the request a block beyond `max_split_size_mb` may be. Source: AllocatorConfig.h."""
-ADDRESS_SPACE_BYTES = 2**47
-"""Of one segment that expands; torch takes 9/8 of the device's memory, which no request comes near."""
+ADDRESS_SPACE_BYTES = LARGE_SEGMENT_BYTES * 2**22
+"""Of one segment that expands, in whole pages; torch takes 9/8 of the device's memory, which no request comes near."""
 TOP_ADDRESS = 2**56
 """Where large segments begin, each below the one before.
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autofit.memory.allocator import CachingAllocator, OutOfMemoryInSimulationError
+from autofit.memory.allocator import (
+    AllocatorSettings,
+    CachingAllocator,
+    OutOfMemoryInSimulationError,
+    rounded_request,
+)
 from autofit.units import KIB, MIB
 
 
@@ -131,3 +136,225 @@ def test_whatever_happens_the_books_balance(requests):
     assert allocator.allocated_bytes == 0
     assert sum(block.size for block in allocator.free_blocks()) == reserved
     assert all(block.previous is None and block.following is None for block in allocator.free_blocks())
+
+
+GROWS = AllocatorSettings(expandable_segments=True)
+
+
+def test_segments_that_grow_reserve_whole_pages():
+    """With expandable segments small blocks take pages of 2 MiB and large ones of 20, and everything is split exactly:
+    five blocks of 11 MiB take three pages, where they would take five segments of 12 MiB.
+    """
+    allocator = CachingAllocator(settings=GROWS)
+    allocator.allocate(KIB)
+    assert allocator.reserved_bytes == 2 * MIB
+    for _ in range(5):
+        allocator.allocate(11 * MIB)
+    assert allocator.reserved_bytes == 2 * MIB + 60 * MIB
+    assert allocator.allocated_bytes == KIB + 55 * MIB
+
+
+def test_a_segment_grows_from_its_free_end():
+    """30 MiB are freed at the segment's end (40 mapped, 10 of them never used): 70 MiB need 30 more, two pages."""
+    allocator = CachingAllocator(settings=GROWS)
+    allocator.allocate(10 * MIB)
+    allocator.release(allocator.allocate(30 * MIB))
+    assert allocator.reserved_bytes == 40 * MIB
+    allocator.allocate(70 * MIB)
+    assert allocator.reserved_bytes == 80 * MIB
+
+
+def test_a_longer_sequence_does_not_leave_slivers():
+    """The case that expandable segments were made for: blocks that grow from step to step.
+
+    Plain segments of 100 MiB are of no use to a tensor of 120; pages are mapped on.
+    """
+    reserved = {}
+    for name, chosen in (("plain", None), ("grows", GROWS)):
+        allocator = CachingAllocator(settings=chosen)
+        for size in (100, 120, 140, 160):
+            allocator.release(allocator.allocate(size * MIB))
+        reserved[name] = allocator.reserved_bytes // MIB
+    assert reserved == {"plain": 100 + 120 + 140 + 160, "grows": 160}
+
+
+def test_the_block_that_cannot_grow_is_preferred():
+    """A free block of 20 MiB between two in use serves a request of 18, though one of 19 at the end fits more tightly:
+    that one counts as large as it could become.
+    """
+    allocator = CachingAllocator(settings=GROWS)
+    first, _, _ = allocator.allocate(20 * MIB), allocator.allocate(20 * MIB), allocator.allocate(21 * MIB)
+    allocator.release(first)
+    assert sorted(block.size // MIB for block in allocator.free_blocks()) == [19, 20]
+    assert allocator.allocate(18 * MIB).address == first.address
+
+
+def test_under_pressure_only_unused_pages_are_returned():
+    """Of 100 free MiB between blocks of 10 the four pages wholly inside go back, and are mapped again later."""
+    allocator = CachingAllocator(120 * MIB, GROWS)
+    _, middle, _ = allocator.allocate(10 * MIB), allocator.allocate(100 * MIB), allocator.allocate(10 * MIB)
+    assert allocator.reserved_bytes == 120 * MIB
+    allocator.release(middle)
+    allocator.empty_cache()
+    assert allocator.reserved_bytes == 40 * MIB
+    assert sorted(block.size // MIB for block in allocator.free_blocks()) == [10, 10]
+    allocator.allocate(100 * MIB)
+    assert allocator.reserved_bytes == 120 * MIB
+    assert not list(allocator.free_blocks())
+
+
+def test_pages_move_to_where_they_are_needed():
+    """80 MiB are free in the middle, and 95 are asked for at the end: their pages are returned and mapped there."""
+    allocator = CachingAllocator(140 * MIB, GROWS)
+    _, middle, _ = allocator.allocate(20 * MIB), allocator.allocate(80 * MIB), allocator.allocate(20 * MIB)
+    allocator.release(middle)
+    allocator.allocate(95 * MIB)
+    assert allocator.peak_reserved_bytes <= 140 * MIB
+    assert allocator.num_retries == 1
+    with pytest.raises(OutOfMemoryInSimulationError):
+        allocator.allocate(20 * MIB)
+
+
+def test_large_blocks_are_not_split_beyond_the_limit():
+    """With max_split_size_mb 64: a free block of 100 MiB does not serve 10 or 70, but 90, whole."""
+    allocator = CachingAllocator(settings=AllocatorSettings(max_split_size_bytes=64 * MIB))
+    allocator.release(allocator.allocate(100 * MIB))
+    allocator.allocate(10 * MIB)
+    assert allocator.reserved_bytes == 110 * MIB
+    allocator.allocate(70 * MIB)
+    assert allocator.reserved_bytes == 180 * MIB
+    assert allocator.allocate(90 * MIB).size == 100 * MIB
+    assert allocator.reserved_bytes == 180 * MIB
+
+
+def test_beyond_the_limit_only_as_much_is_returned_as_is_needed():
+    """With max_split_size_mb 64 a full device gives back the smallest block that suffices, and keeps the others."""
+    allocator = CachingAllocator(300 * MIB, AllocatorSettings(max_split_size_bytes=64 * MIB))
+    for block in [allocator.allocate(size * MIB) for size in (70, 100, 120)]:
+        allocator.release(block)
+    allocator.allocate(30 * MIB)
+    assert allocator.reserved_bytes == 250 * MIB
+    assert sorted(block.size // MIB for block in allocator.free_blocks()) == [100, 120]
+    assert allocator.num_retries == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "divisions", "rounded"),
+    [
+        (1200, 4, 1536),
+        (1024, 4, 1024),
+        (4000, 4, 4096),
+        (5 * MIB, 4, 5 * MIB),
+        (5 * MIB + 1, 4, 6 * MIB),
+        (5 * MIB + 1, 1, 5 * MIB + 512),
+    ],
+)
+def test_requests_are_rounded_to_steps_between_powers_of_two(asked, divisions, rounded):
+    """roundup_power2_divisions 4: between 1024 and 2048 the steps are 1280, 1536, 1792 (torch's documentation); below
+    512 times the divisions only the 512 bytes count.
+    """
+    assert rounded_request(asked, divisions) == rounded
+
+
+def test_a_stream_keeps_its_blocks():
+    """What one stream freed does not serve another."""
+    allocator = CachingAllocator()
+    allocator.release(allocator.allocate(40 * MIB))
+    allocator.allocate(40 * MIB, stream=1)
+    assert allocator.reserved_bytes == 80 * MIB
+
+
+def test_of_equal_blocks_the_lower_address_is_taken():
+    """Two free blocks of 30 MiB: segments above 20 MiB lie lower the later they were made, smaller ones higher."""
+    allocator = CachingAllocator()
+    large = [allocator.allocate(30 * MIB), allocator.allocate(30 * MIB)]
+    small = [allocator.allocate(KIB) for _ in range(2)]
+    for block in large:
+        allocator.release(block)
+    assert allocator.allocate(30 * MIB).address == large[1].address
+    assert small[0].address < small[1].address
+
+
+class NaiveAllocator:
+    """The default policy once more, as lists of segments that are searched from end to end."""
+
+    def __init__(self) -> None:
+        self.segments: list[tuple[int, list[list[int]]]] = []
+        self.reserved = 0
+
+    def allocate(self, num_bytes: int, key: int) -> None:
+        """Take a block under a key."""
+        size = max(512, (num_bytes + 511) // 512 * 512)
+        is_small = size <= MIB
+        fits = [
+            (piece[1], order, n, pieces, piece)
+            for order, (small, pieces) in self.segments
+            for n, piece in enumerate(pieces)
+            if small == is_small and piece[0] == 0 and piece[1] >= size
+        ]
+        if fits:
+            found, _, n, pieces, piece = min(fits, key=lambda fit: fit[:3])
+        else:
+            found = (
+                2 * MIB if is_small else 20 * MIB if size < 10 * MIB else (size + 2 * MIB - 1) // (2 * MIB) * 2 * MIB
+            )
+            self.reserved += found
+            order = -self.reserved if found > 20 * MIB else self.reserved
+            n, piece = 0, [0, found]
+            pieces = [piece]
+            self.segments.append((order, (is_small, pieces)))
+        piece[0] = key
+        if found - size >= 512 and (is_small or found - size > MIB):
+            piece[1] = size
+            pieces.insert(n + 1, [0, found - size])
+
+    def release(self, key: int) -> None:
+        """Free the block of a key, and merge what lies free side by side."""
+        for _, (_, pieces) in self.segments:
+            for piece in pieces:
+                piece[0] = 0 if piece[0] == key else piece[0]
+            merged: list[list[int]] = []
+            for piece in pieces:
+                if merged and merged[-1][0] == piece[0] == 0:
+                    merged[-1][1] += piece[1]
+                else:
+                    merged.append(piece)
+            pieces[:] = merged
+
+
+SIZES = st.one_of(st.integers(1, 2 * MIB), st.integers(1, 60 * MIB))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.one_of(st.integers(1, 2 * MIB), st.integers(1, 60 * MIB)), st.integers(0, 3)), max_size=80)
+)
+def test_a_second_implementation_reserves_the_same(requests):
+    """The policy written down twice, once with sorted pools and once by searching everything, agrees at every step."""
+    allocator, naive, held = CachingAllocator(), NaiveAllocator(), {}
+    for key, (size, num_freed) in enumerate(requests, 1):
+        held[key] = allocator.allocate(size)
+        naive.allocate(size, key)
+        for _ in range(min(num_freed, len(held)) if key % 3 == 0 else 0):
+            freed = sorted(held)[len(held) // 2]
+            allocator.release(held.pop(freed))
+            naive.release(freed)
+        assert allocator.reserved_bytes == naive.reserved
+
+
+@given(st.lists(st.tuples(st.integers(1, 40 * MIB), st.booleans()), max_size=60))
+def test_growing_segments_keep_their_books(requests):
+    """With pages mapped and unmapped at random, what is free and what is in use is what is reserved."""
+    allocator, held = CachingAllocator(settings=GROWS), []
+    for size, frees_one in requests:
+        held.append(allocator.allocate(size))
+        if frees_one:
+            allocator.release(held.pop(len(held) // 2))
+        if len(held) % 7 == 0:
+            allocator.empty_cache()
+        free = sum(block.size for block in allocator.free_blocks())
+        assert allocator.allocated_bytes + free == allocator.reserved_bytes
+    for block in held:
+        allocator.release(block)
+    allocator.empty_cache()
+    assert allocator.reserved_bytes == 0
