@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+from autofit.errors import InputError
+from autofit.profile.kernels.attention import flash_attn_in_transformers
 from autofit.profile.kernels.autocast import autocast_as_on_cuda
 from autofit.profile.kernels.inside import TemporaryBytes, temporaries
 from autofit.profile.kernels.operators import operators_as_on_cuda
@@ -25,10 +27,20 @@ __all__ = ["Substitute", "TemporaryBytes", "kernels_of", "substitutes", "tempora
 
 @contextmanager
 def kernels_of(regime: Regime) -> Iterator[None]:
-    """Let operators and autocast behave as on the regime's device; afterwards everything is as before."""
+    """Let operators and autocast behave as on the regime's device; afterwards everything is as before.
+
+    Raises:
+        InputError: the regime's attention has no kernel to imitate.
+    """
+    if regime.attention == "flex_attention":
+        raise InputError(
+            "flex_attention is not traced: what it allocates is decided by the compiler that fuses it",
+            to_fix="use --attention sdpa, flash_attention_2 or eager",
+        )
     with ExitStack() as stack:
         if regime.device == "cuda":
             stack.enter_context(operators_as_on_cuda(regime))
+            stack.enter_context(flash_attn_in_transformers(regime))
             if regime.autocast != "no":
                 stack.enter_context(autocast_as_on_cuda())
         yield

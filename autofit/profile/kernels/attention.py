@@ -7,14 +7,17 @@ functions of that kernel say; this module chooses between them and knows their i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import transformers.modeling_utils
 from torch.nn import functional
 
 from autofit.errors import InputError
+from autofit.profile.dtypes import DTYPES
 from autofit.spec.profile import Regime
 
 aten = torch.ops.aten
@@ -63,11 +66,11 @@ class _Query:
 
 
 def choose_kernel(asked: _Query, regime: Regime, torch_release: tuple[int, int]) -> Kernel:
-    """Return the kernel that CUDA's `scaled_dot_product_attention` runs.
+    """Flash where the device has it, without a mask, in half precision; else memory-efficient; else s^2 scores.
 
-    Source: torch v2.13 aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, can_use_flash_attention,
-    can_use_mem_efficient_attention, select_sdp_backend. On sm90 and sm100 with cuDNN 9.15.1 or later the order begins
-    with cuDNN's kernel, whose workspace no source states: it is counted as flash.
+    Until torch 2.14 the memory-efficient kernel takes no keys that queries share, so fp32, or a GPU before 8.0, takes
+    s^2 there. Source: torch v2.13 aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, select_sdp_backend,
+    can_use_flash_attention, can_use_mem_efficient_attention.
     """
     if asked.is_plain and regime.flash_kernel and regime.sdpa_kernel == "auto" and _fits_flash(asked):
         return "flash"
@@ -94,12 +97,10 @@ def _fits_efficient(asked: _Query, regime: Regime, torch_release: tuple[int, int
 
 
 def attention_as_on_cuda(regime: Regime) -> Callable[..., torch.Tensor]:
-    """Make what stands for `scaled_dot_product_attention` while a regime is traced.
+    """The flash-attn package has no masks: it leaves padding out, so a sequence is counted at its longest.
 
-    With `attention="flash_attention_2"` it stands for the flash-attn package: that has no masks (it leaves padding out,
-    so a sequence is counted at its longest), and its kernels allocate what torch's copy of them does.
-    Source: torch v2.13 aten/src/ATen/native/transformers/attention.cpp, scaled_dot_product_attention; flash-attn 2.8
-    csrc/flash_attn/flash_api.cpp, mha_fwd, mha_bwd.
+    Its kernels keep and allocate what torch's copy of them does. Source: flash-attn 2.8
+    csrc/flash_attn/flash_api.cpp, mha_fwd, mha_bwd; flash_attn/flash_attn_interface.py, FlashAttnFunc.
     """
     release = torch_release()
 
@@ -135,6 +136,55 @@ def attention_as_on_cuda(regime: Regime) -> Callable[..., torch.Tensor]:
     return attend
 
 
+@contextmanager
+def flash_attn_in_transformers(regime: Regime) -> Iterator[None]:
+    """A query in fp32 is cast with its keys and values; keys that queries share are not repeated; nothing is copied.
+
+    For sequences of equal length. Put in place of transformers' function for sdpa, for a model is built for sdpa where
+    flash-attn cannot be imported. Source: transformers 5.23 integrations/flash_attention.py, flash_attention_forward,
+    get_target_dtype; 4.48 the same.
+    """
+    functions: Any = getattr(transformers.modeling_utils, "ALL_ATTENTION_FUNCTIONS", None)
+    if regime.attention != "flash_attention_2" or regime.batching != "equal" or functions is None:
+        yield
+        return
+    sdpa = functions["sdpa"]
+    functions["sdpa"] = _flash_attention_forward(regime)
+    try:
+        yield
+    finally:
+        functions["sdpa"] = sdpa
+
+
+def _flash_attention_forward(regime: Regime) -> Callable[..., tuple[torch.Tensor, None]]:
+    def forward(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        _attention_mask: torch.Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        is_causal: bool | None = None,  # noqa: FBT001 - transformers' own signature
+        **_kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        if query.dtype == torch.float32:
+            autocasts = torch.is_autocast_enabled("cpu")
+            target = torch.get_autocast_dtype("cpu") if autocasts else DTYPES[regime.weights_dtype]
+            query, key, value = (tensor.to(target) for tensor in (query, key, value))
+        value_size, padding = value.shape[-1], query.shape[-1] - value.shape[-1]
+        if padding:
+            value = functional.pad(value, (0, padding))
+        causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+        out = functional.scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, scale=scaling, is_causal=causal, enable_gqa=True
+        )
+        out = out.transpose(1, 2)
+        return out[..., :value_size] if padding else out, None
+
+    return forward
+
+
 def torch_release() -> tuple[int, int]:
     """Major and minor number of the installed torch."""
     major, minor = torch.__version__.split(".")[:2]
@@ -167,7 +217,11 @@ def _flash(
     is_causal: bool,
     scale: float | None,
 ) -> torch.Tensor:
-    """Heads are padded to a multiple of 8 before, and cut after."""
+    """Heads are padded to a multiple of 8 before, and cut after. Kept: output, fp32 row sums, 24 bytes of random state.
+
+    Source: torch v2.13 aten/src/ATen/native/transformers/attention.cpp, pad_last_dim; torch/_meta_registrations.py,
+    meta__scaled_dot_product_flash_attention.
+    """
     head_size = query.shape[-1]
     padding = -head_size % _FLASH_ALIGNMENT
     if padding:
@@ -179,7 +233,12 @@ def _flash(
 
 
 def _efficient(asked: _Query, dropout_p: float, scale: float | None) -> torch.Tensor:
-    """The mask becomes additive, its rows aligned, and stands for every head without a copy."""
+    """The mask becomes additive, its rows aligned to 8, and stands for every head without a copy.
+
+    Kept: output, and fp32 row sums, their number rounded up to 32. Source: torch v2.13
+    aten/src/ATen/native/transformers/attention.cpp, convert_boolean_attn_mask_, preprocess_mask, pad_bias;
+    torch/_meta_registrations.py, meta__scaled_dot_product_efficient_attention.
+    """
     query, key, value = asked.query, asked.key, asked.value
     bias = None
     if asked.mask is not None:
@@ -193,14 +252,14 @@ def _efficient(asked: _Query, dropout_p: float, scale: float | None) -> torch.Te
 
 
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Source: torch v2.13 attention.cpp, convert_boolean_attn_mask_."""
+    """A boolean mask as what is added to the scores."""
     if mask.dtype != torch.bool:
         return mask
     return torch.where(mask, 0.0, torch.full((), float("-inf"), dtype=dtype))
 
 
 def _aligned(bias: torch.Tensor) -> torch.Tensor:
-    """Source: torch v2.13 attention.cpp, preprocess_mask, pad_bias."""
+    """The mask, copied into longer rows if they do not begin at multiples of 8 elements."""
     if all(stride % _MASK_ALIGNMENT == 0 for stride in bias.stride()[:-1]):
         return bias
     columns = bias.shape[-1]
@@ -244,11 +303,11 @@ def efficient_forward(
 
 
 def efficient_backward(regime: Regime) -> Callable[..., tuple[int, ...]]:
-    """Make the entry for a device: one that runs flash has wider blocks.
+    """In fp32 `delta`, a number for each row, and a workspace in which dq is accumulated.
 
-    In fp32: `delta`, a number for each row, and a workspace in which dq is accumulated, by blocks of queries with 16
-    bytes before each. Heads larger than 128 in half precision accumulate dk and dv as well, in at most 200 pieces or
-    one for each head. Inputs in fp32 have delta computed before the kernel, from products as large as the output.
+    dq by blocks of queries, with 16 bytes before each. Heads larger than 128 in half precision accumulate dk and dv as
+    well, in at most 200 pieces or one for each head. Inputs in fp32 have delta computed before the kernel, from
+    products as large as the output. A gradient that is not dense in (batch, tokens, heads, head size) is copied first.
     Source: torch v2.13 mem_eff_attention/kernel_backward.h, workspace_size, kNeedsAccumGradQ, kKernelComputesDelta;
     attention_backward.cu, _efficient_attention_backward; kernels/cutlassB.h for the blocks.
     """
