@@ -46,6 +46,25 @@ def _nothing(*_args: Any, **_kwargs: Any) -> None:
 
 
 @contextmanager
+def no_layer_dropped() -> Iterator[None]:
+    """Let models that drop whole layers at random drop none, which is the most that a step can need.
+
+    They compare a random scalar with `layerdrop`. Source: transformers/models/bart/modeling_bart.py 5.23,
+    BartDecoder.forward.
+    """
+    rand = torch.rand
+
+    def never_small(*size: Any, **kwargs: Any) -> Any:
+        return 1.0 if size in ((), ((),), ([],)) else rand(*size, **kwargs)
+
+    torch.rand = never_small  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.rand = rand
+
+
+@contextmanager
 def believing_it_is_real() -> Iterator[None]:
     """Keep transformers from noticing fake tensors, or it takes the branches meant for compilation."""
     patches = [

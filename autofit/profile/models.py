@@ -10,13 +10,18 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from autofit.errors import InputError
-from autofit.profile.adapters import adapt
+from autofit.profile.adapters import apply_method
 from autofit.profile.dtypes import DTYPES
-from autofit.profile.quantized import quantize
+from autofit.profile.kernel_packages import refuse_kernel_packages
+from autofit.profile.layers import Depth, Signature, layer_stacks, shallow_depth, signatures
+from autofit.profile.tasks import auto_class, task_of
 from autofit.spec.profile import Regime
+
+DEPTH_NAMES = ("num_hidden_layers", "decoder_layers", "encoder_layers", "num_decoder_layers")
+"""What configs call the number of layers where `num_hidden_layers` is not an alias of it."""
 
 
 def load_config(config: dict[str, Any], num_layers: int | None, regime: Regime) -> Any:
@@ -29,48 +34,123 @@ def load_config(config: dict[str, Any], num_layers: int | None, regime: Regime) 
     model_type = values.pop("model_type", None)
     try:
         made = AutoConfig.for_model(model_type, **values)
-    except (ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # each config class checks its values in its own way
         raise InputError(
             f"transformers {transformers.__version__} cannot read the config of model_type {model_type!r}: {error}",
             to_fix="install a release of transformers that knows this architecture",
         ) from error
-    made.use_cache = False
+    text = text_config(made)
+    for part in (made, text):
+        part.use_cache = False
     made._attn_implementation = "sdpa" if regime.attention == "flash_attention_2" else regime.attention
+    if task_of(made, regime.task) == "sequence-classification" and getattr(text, "pad_token_id", None) is None:
+        text.pad_token_id = 0  # without one transformers classifies single sequences only
     if num_layers is not None:
-        made.num_hidden_layers = num_layers
-        if getattr(made, "layer_types", None):
-            made.layer_types = made.layer_types[:num_layers]
+        set_depth(text, num_layers)
     return made
 
 
-def layers_differ(config: Any) -> bool:
-    """Whether the config gives its layers different kinds, so that one cannot stand for all."""
-    kinds = getattr(config, "layer_types", None) or []
-    return len(set(kinds)) > 1 or bool(getattr(config, "first_k_dense_replace", 0))
+def text_config(config: Any) -> Any:
+    """Return the part of a config that describes the language model: itself, unless that is nested."""
+    try:
+        return config.get_text_config()
+    except (AttributeError, ValueError):  # releases before 4.46, and configs with several texts
+        return getattr(config, "text_config", config)
+
+
+def set_depth(config: Any, num_layers: int) -> None:
+    """Give a text config fewer layers: its first, in every list that holds a value for each."""
+    before = getattr(config, "num_hidden_layers", None)
+    for name in DEPTH_NAMES:
+        if hasattr(config, name):
+            try:
+                setattr(config, name, num_layers)
+            except NotImplementedError:  # an encoder-decoder's alias that names two depths
+                continue
+    for name, values in list(vars(config).items()):
+        if isinstance(values, (list, tuple)) and len(values) == before:
+            setattr(config, name, values[:num_layers])
+
+
+def width(config: Any) -> int:
+    """Return the hidden size, whatever the config calls it (DeepSpeed's buckets depend on it)."""
+    text = text_config(config)
+    return int(next(getattr(text, name) for name in ("hidden_size", "d_model", "n_embd") if hasattr(text, name)))
+
+
+def choose_depth(config: dict[str, Any], whole: Any, regime: Regime) -> tuple[Any, str, Depth] | None:
+    """Return a config with few layers, the name of the stack that it cuts, and how these stand for all of them.
+
+    None where the whole model has to be traced: its layers follow no pattern, or the config does not give its first
+    layers alone.
+
+    Raises:
+        InputError: the whole model cannot be built.
+    """
+    stack, kinds = _kinds(build_plain(whole, regime), whole, regime)
+    depth = shallow_depth(kinds)
+    if depth is None:
+        return None
+    try:
+        shallow = load_config(config, depth.num_traced, regime)
+        shallow_stack, shallow_kinds = _kinds(build_plain(shallow, regime), shallow, regime)
+    except Exception:  # noqa: BLE001 - a config that cannot be cut is checked by its own class, in its own way
+        return None
+    order = depth.real_order()
+    expected = [kinds[order.index(layer)] for layer in range(depth.num_traced)]
+    return (shallow, stack, depth) if (shallow_stack, shallow_kinds) == (stack, expected) else None
+
+
+def _kinds(model: nn.Module, config: Any, regime: Regime) -> tuple[str, list[Signature]]:
+    name, layers = layer_stacks(model)[0]
+    return name, signatures(layers, text_config(config), regime.checkpoint_every_n_layers)
+
+
+def build_plain(config: Any, regime: Regime) -> nn.Module:
+    """Build the model for the regime's task on the meta device, as `from_config` makes it.
+
+    Raises:
+        InputError: transformers has no model for the config and the task, or not with this attention.
+    """
+    parameters = inspect.signature(transformers.PreTrainedModel._from_config).parameters
+    is_named_dtype = "dtype" in parameters or int(transformers.__version__.split(".")[0]) >= 5
+    dtype = {"dtype" if is_named_dtype else "torch_dtype": DTYPES[regime.weights_dtype]}
+    task = task_of(config, regime.task)
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            model: nn.Module = auto_class(task).from_config(config, **dtype)
+        except (ValueError, ImportError) as error:
+            raise _cannot_build(config, task, regime, error) from error
+    return model
+
+
+def _cannot_build(config: Any, task: str, regime: Regime, error: Exception) -> InputError:
+    """Say what to do: an attention that a class does not have is refused by transformers where it is asked for."""
+    if "attention implementation" in str(error) or "scaled_dot_product" in str(error):
+        first = str(error).split(". ")[0]
+        return InputError(
+            f"transformers {transformers.__version__} has no {regime.attention} attention for {config.model_type!r}, "
+            f"and a run that asks for it ends with the same error: {first}",
+            to_fix="use --attention eager, which transformers takes for this model where none is asked for",
+        )
+    return InputError(
+        f"transformers {transformers.__version__} cannot build a {task} model of type {config.model_type!r} "
+        f"with {regime.attention} attention: {error}",
+        to_fix="choose another task (--task) or attention (--attention), or correct the config",
+    )
 
 
 def build(config: Any, regime: Regime) -> nn.Module:
     """Build the model, quantised and with its adapter, on the meta device.
 
     Raises:
-        InputError: transformers has no causal language model for the config, or peft no target for the adapter.
+        InputError: transformers has no such model for the config, peft no target for the adapter, or the layers run
+            CUDA kernels of a package that cannot be traced.
     """
-    argument = (
-        "dtype" if "dtype" in inspect.signature(transformers.PreTrainedModel._from_config).parameters else "torch_dtype"
-    )
-    argument = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else argument
+    model = build_plain(config, regime)
+    refuse_kernel_packages(model, regime.device)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            model = AutoModelForCausalLM.from_config(config, **{argument: DTYPES[regime.weights_dtype]})
-        except ValueError as error:
-            raise InputError(
-                f"transformers {transformers.__version__} cannot build a causal language model of type "
-                f"{config.model_type!r} with {regime.attention} attention: {error}",
-                to_fix="give a decoder-only model, or an attention that it supports (--attention eager)",
-            ) from error
-        if regime.quantization is not None:
-            quantize(model, regime.quantization)
-        if regime.lora is not None:
-            model = adapt(model, regime.lora, DTYPES[regime.adapter_dtype])
+        model = apply_method(model, regime)
     return model

@@ -46,16 +46,20 @@ def _kind(name: str, tensor: torch.Tensor) -> Any:
         return "buffer"
     if "lora_" in name:
         return "adapter"
-    return "quantized" if tensor.shape[-1:] == (1,) and tensor.dim() == 2 and not tensor.requires_grad else "parameter"
+    is_packed = tensor.shape[-1:] == (1,) and tensor.dim() == 2 and not tensor.requires_grad
+    return "quantized" if is_packed or tensor.dtype == torch.int8 else "parameter"
 
 
-def fold_layers(named: Sequence[tuple[str, StaticTensor]], *, repeats: bool) -> tuple[StaticTensor, ...]:
-    """Let the first layer's tensors stand for every layer's, where layers repeat."""
-    if not repeats:
-        return tuple(tensor for _, tensor in named)
+def fold_layers(named: Sequence[tuple[str, StaticTensor]], stack: str) -> tuple[StaticTensor, ...]:
+    """Let the first layer's tensors stand for those of every layer of a stack.
+
+    Args:
+        named: by dotted name.
+        stack: dotted name of the list of layers.
+    """
     folded = []
     for name, tensor in named:
-        index = layer_index(name)
+        index = layer_index(name, stack)
         if index is None:
             folded.append(tensor)
         elif index == 0:
@@ -63,6 +67,8 @@ def fold_layers(named: Sequence[tuple[str, StaticTensor]], *, repeats: bool) -> 
     return tuple(folded)
 
 
-def layer_index(name: str) -> int | None:
-    """The layer a parameter's dotted name lies in: its first number."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+def layer_index(name: str, stack: str) -> int | None:
+    """The layer of a stack that a parameter's dotted name lies in."""
+    _, inside, rest = name.partition(f"{stack}.")
+    number = rest.partition(".")[0]
+    return int(number) if inside and number.isdigit() else None

@@ -95,7 +95,7 @@ def run_step(model: nn.Module, recorder: Recorder, regime: Regime, point: Point)
         return
     recorder.mark("embedding", "forward")
     with branches_of(regime, point):
-        batch = arrange(a_batch(point), regime)
+        batch = arrange(a_batch(point, model, regime), regime)
         outputs = forward(model, batch, regime)
         loss = outputs["loss"]
         kept = outputs if regime.keeps_outputs else None
@@ -118,7 +118,7 @@ def _evaluate(model: nn.Module, recorder: Recorder, regime: Regime, point: Point
     model.eval()
     recorder.mark("embedding", "forward")
     with torch.no_grad(), branches_of(regime, point):
-        batch = arrange(a_batch(point), regime)
+        batch = arrange(a_batch(point, model, regime), regime)
         outputs = forward(model, batch, regime)
         loss = outputs["loss"].detach().mean()
         predictions = tuple(value for name, value in outputs.items() if name not in {"loss", "past_key_values"})

@@ -6,82 +6,173 @@ import gc
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autofit.profile import kernels
-from autofit.profile.fakes import believing_it_is_real, fill_with_fakes
+from autofit.profile.deepen import Stretch, deepen, deepen_tensors
+from autofit.profile.fakes import believing_it_is_real, fill_with_fakes, no_layer_dropped
 from autofit.profile.fit import Point, StructureDiffersError, fit, inverse
 from autofit.profile.layers import watch_layers
-from autofit.profile.models import build, layers_differ, load_config
+from autofit.profile.models import build, choose_depth, load_config, text_config, width
 from autofit.profile.parameters import fold_layers, static_tensors
 from autofit.profile.quantized import unpacking_as_an_operator
 from autofit.profile.recorder import RawSegment, Recorder
+from autofit.profile.refusals import refuse_other_structure, values_refused
 from autofit.profile.step import checkpoint, run_step
+from autofit.profile.windows import lengths_to_trace
 from autofit.profile.zero3_linear import linear_as_in_zero3
 from autofit.spec.libraries import installed_versions
-from autofit.spec.profile import NUM_TRACED_LAYERS, Polynomial, Regime, RegimeProfile, Segment, StaticTensor
+from autofit.spec.profile import Polynomial, Regime, RegimeProfile, Segment, StaticTensor
 
 Progress = Callable[[int, int], None]
 
 
-def trace_points(max_tokens: int | None, *, one_row: bool = False) -> tuple[Point, ...]:
-    """Sizes to trace: two batches and three lengths, none of which is a special case (one sequence is).
+def trace_points(lengths: Sequence[int], *, one_row: bool = False) -> tuple[Point, ...]:
+    """Sizes to trace: two batches of each length, none of which is a special case (one sequence is).
 
     Args:
-        max_tokens: the longest sequence that the model takes.
+        lengths: three, on one code path.
         one_row: whether a micro-batch is always one row; then three lengths of it are enough.
     """
-    lengths = (
-        (256, 512, 1024) if not max_tokens or max_tokens >= 1024 else (max_tokens // 4, max_tokens // 2, max_tokens)
-    )
     return tuple((b, s) for b in ((1,) if one_row else (2, 3)) for s in lengths)
 
 
 def trace(
-    model_name: str, config: dict[str, Any], regime: Regime, *, progress: Progress = lambda _done, _total: None
+    model_name: str,
+    config: dict[str, Any],
+    regime: Regime,
+    *,
+    sequence_tokens: int | None = None,
+    progress: Progress = lambda _done, _total: None,
 ) -> RegimeProfile:
     """Trace a model under a regime.
+
+    Where layers repeat, a shallower model is traced; if its tape shows that they do not after all, every layer is.
 
     Args:
         model_name: for messages and the profile's label.
         config: content of config.json.
         regime: what the step does.
+        sequence_tokens: length that is planned: attention windows make the path depend on it. None: about 1,024.
         progress: called with (traces done, traces in all).
 
     Raises:
-        InputError: the installed libraries cannot build or run the model.
+        InputError: the installed libraries cannot build or run the model, or its step is no tape of fixed structure.
     """
-    full = load_config(config, None, regime)
-    num_layers = full.num_hidden_layers
-    points = trace_points(getattr(full, "max_position_embeddings", None), one_row=regime.masks_one_row)
-    shallow = num_layers > NUM_TRACED_LAYERS and not layers_differ(full) and regime.checkpoint_every_n_layers == 1
-    num_traced = NUM_TRACED_LAYERS if shallow else num_layers
-    steps, tensors = trace_steps(load_config(config, num_traced, regime), regime, points, progress)
-    sizes, segments = fold(steps, points)
+    whole = load_config(config, None, regime)
+    lengths = lengths_to_trace(text_config(whole), sequence_tokens)
+    points = trace_points(lengths.traced, one_row=regime.masks_one_row)
+    tape = _shallow_tape(config, whole, regime, points, progress) or _whole_tape(whole, regime, points, progress)
     return RegimeProfile(
         model=model_name,
         regime=regime,
-        num_layers=num_layers,
-        num_traced_layers=num_traced,
-        hidden_size=full.hidden_size,
-        vocab_size=full.vocab_size,
-        tensors=fold_layers(tensors, repeats=shallow),
-        sizes=sizes,
-        segments=segments,
+        num_layers=tape.num_layers,
+        num_traced_layers=tape.num_traced_layers,
+        hidden_size=width(whole),
+        vocab_size=text_config(whole).vocab_size,
+        tensors=tape.tensors,
+        sizes=tape.sizes,
+        segments=tape.segments,
+        min_sequence_tokens=lengths.min_sequence_tokens,
+        max_sequence_tokens=lengths.max_sequence_tokens,
         versions=installed_versions(),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tape:
+    """What of a profile comes from the steps."""
+
+    num_layers: int
+    num_traced_layers: int
+    tensors: tuple[StaticTensor, ...]
+    sizes: tuple[Polynomial, ...]
+    segments: tuple[Segment, ...]
+
+
+def _whole_tape(config: Any, regime: Regime, points: Sequence[Point], progress: Progress) -> _Tape:
+    """Trace every layer."""
+    traced = trace_model(build(config, regime), regime, points, progress)
+    sizes, segments = fold(traced.steps, points)
+    num_layers = len({segment.layer for segment in segments if segment.layer is not None})
+    return _Tape(
+        num_layers=num_layers,
+        num_traced_layers=num_layers,
+        tensors=tuple(tensor for _, tensor in traced.tensors),
+        sizes=sizes,
+        segments=segments,
+    )
+
+
+def _shallow_tape(
+    config: dict[str, Any], whole: Any, regime: Regime, points: Sequence[Point], progress: Progress
+) -> _Tape | None:
+    """Trace few layers that stand for all; None where only the whole model shows what it does."""
+    chosen = choose_depth(config, whole, regime) if regime.freeze is None else None  # its layers differ
+    if chosen is None:
+        return None
+    shallow, stack, depth = chosen
+    traced = trace_model(build(shallow, regime), regime, points, progress)
+    sizes, segments = fold(traced.steps, points)
+    name, first = traced.stack(stack)
+    stretch = Stretch(depth=depth, first=first)
+    try:
+        deep = deepen(segments, stretch)
+        tensors = deepen_tensors(traced.tensors, name, depth)
+    except StructureDiffersError:
+        return None
+    if depth.is_uniform and len({s.layer for s in segments if s.layer is not None}) == depth.num_traced:
+        return _Tape(
+            num_layers=depth.num_layers,
+            num_traced_layers=depth.num_traced,
+            tensors=fold_layers(traced.tensors, name),
+            sizes=sizes,
+            segments=segments,
+        )
+    num_layers = len({segment.layer for segment in deep if segment.layer is not None})
+    return _Tape(
+        num_layers=num_layers,
+        num_traced_layers=num_layers,
+        tensors=tuple(tensor for _, tensor in tensors),
+        sizes=sizes,
+        segments=deep,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traced:
+    """Steps of one model, one for each point, and what it holds all the time."""
+
+    steps: list[list[RawSegment]]
+    tensors: list[tuple[str, StaticTensor]]
+    first_indices: dict[str, int]
+    """By dotted name of a stack that ran: the index of its first layer."""
+
+    def stack(self, name: str) -> tuple[str, int]:
+        """Return a stack's name, which an adapter prefixes, and the index of its first layer."""
+        return next((ours, first) for ours, first in self.first_indices.items() if f".{ours}".endswith(f".{name}"))
 
 
 def trace_steps(
     config: Any, regime: Regime, points: Sequence[Point], progress: Progress = lambda _done, _total: None
 ) -> tuple[list[list[RawSegment]], list[tuple[str, StaticTensor]]]:
-    """Run micro-steps on fake tensors; return each point's segments, and the model's named static tensors.
+    """Run micro-steps on fake tensors; return each point's segments, and the model's named static tensors."""
+    traced = trace_model(build(config, regime), regime, points, progress)
+    return traced.steps, traced.tensors
+
+
+def trace_model(model: nn.Module, regime: Regime, points: Sequence[Point], progress: Progress) -> Traced:
+    """Run micro-steps of a model that was built on the meta device.
 
     A step before the first is not kept: what libraries make once (rotary tables, masks) is there afterwards.
+
+    Raises:
+        InputError: the step needs the values of tensors, or is not the same at every length.
     """
-    model = build(config, regime)
     with FakeTensorMode(allow_non_fake_inputs=True), environment(regime):
         fill_with_fakes(model)
         model.train()
@@ -89,16 +180,17 @@ def trace_steps(
         if regime.gradient_checkpointing:
             checkpoint(model, regime, recorder)
         recorder.ignore([*model.parameters(), *model.buffers()])
-        watch_layers(model, recorder)
-        steps = []
-        with recorder:
+        watch = watch_layers(model, recorder)
+        steps: list[list[RawSegment]] = []
+        with recorder, values_refused(model):
             run_step(model, recorder, regime, points[0])
             for done, point in enumerate(points):
                 progress(done, len(points))
                 recorder.restart()
                 run_step(model, recorder, regime, point)
                 steps.append(recorder.finished())
-        return steps, static_tensors(model)
+                refuse_other_structure(model, steps, points)
+        return Traced(steps=steps, tensors=static_tensors(model), first_indices=watch.first_indices())
 
 
 @contextmanager
@@ -108,6 +200,7 @@ def environment(regime: Regime) -> Iterator[None]:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(believing_it_is_real())
+        stack.enter_context(no_layer_dropped())
         if regime.quantization is not None:
             stack.enter_context(unpacking_as_an_operator())
         if regime.zero3_linear:

@@ -1,0 +1,67 @@
+"""Lengths to trace: a window of attention changes the code path where a sequence reaches it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+USUAL_LENGTHS = (256, 512, 1024)
+_WINDOW = re.compile(r"window|attention_chunk|local_attention")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lengths:
+    """Lengths that take one code path, and the shortest and longest sequence that does."""
+
+    traced: tuple[int, ...]
+    min_sequence_tokens: int
+    max_sequence_tokens: int | None
+
+
+def lengths_to_trace(config: Any, sequence_tokens: int | None) -> Lengths:
+    """Choose three lengths on the same side of each of a config's windows as the sequences that are planned.
+
+    A sequence as long as a window is masked by it (transformers/masking_utils.py 5.23, _ignore_causal_mask_sdpa).
+
+    Args:
+        config: of the language model.
+        sequence_tokens: what is planned; None: the lengths around 1,024.
+    """
+    longest = getattr(config, "max_position_embeddings", None)
+    longest = longest if isinstance(longest, int) and longest > 0 else None
+    planned = sequence_tokens or min(USUAL_LENGTHS[-1], longest or USUAL_LENGTHS[-1])
+    limits = windows(config)
+    low = max([limit for limit in limits if limit <= planned], default=0)
+    high = min([limit for limit in limits if limit > planned], default=None)
+    bounded = longest if high is None else min(high - 1, longest or high)
+    return Lengths(
+        traced=_three(low, bounded, longest),
+        min_sequence_tokens=max(low, 1),
+        max_sequence_tokens=None if high is None else high - 1,
+    )
+
+
+def _three(low: int, high: int | None, longest: int | None) -> tuple[int, ...]:
+    """Three lengths from `low` to `high`, the usual ones where they are allowed."""
+    if low < USUAL_LENGTHS[0] and (high is None or high >= USUAL_LENGTHS[-1]):
+        return USUAL_LENGTHS
+    if not low and high:
+        return (high // 4, high // 2, high)
+    top = max(high or 0, low + 3) if high and high < 4 * low else 4 * low
+    if longest and longest > low:
+        top = min(top, longest)
+    return (low + (top - low) // 4, low + (top - low) // 2, top)
+
+
+def windows(config: Any) -> list[int]:
+    """Return the lengths at which attention changes: what a config calls a window, a chunk or local attention."""
+    found = set()
+    for name, value in vars(config).items():
+        if _WINDOW.search(name):
+            found |= {size for size in (value if isinstance(value, (list, tuple)) else [value]) if _is_length(size)}
+    return sorted(found)
+
+
+def _is_length(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 1
