@@ -29,6 +29,8 @@ Row = Mapping[str, Any]
 
 NOT_READ = frozenset({"id", "source", "stack", "notes", "tokens_per_second", "tokens_per_second_total"})
 """What says where a row is from, and what was measured (so is everything that ends in `_gib` or `_bytes`)."""
+PINNED_IN_NOTES = "memory-efficient kernel pinned"
+"""How fitcheck-llm's rows say, in their notes only, that sdpa could take no other kernel."""
 REQUIRED = ("model", "gpus", "seq_len")
 SHARDINGS = {"fsdp_full_shard": "fsdp1", "fsdp2_full_shard": "fsdp2", "fsdp": "fsdp1", "fsdp_shard_grad_op": "fsdp1"}
 """accelerate's words for FSDP, which mean the first of its versions unless they say otherwise."""
@@ -104,6 +106,8 @@ def read_restrictions(row: Row, cluster: Cluster) -> Restrictions:
         "loss": row.get("loss") or "stock",
         "keeps_outputs": bool(row.get("outputs_kept")),
     }
+    if PINNED_IN_NOTES in (row.get("notes") or ""):
+        given["sdpa_kernel"] = "efficient"
     given |= {name: read(row[name]) for name, read in FURTHER.items() if row.get(name) is not None}
     for whole, names in PARTS.items():
         parts = {part: row[name] for name, part in names.items() if row.get(name) is not None}
