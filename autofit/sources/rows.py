@@ -31,6 +31,12 @@ NOT_READ = frozenset({"id", "source", "stack", "notes", "tokens_per_second", "to
 """What says where a row is from, and what was measured (so is everything that ends in `_gib` or `_bytes`)."""
 PINNED_IN_NOTES = "memory-efficient kernel pinned"
 """How fitcheck-llm's rows say, in their notes only, that sdpa could take no other kernel."""
+RECAST_IN_NOTES = "baseline-peft-bnb"
+"""The scenario of fms-acceleration's benchmarks that leaves preparing the model to TRL's SFTTrainer (`no_peft_model`),
+which casts embeddings and head to bf16 again where bf16 is asked for.
+
+Source: foundation-model-stack/fms-acceleration plugins/accelerated-peft framework_plugin_bnb.py; trl 0.11-0.13
+trainer/sft_trainer.py and trainer/utils.py, peft_module_casting_to_bf16."""
 REQUIRED = ("model", "gpus", "seq_len")
 SHARDINGS = {"fsdp_full_shard": "fsdp1", "fsdp2_full_shard": "fsdp2", "fsdp": "fsdp1", "fsdp_shard_grad_op": "fsdp1"}
 """accelerate's words for FSDP, which mean the first of its versions unless they say otherwise."""
@@ -254,9 +260,15 @@ def _quantization(row: Row) -> dict[str, Any]:
             "compute_dtype": stated.get("compute_dtype"),
             "prepares_kbit": row.get("kbit_prepare"),
             "skip_modules": () if skipped == ALWAYS_UNQUANTISED else skipped,
-            "recasts_tables": row.get("recasts_tables"),
+            "recasts_tables": _recasts_tables(row),
         }
     )
+
+
+def _recasts_tables(row: Row) -> Any:
+    is_named = RECAST_IN_NOTES in (row.get("notes") or "")
+    is_recast = is_named and row.get("kbit_prepare") and row.get("autocast") == "bf16"
+    return row.get("recasts_tables", True if is_recast else None)
 
 
 def _stated(given: dict[str, Any]) -> dict[str, Any]:
