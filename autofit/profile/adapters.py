@@ -10,6 +10,7 @@ from torch import nn
 
 from autofit.errors import InputError
 from autofit.profile.dtypes import DTYPES
+from autofit.profile.layers import layer_stacks
 from autofit.profile.quantized import quantize, unpacking_as_an_operator
 from autofit.spec.configuration import Freeze, Lora
 from autofit.spec.profile import Regime
@@ -21,6 +22,7 @@ def apply_method(model: nn.Module, regime: Regime) -> nn.Module:
     Raises:
         InputError: the method names modules that the model does not have, or leaves nothing to train.
     """
+    _refuse_foreign_quantization(model, regime)
     if regime.quantization is not None:
         quantize(model, regime.quantization, regime.device)
     if regime.lora is not None and regime.lora.use_dora and regime.device == "cpu" and _is_int8(regime):
@@ -34,6 +36,23 @@ def apply_method(model: nn.Module, regime: Regime) -> nn.Module:
     if regime.freeze is not None:
         freeze(model, regime.freeze, checkpoints_reentrantly=regime.gradient_checkpointing and regime.use_reentrant)
     return model
+
+
+def _refuse_foreign_quantization(model: nn.Module, regime: Regime) -> None:
+    """A checkpoint that is packed already would be traced as if it were not."""
+    declared: Any = getattr(getattr(model, "config", None), "quantization_config", None) or {}
+    method = declared.get("quant_method") if isinstance(declared, dict) else getattr(declared, "quant_method", None)
+    name = str(getattr(method, "value", method))
+    if name in {"gptq", "awq"}:
+        raise InputError(
+            f"the checkpoint is packed with {name.upper()}: its layers run CUDA kernels of a package of their own, "
+            "which allocate where no trace on this machine can see it",
+            to_fix="plan the checkpoint that it was made from, quantised by bitsandbytes (--method qlora)",
+        )
+    if name == "bitsandbytes" and regime.quantization is None:
+        raise InputError(
+            "the checkpoint is quantised by bitsandbytes", to_fix="use --method qlora with the bits it was packed in"
+        )
 
 
 def _is_int8(regime: Regime) -> bool:
@@ -109,9 +128,7 @@ def freeze(model: nn.Module, what: Freeze, *, checkpoints_reentrantly: bool) -> 
 
 
 def _layers(model: nn.Module) -> nn.ModuleList:
-    """The list of modules that holds most of the parameters."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=nn.ModuleList())
+    return layer_stacks(model)[0][1]
 
 
 def _trains_embeddings(model: nn.Module) -> bool:

@@ -28,7 +28,7 @@ Source: arXiv 2208.07339, section 3: outliers lie in at most seven feature dimen
 _TABLE_NAMES = ("lm_head", "embed_tokens", "wte", "wpe")
 
 
-def quantize(model: nn.Module, quantization: Quantization, device: DeviceKind = "cuda") -> None:
+def quantize(model: nn.Module, quantization: Quantization, device: DeviceKind) -> None:
     """Replace the linear layers that transformers would replace by stand-ins for bitsandbytes' own, in place.
 
     Source: transformers/integrations/bitsandbytes.py, replace_with_bnb_linear.
