@@ -26,7 +26,6 @@ def refuse_unmodelled(configuration: Configuration) -> None:
 def unmodelled(configuration: Configuration) -> str | None:
     """Name the first knob that is not modelled, None if all are."""
     c = configuration
-    quantization, lora = c.quantization, c.lora
     checks = (
         (c.optim not in OPTIMIZERS, f"optim {c.optim}"),
         (c.sharding not in MODELLED_SHARDINGS, f"sharding {c.sharding}"),
@@ -39,11 +38,6 @@ def unmodelled(configuration: Configuration) -> str | None:
         (c.uses_fsdp and c.lora is not None and bool(c.lora.modules_to_save), "modules_to_save under FSDP"),
         (c.uses_fsdp and c.loss != "stock", f"loss {c.loss} under FSDP"),
         (c.uses_fsdp and c.num_processes == c.num_replicas, "FSDP whose copies are each held by one process"),
-        (c.method == "freeze", "method freeze"),
-        (lora is not None and lora.use_dora, "use_dora"),
-        (lora is not None and bool(lora.modules_to_save), "modules_to_save"),
-        (quantization is not None and quantization.bits != 4, "load_in_8bit"),
-        (quantization is not None and quantization.quant_type != "nf4", "bnb_4bit_quant_type other than nf4"),
         (c.loss != "stock", f"loss {c.loss}"),
         (c.batching != "equal", f"batching {c.batching}"),
         (c.task != "auto", f"task {c.task}"),
