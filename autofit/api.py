@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,9 @@ from autofit.errors import InputError, NothingFitsError
 from autofit.options import EveryWish, Wishes, one_of_each, restrictions, wishes_of
 
 if TYPE_CHECKING:
+    from autofit.memory.explain import ExplainedPhase, Symbols
     from autofit.plan import Plan
+    from autofit.spec.configuration import Configuration, Sharding
     from autofit.spec.hardware import Cluster
     from autofit.spec.job import Job, Model
     from autofit.spec.profile import ProfileSet, Regime
@@ -19,6 +22,18 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 Display = Callable[[], AbstractContextManager[Progress]]
 """Opens what shows a trace while it runs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """An estimate taken apart."""
+
+    plan: Plan
+    """The estimate, made anew."""
+    symbols: Symbols
+    phases: tuple[ExplainedPhase, ...]
+    stored_peak_allocated_bytes: int | None = None
+    """What the plan file said, where one was explained: another figure shows its age."""
 
 
 @contextmanager
@@ -86,6 +101,89 @@ def estimate(
         allow_hub=allow_hub,
     )
     return estimate_job(job, cluster)
+
+
+def explain(
+    plan: str | Path | None = None,
+    *,
+    model: str | Path | None = None,
+    gpus: str | None = None,
+    seq_len: int | None = None,
+    gradient_accumulation_steps: int = 1,
+    allow_hub: bool = False,
+    **wishes: Any,
+) -> Explanation:
+    """Take an estimate apart, as `autofit explain` does: each term with its formula and source.
+
+    Args:
+        plan: a plan.json; or else what `estimate` takes.
+        model: see `estimate`, as all that follows.
+        gpus: see `estimate`.
+        seq_len: see `estimate`.
+        gradient_accumulation_steps: see `estimate`.
+        allow_hub: see `estimate`.
+        wishes: see `estimate`.
+
+    Raises:
+        InputError: something given cannot be used; `message` says what, `to_fix` what to do.
+    """
+    if plan is not None:
+        return explain_plan(Path(plan))
+    if model is None or gpus is None or seq_len is None:
+        raise InputError("explain needs a plan.json, or a model, gpus and seq_len.", to_fix="give them")
+    job, cluster = estimated_job(
+        model=model,
+        gpus=gpus,
+        seq_len=seq_len,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        wishes=wishes_of(EveryWish, wishes),
+        allow_hub=allow_hub,
+    )
+    return explain_job(job, cluster)
+
+
+def explain_plan(path: Path, display: Display = silent) -> Explanation:
+    """Explain the configuration of a plan file, estimated anew.
+
+    Raises:
+        InputError: the file is no plan, or its configuration cannot be estimated with what is installed.
+    """
+    from autofit.plan import load_plan
+
+    stored = load_plan(path)
+    job, cluster, configuration = stored.inputs.job, stored.inputs.cluster, stored.configuration
+    explained = _explained(job, cluster, configuration, display)
+    return replace(explained, stored_peak_allocated_bytes=stored.memory.peak_allocated_bytes)
+
+
+def explain_job(job: Job, cluster: Cluster, display: Display = silent) -> Explanation:
+    """Explain the one configuration that a job leaves."""
+    return _explained(job, cluster, only_configuration(job, cluster), display)
+
+
+def _explained(job: Job, cluster: Cluster, configuration: Configuration, display: Display) -> Explanation:
+    from autofit.memory.explain import explain_phases, symbols_of
+    from autofit.spec.regimes import regime_of
+
+    made, profiles = _estimated(job, cluster, configuration, display)
+    profile = profiles[regime_of(configuration, cluster.device)]
+    tokens = job.workload.sequence_tokens
+    return Explanation(
+        plan=made,
+        symbols=symbols_of(profile, configuration, tokens),
+        phases=explain_phases(made.memory, profile, configuration, tokens),
+    )
+
+
+def estimate_stages(job: Job, cluster: Cluster, display: Display = silent) -> tuple[Plan, ...]:
+    """Estimate a job under DDP and every ZeRO stage.
+
+    Raises:
+        InputError: there is one device, or a stage cannot be estimated.
+    """
+    shardings: tuple[Sharding, ...] = ("ddp", "zero1", "zero2", "zero3")
+    jobs = [replace(job, restrictions=replace(job.restrictions, shardings=(sharding,))) for sharding in shardings]
+    return tuple(estimate_job(each, cluster, display) for each in jobs)
 
 
 def planned_job(
@@ -156,19 +254,32 @@ def estimate_job(job: Job, cluster: Cluster, display: Display = silent) -> Plan:
     Raises:
         InputError: it leaves several, or one that cannot run or is not modelled.
     """
-    from autofit.memory.limits import refuse_unmodelled
-    from autofit.search.solve import estimate as estimate_one
-    from autofit.search.solve import required_regimes
+    return _estimated(job, cluster, only_configuration(job, cluster), display)[0]
+
+
+def only_configuration(job: Job, cluster: Cluster) -> Configuration:
+    """Return the one configuration that a job leaves.
+
+    Raises:
+        InputError: it leaves several.
+    """
     from autofit.search.space import candidates
 
     found = candidates(job, cluster)
     if len(found) > 1:
         names = ", ".join(dict.fromkeys(each.sharding for each in found))
         raise InputError(f"what is asked for leaves several shardings: {names}.", to_fix="give --sharding")
-    (configuration,) = found
+    return found[0]
+
+
+def _estimated(job: Job, cluster: Cluster, configuration: Configuration, display: Display) -> tuple[Plan, ProfileSet]:
+    from autofit.memory.limits import refuse_unmodelled
+    from autofit.search.solve import estimate as estimate_one
+    from autofit.spec.regimes import regime_of
+
     refuse_unmodelled(configuration)
-    profiles = profiles_of(job.model, required_regimes(job, cluster), display)
-    return estimate_one(job, cluster, profiles, configuration)
+    profiles = profiles_of(job.model, (regime_of(configuration, cluster.device),), display)
+    return estimate_one(job, cluster, profiles, configuration), profiles
 
 
 def profiles_of(model: Model, regimes: Sequence[Regime], display: Display = silent) -> ProfileSet:

@@ -31,7 +31,7 @@ from autofit.options import (
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from autofit.api import Progress
+    from autofit.api import Explanation, Progress
     from autofit.plan import Plan
     from autofit.sources.script import Overrides
 
@@ -252,6 +252,79 @@ def print_batch(path: Path, *, replay: bool, allow_hub: bool) -> None:
             sys.stdout.write(line.decode() + "\n")
 
 
+@app.command(cls=SectionedCommand)
+@takes_wishes(EveryWish)
+def explain(
+    wishes: EveryWish,
+    plan_file: Annotated[
+        Path | None, typer.Argument(metavar="[PLAN]", help="A plan.json; or else give what estimate takes.")
+    ] = None,
+    model: Annotated[str | None, MODEL] = None,
+    seq_len: Annotated[int | None, SEQ_LEN] = None,
+    gpus: Annotated[str | None, GPUS] = None,
+    gradient_accumulation_steps: Annotated[int, ACCUMULATION] = 1,
+    *,
+    by_stage: Annotated[
+        bool, typer.Option("--by-stage", help="Draw memory under DDP and under ZeRO 1, 2 and 3 instead.")
+    ] = False,
+    allow_hub: AllowHubOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Say of each term of the memory what it is, by which formula and from where."""
+    from autofit.api import estimate_stages, estimated_job, explain_job, explain_plan
+
+    if plan_file is not None:
+        if (model, seq_len, gpus, wishes, by_stage) != (None, None, None, EveryWish(), False):
+            raise InputError("explain takes a plan.json or options, not both.", to_fix="leave one of them out")
+        print_explanation(explain_plan(plan_file, tracing), as_json=as_json)
+        return
+    if model is None or seq_len is None or gpus is None:
+        raise InputError("explain needs a plan.json, or --model, --seq-len and --gpus.", to_fix="give them")
+    job, cluster = estimated_job(
+        model=model,
+        gpus=gpus,
+        seq_len=seq_len,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        wishes=wishes,
+        allow_hub=allow_hub,
+    )
+    if by_stage:
+        print_stages(estimate_stages(job, cluster, tracing), as_json=as_json)
+    else:
+        print_explanation(explain_job(job, cluster, tracing), as_json=as_json)
+
+
+def print_explanation(explained: Explanation, *, as_json: bool) -> None:
+    """Print an explanation for a program or for a person."""
+    if as_json:
+        print_json(explained)
+        return
+    from autofit.report.console import result_console
+    from autofit.report.explain import explanation_report
+
+    console = result_console()
+    report = explanation_report(
+        explained.plan,
+        explained.symbols,
+        explained.phases,
+        stored_peak_allocated_bytes=explained.stored_peak_allocated_bytes,
+        width=console.width,
+    )
+    console.print(report)
+
+
+def print_stages(plans: Sequence[Plan], *, as_json: bool) -> None:
+    """Print memory by stage for a program or for a person."""
+    if as_json:
+        print_json({"stages": plans})
+        return
+    from autofit.report.console import result_console
+    from autofit.report.explain import stages_report
+
+    console = result_console()
+    console.print(stages_report(plans, width=console.width))
+
+
 @app.command()
 def devices(*, as_json: JsonOption = False) -> None:
     """List the GPUs that --gpus knows by name."""
@@ -366,7 +439,7 @@ def show(renderable: RenderableType, document: dict[str, Any], *, as_json: bool)
     result_console().print(renderable)
 
 
-def print_json(document: Plan | dict[str, Any]) -> None:
+def print_json(document: Plan | Explanation | dict[str, Any]) -> None:
     """Print one JSON object, the only thing on stdout."""
     from autofit.plan import to_json
 

@@ -107,8 +107,10 @@ def memory_figures(memory: MemoryEstimate) -> str:
         "reserved": memory.peak_reserved_bytes,
         "whole process": memory.process_bytes,
     }
-    known = [f"{name} {num_bytes / GIB:.2f}" for name, num_bytes in figures.items() if num_bytes is not None]
-    return ", ".join(known) + " GiB"
+    known = {name: f"{name} {num_bytes / GIB:.2f}" for name, num_bytes in figures.items() if num_bytes is not None}
+    if "reserved" in known and memory.needed_reserved_bytes not in {None, memory.peak_reserved_bytes}:
+        known["reserved"] += f" (not less than {(memory.needed_reserved_bytes or 0) / GIB:.2f})"
+    return ", ".join(known.values()) + " GiB"
 
 
 def speed_line(plan: Plan) -> str:
@@ -136,7 +138,9 @@ def memory_table(memory: MemoryEstimate, *, width: int) -> RenderableType:
     phases = nearest_to_peak(memory.phases, num_phases=max(1, (width - 34) // 14))
     terms = [term for term in dict.fromkeys(term for phase in phases for term in phase.terms) if shows(phases, term)]
     peak = max(phases, key=lambda phase: phase.bytes, default=None)
-    table = _table("Memory of the most loaded device, GiB", "term", *(phase.name.replace("_", " ") for phase in phases))
+    table = plain_table(
+        "Memory of the most loaded device, GiB", "term", *(phase.name.replace("_", " ") for phase in phases)
+    )
     for term in terms:
         table.add_row(term.replace("_", " "), *(_gib_cell(phase.terms.get(term)) for phase in phases))
     table.add_row("sum", *(Text(_gib_cell(phase.bytes), style="bold" if phase is peak else "") for phase in phases))
@@ -193,7 +197,7 @@ def ladder_table(plan: Plan, *, width: int) -> Table:
 
 def _rung_table(title: str, columns: Sequence[_Column], plan: Plan, rungs: Iterable[Rung], *, width: int) -> Table:
     shown = [column for column in columns if column.min_width <= width]
-    table = _table(title, *(column.title for column in shown))
+    table = plain_table(title, *(column.title for column in shown))
     for rung in rungs:
         style = "bold" if rung.configuration == plan.configuration else ""
         table.add_row(*(column.cell(plan, rung) for column in shown), style=style)
@@ -308,7 +312,8 @@ def bullets(title: str, lines: Iterable[str]) -> RenderableType:
     return Group(Text(f"\n{title}", style="bold"), grid) if grid.row_count else Group()
 
 
-def _table(title: str, *columns: str) -> Table:
+def plain_table(title: str, *columns: str) -> Table:
+    """Start a table without lines: the first column to the left, figures to the right."""
     table = Table(box=None, title=f"\n{title}", title_justify="left", title_style="bold", padding=(0, 2, 0, 0))
     for number, column in enumerate(columns):
         table.add_column(f"{column}", justify="left" if number == 0 else "right", overflow="fold", header_style="dim")

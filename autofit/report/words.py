@@ -13,19 +13,23 @@ SHARDING_WORDS = {
     "zero1": "ZeRO-1: optimizer state is split",
     "zero2": "ZeRO-2: optimizer state and gradients are split",
     "zero3": "ZeRO-3: weights, gradients and optimizer state are split",
+    "fsdp1": "FSDP: weights, gradients and optimizer state are split",
     "fsdp2": "FSDP2: weights, gradients and optimizer state are split",
 }
-METHOD_WORDS = {"full": "Full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}
+METHOD_WORDS = {"full": "Full fine-tuning", "freeze": "Freezing", "lora": "LoRA", "qlora": "QLoRA"}
 
 
 def method_words(configuration: Configuration) -> str:
     """Name the method with what makes two of its kind differ: rank and storage."""
     words = METHOD_WORDS[configuration.method]
     details = []
+    if configuration.freeze is not None:
+        details.append(f"all but the last {configuration.freeze.freeze_trainable_layers} layers")
     if configuration.lora is not None:
         details.append(f"r={configuration.lora.r}")
     if configuration.quantization is not None:
-        details.append(configuration.quantization.quant_type.upper())
+        bits8 = configuration.quantization.bits == 8
+        details.append("int8" if bits8 else configuration.quantization.quant_type.upper())
     return f"{words} ({', '.join(details)})" if details else words
 
 

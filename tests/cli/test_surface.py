@@ -85,6 +85,8 @@ SURFACE = {
     "estimate": ESTIMATED
     | {"--model", "--seq-len", "--gpus", "--gradient-accumulation-steps", "--batch", "--replay", "--no-replay"}
     | {"--allow-hub", "--json"},
+    "explain": ESTIMATED
+    | {"--model", "--seq-len", "--gpus", "--gradient-accumulation-steps", "--by-stage", "--allow-hub", "--json"},
     "devices": {"--json"},
     "models": {"--json"},
     "templates": {"--json"},
