@@ -1,0 +1,257 @@
+"""Steps and loading sent through the allocator's policy, held to the libraries whose order they follow."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers.core_model_loading import dot_natural_key
+
+from autofit.errors import InputError
+from autofit.memory.allocator import CachingAllocator
+from autofit.memory.assemble import estimate_memory
+from autofit.memory.engines import layout
+from autofit.memory.loading import _Named, buckets, write_loading
+from autofit.memory.overheads import workspace_sizes
+from autofit.memory.program import Program
+from autofit.memory.replay import DDP_BUCKET_BYTES, Replayed, replay_step
+from autofit.memory.static import static_bytes
+from autofit.memory.tensors import tensors
+from autofit.profile.trace import trace
+from autofit.spec.configuration import Configuration, Lora, Quantization
+from autofit.spec.hardware import Cluster
+from autofit.spec.job import Workload
+from autofit.spec.profile import RegimeProfile, StaticTensor
+from autofit.spec.regimes import regime_of
+from autofit.units import GIB, MIB
+from tests.plans import A100, a_configuration
+
+TOKENS = 512
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 8192,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
+PLANNED = a_configuration(
+    method="full",
+    sharding="none",
+    num_processes=1,
+    optim="adamw_torch",
+    weights_dtype="bfloat16",
+    mixed_precision="no",
+    attention="eager",
+    per_device_train_batch_size=4,
+    gradient_accumulation_steps=1,
+)
+
+ONE_A100 = Cluster(device=A100, num_devices_per_node=1)
+
+
+@pytest.fixture(scope="module")
+def profile() -> RegimeProfile:
+    """Trace full fine-tuning of a small model, whose activations are larger than its weights."""
+    return trace("small", LLAMA, regime_of(PLANNED, A100))
+
+
+def replayed(profile: RegimeProfile, configuration: Configuration, capacity_bytes: int | None = None) -> Replayed:
+    """Replay a configuration on an A100."""
+    model = tensors(profile)
+    plan = layout(configuration, model, static_bytes(model, "cuda"), profile.hidden_size, "cuda")
+    workspaces = workspace_sizes(A100)
+    return replay_step(profile, configuration, TOKENS, plan, model, workspaces, capacity_bytes=capacity_bytes)
+
+
+def test_with_room_everything_is_kept(profile):
+    """Where the device holds all that is kept, nothing is returned, and less was not looked for."""
+    roomy = replayed(profile, PLANNED, 8 * GIB)
+    assert roomy == replayed(profile, PLANNED)
+    assert (roomy.needed_bytes, roomy.num_retries) == (None, 0)
+    assert roomy.peak_reserved_bytes > roomy.peak_allocated_bytes
+
+
+def test_under_pressure_what_is_kept_is_returned(profile):
+    """A device with less than what would be kept runs the step all the same, if it has what is needed."""
+    roomy = replayed(profile, PLANNED)
+    needed = replayed(profile, PLANNED, roomy.peak_reserved_bytes - 2 * MIB).needed_bytes
+    assert roomy.peak_allocated_bytes <= needed < roomy.peak_reserved_bytes
+    tight = replayed(profile, PLANNED, needed)
+    assert tight.num_retries > 0
+    assert tight.needed_bytes <= needed
+    assert tight.peak_reserved_bytes <= needed
+
+
+def test_a_device_that_is_too_small_is_told_what_it_lacks(profile):
+    """With less than is allocated at once the step fails: what it needs is more than the device has, and suffices."""
+    roomy = replayed(profile, PLANNED)
+    short = replayed(profile, PLANNED, roomy.peak_allocated_bytes - 4 * MIB)
+    assert short.needed_bytes >= roomy.peak_allocated_bytes
+    assert short.peak_reserved_bytes == roomy.peak_reserved_bytes
+    assert replayed(profile, PLANNED, short.needed_bytes).needed_bytes <= short.needed_bytes
+
+
+def test_segments_that_grow_are_replayed_where_they_are_asked_for(profile):
+    """With expandable segments no block is larger than its tensor: what is allocated is the tensors' own bytes."""
+    grows = replace(PLANNED, expandable_segments=True)
+    plain, grown = replayed(profile, PLANNED), replayed(profile, grows)
+    phases = estimate_memory(profile, PLANNED, ONE_A100, Workload(sequence_tokens=TOKENS, global_batch_sequences=4))
+    assert plain.peak_allocated_bytes > grown.peak_allocated_bytes
+    assert grown.peak_allocated_bytes == pytest.approx(phases.peak_allocated_bytes, rel=0.001)
+
+
+def test_a_split_limit_that_torch_refuses_is_refused(profile):
+    """max_split_size_mb below 20 ends a run when it starts."""
+    with pytest.raises(InputError, match="max_split_size_mb"):
+        replayed(profile, replace(PLANNED, max_split_size_mb=8))
+
+
+def test_workspaces_are_taken_once_by_each_thread(profile):
+    """Forward's and backward's are in what is allocated, whatever the number of steps; a rank without none."""
+    model = tensors(profile)
+    plan = layout(PLANNED, model, static_bytes(model, "cuda"), profile.hidden_size, "cuda")
+    with_, without = (
+        replay_step(profile, PLANNED, TOKENS, plan, model, sizes, capacity_bytes=None)
+        for sizes in ((32 * MIB, 32 * MIB), ())
+    )
+    assert with_.peak_allocated_bytes - without.peak_allocated_bytes == 64 * MIB
+
+
+def test_ddp_groups_gradients_as_torch_does():
+    """A first bucket of 1 MiB, then 25 MiB each: torch's own assignment of the same tensors gives the same sizes."""
+    sizes = [600_000, 300_000, 400_000, 30_000_000, 4, 26_000_000, 12_000_000, 12_000_000, 12_000_000, 7_000]
+    parameters = [torch.empty(size // 4, device="meta") for size in sizes]
+    assigned, _ = dist._compute_bucket_assignment_by_size(parameters, list(DDP_BUCKET_BYTES))
+    assert buckets(sizes, DDP_BUCKET_BYTES) == [sum(sizes[n] for n in bucket) for bucket in assigned]
+
+
+def test_weights_come_in_the_order_of_transformers():
+    """Sorted by name with numbers as numbers, and without what peft puts around a name."""
+    names = [
+        "lm_head.weight",
+        "model.layers.10.mlp.up_proj.weight",
+        "model.layers.2.self_attn.q_proj.weight",
+        "model.layers.2.mlp.experts.10.w1.weight",
+        "model.layers.2.mlp.experts.9.w1.weight",
+        "model.norm.weight",
+        "model.embed_tokens.weight",
+        "model.block2.weight",
+        "model.block11.weight",
+    ]
+    ours = sorted(names, key=lambda name: _Named(_static(f"base_model.model.{name}"), None).load_order)
+    assert ours == sorted(names, key=dot_natural_key)
+
+
+def _static(name: str, num_elements: int = 1, dtype: str = "bfloat16", **changes: Any) -> StaticTensor:
+    values = {"trains": False, "repeats": False, "kind": "parameter", **changes}
+    return StaticTensor(name=name, num_elements=num_elements, dtype=dtype, **values)
+
+
+def loaded(profile: RegimeProfile) -> CachingAllocator:
+    """Load a model onto an empty device."""
+    program, allocator = Program(), CachingAllocator()
+    write_loading(program, profile, 16 * GIB)
+    program.run(allocator)
+    return allocator
+
+
+def tinyllama(method: str) -> RegimeProfile:
+    """Return TinyLlama-1.1B's parameters, with no step; LoRA of rank 32 on the attention's four projections."""
+    hidden, middle, shared, vocabulary = 2048, 5632, 256, 32000
+    inner = {"self_attn.q_proj": hidden, "self_attn.k_proj": shared, "self_attn.v_proj": shared}
+    inner |= {"self_attn.o_proj": hidden}
+    packed = method == "qlora"
+    unpacked = "float32" if packed else "float16"
+    found, states = [_static("model.embed_tokens.weight", vocabulary * hidden, unpacked)], []
+    for name, rows in (*inner.items(), *((f"mlp.{each}_proj", middle) for each in ("gate", "up", "down"))):
+        path, elements = f"model.layers.0.{name}", rows * hidden
+        kind, size = ("quantized", elements // 2) if packed else ("parameter", elements)
+        dtype = "uint8" if packed else "float16"
+        found.append(_static(f"{path}.weight", size, dtype, repeats=True, kind=kind))
+        if name in inner:
+            for part, size in (("A", 32 * hidden), ("B", 32 * rows)):
+                lora = f"{path}.lora_{part}.default.weight"
+                found.append(_static(lora, size, "float32", repeats=True, kind="adapter", trains=True))
+        if packed:
+            for part, size in (("absmax", elements // 64), ("code", 16)):
+                state = f"{path}.quant_{part}"
+                states.append(_static(state, size, "float32", repeats=True, kind="quant_state"))
+    norms = ("input_layernorm", "post_attention_layernorm")
+    found += [_static(f"model.layers.0.{each}.weight", hidden, unpacked, repeats=True) for each in norms]
+    found += [_static("model.norm.weight", hidden, unpacked), _static("lm_head.weight", vocabulary * hidden, unpacked)]
+    buffers = [_static(f"model.rotary_emb.{each}", 32, "float32", kind="buffer") for each in ("a", "b")]
+    configuration = a_configuration(
+        method=method,
+        lora=Lora(r=32),
+        weights_dtype="float16",
+        mixed_precision="no",
+        quantization=Quantization(double_quant=False, compute_dtype="float16", prepares_kbit=True) if packed else None,
+    )
+    return RegimeProfile(
+        model="TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+        regime=regime_of(configuration, A100),
+        num_layers=22,
+        num_traced_layers=6,
+        hidden_size=hidden,
+        vocab_size=vocabulary,
+        tensors=(*found, *states, *buffers),
+        sizes=(),
+        segments=(),
+        versions={"transformers": "5.23.0", "peft": "0.21.2"},
+    )
+
+
+def test_what_a_loaded_model_allocates_was_measured():
+    """TinyLlama in fp16 with LoRA adapters: 2134.55 MiB after loading, 2 more than its tensors have.
+
+    Source: fitcheck-llm 0.3.1, data/measurements/t4-sweep-2026-09-15.json, after_load_allocated_mib of its eight rows.
+    """
+    allocator = loaded(tinyllama("lora"))
+    assert round(allocator.allocated_bytes / MIB, 2) == 2134.55
+
+
+def test_what_a_loaded_quantised_model_allocates_was_measured():
+    """TinyLlama in four bits: 1070 to 1078 MiB were measured after loading in 17 runs, 16 to 24 more than its tensors
+    have, for weights are packed into blocks that are left of larger ones. transformers 5.0 loads in four threads, so
+    which is left of what was chance; one after another, as 5.17 does it, gives one of the figures that were seen.
+
+    Source: fitcheck-llm 0.3.1, t4-sweep-2026-09-15.json and t4-phase3-2026-09-16.json.
+    """
+    measured = {1070.05, 1071.55, 1072.05, 1072.55, 1073.55, 1074.05, 1075.55, 1076.05, 1077.05, 1077.55, 1078.05}
+    profile = tinyllama("qlora")
+    assert round(loaded(profile).allocated_bytes / MIB, 2) in measured
+    assert sum(tensor.num_bytes for tensor in tensors(profile)) < 1056 * MIB
+
+
+def test_a_quantised_model_is_reserved_at_once():
+    """transformers takes the model's size in one piece before it loads the first weight; that stays one segment."""
+    allocator, program = CachingAllocator(), Program()
+    write_loading(program, tinyllama("qlora"), 16 * GIB)
+    program.run(allocator, 0, 1)
+    assert allocator.allocated_bytes >= 462 * MIB + 2 * 125 * MIB
+    assert loaded(tinyllama("qlora")).peak_reserved_bytes > 1.2 * GIB
+
+
+def test_a_small_device_is_not_warmed_up_beyond_its_size():
+    """transformers leaves 1.2 GiB alone: on a device of 1.5 GiB it takes 0.3 at once."""
+    allocator, program = CachingAllocator(), Program()
+    write_loading(program, tinyllama("qlora"), int(1.5 * GIB))
+    program.run(allocator, 0, 1)
+    assert 0.29 * GIB < allocator.allocated_bytes < 0.31 * GIB
+
+
+def test_sharing_a_model_between_ranks_takes_more_to_load(profile):
+    """DDP sends parameters in copies, at most two buffers of 250 MiB and a tensor at a time."""
+    shared = replace(PLANNED, sharding="ddp", num_processes=2)
+    alone, together = replayed(profile, PLANNED), replayed(profile, shared)
+    weights = sum(tensor.num_bytes for tensor in tensors(profile))
+    assert 0 < together.loading_reserved_bytes - alone.loading_reserved_bytes <= 2 * weights + 64 * MIB
+    assert together.peak_allocated_bytes > alone.peak_allocated_bytes
