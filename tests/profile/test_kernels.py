@@ -20,7 +20,7 @@ from autofit.profile.fakes import fill_with_fakes
 from autofit.profile.kernels import kernels_of, substitutes, temporaries
 from autofit.profile.kernels.attention import FIRST_EFFICIENT_WITH_GROUPS, efficient_backward, torch_release
 from autofit.profile.kernels.autocast import autocast_as_on_cuda, cuda_policy
-from autofit.profile.kernels.inside import INSIDE_CUDA, embedding_backward, index_put, product, unpacked_weight
+from autofit.profile.kernels.inside import INSIDE_CUDA, embedding_backward, index_put, product, sort, unpacked_weight
 from autofit.profile.kernels.table import markdown
 from autofit.profile.recorder import RawSegment, Recorder
 from autofit.spec.profile import INSIDE
@@ -212,6 +212,22 @@ def test_layer_norm_keeps_its_statistics_in_fp32_on_cuda():
     assert 256 not in birth_sizes(recorded(a_regime(), run))
 
 
+def test_an_rms_norm_is_one_kernel_on_cuda():
+    """Kept of 64 rows are the weight and an fp32 number each; a CPU keeps fp32 copies of the input."""
+    weight_bytes, row_bytes = 64 * 2, 64 * 4
+
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        return functional.rms_norm(x, (64,), torch.ones(64, dtype=torch.bfloat16, requires_grad=True))
+
+    assert kept_bytes(ON_CUDA, norm) == weight_bytes + row_bytes
+    assert kept_bytes(a_regime(), norm) > 2 * 64 * 64 * 4
+    with FakeTensorMode(), kernels_of(ON_CUDA):
+        x = torch.zeros(8, 64, dtype=torch.bfloat16, requires_grad=True)
+        out = norm(x)
+        out.sum().backward()
+        assert (out.shape, out.dtype, x.grad.dtype) == (x.shape, x.dtype, x.dtype)
+
+
 def attention_inputs(dtype: torch.dtype, heads: int = 4, shared: int = 4, head_size: int = 64) -> list[torch.Tensor]:
     """Queries, keys and values as models make them: (batch, heads, tokens, head size), views of dense projections."""
     return [
@@ -341,6 +357,11 @@ def test_index_put_sorts_only_where_it_adds():
     values = torch.empty(100, 4, device="meta")
     assert index_put(target, [rows], values) == ()
     assert index_put(target, [rows], values, True) == (800,) * 6
+
+
+def test_a_sort_works_in_copies_of_keys_and_positions():
+    """Of 10,000 numbers in 32 bits: their positions twice in 64 bits, and themselves once."""
+    assert sum(sort(torch.empty(10_000, dtype=torch.int32, device="meta"))) == 10_000 * (8 + 8 + 4)
 
 
 def test_products_copy_what_blas_cannot_read():

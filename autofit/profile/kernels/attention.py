@@ -308,6 +308,7 @@ def efficient_backward(regime: Regime) -> Callable[..., tuple[int, ...]]:
     dq by blocks of queries, with 16 bytes before each. Heads larger than 128 in half precision accumulate dk and dv as
     well, in at most 200 pieces or one for each head. Inputs in fp32 have delta computed before the kernel, from
     products as large as the output. A gradient that is not dense in (batch, tokens, heads, head size) is copied first.
+    Where queries share keys (torch 2.14), dk and dv for every head.
     Source: torch v2.13 mem_eff_attention/kernel_backward.h, workspace_size, kNeedsAccumGradQ, kKernelComputesDelta;
     attention_backward.cu, _efficient_attention_backward; kernels/cutlassB.h for the blocks.
     """
@@ -328,6 +329,8 @@ def efficient_backward(regime: Regime) -> Callable[..., tuple[int, ...]]:
         copied = 0 if grad_out.transpose(1, 2).is_contiguous() else grad_out.numel() * grad_out.element_size()
         delta = batch * heads * tokens * 4
         before = 0 if is_half else grad_out.numel() * 4 + delta
-        return tuple(size for size in (copied, delta, max(before, workspace)) if size)
+        shared = key.shape[1] != heads
+        expanded = [batch * heads * t.shape[2] * t.shape[3] * t.element_size() for t in (key, value) if shared]
+        return tuple(size for size in (copied, delta, max(before, workspace), *expanded) if size)
 
     return inside

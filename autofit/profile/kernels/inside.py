@@ -58,6 +58,17 @@ def index_put(
     return tuple([count * _INT64_BYTES] * 6)
 
 
+def sort(x: torch.Tensor, *_args: Any, **_kwargs: Any) -> tuple[int, ...]:
+    """The positions to be sorted along, and copies of keys and positions to sort between.
+
+    Rows of at most 4096 elements are sorted in place, without any of these: there it is a bound.
+    Source: torch v2.13 aten/src/ATen/native/cuda/SortStable.cu, launch_stable_sort_kernel; Sort.h,
+    should_use_small_sort; cub's DeviceRadixSort on separate input and output.
+    """
+    positions = x.numel() * _INT64_BYTES
+    return positions, positions, _bytes(x)
+
+
 def product(a: torch.Tensor, b: torch.Tensor, *_args: Any, **_kwargs: Any) -> tuple[int, ...]:
     """A copy of each factor that cuBLAS cannot read where it lies: neither its rows nor its columns are dense.
 
@@ -136,6 +147,8 @@ INSIDE_CUDA: dict[str, TemporaryBytes] = {
     "aten.index_put.default": index_put,
     "aten.index_put_.default": index_put,
     "aten._index_put_impl_.default": index_put,
+    "aten.sort.default": sort,
+    "aten.sort.stable": sort,
     "aten.mm.default": product,
     "aten.bmm.default": product,
     "aten.addmm.default": added_product,

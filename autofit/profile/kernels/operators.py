@@ -44,6 +44,33 @@ def _dropout(x: torch.Tensor, p: float, train: bool) -> torch.Tensor:  # noqa: F
     return aten.native_dropout(x, p, train)[0]  # type: ignore[no-any-return]
 
 
+class _FusedRmsNorm(torch.autograd.Function):
+    """One kernel: what is kept is the input, the weight and a number in fp32 for each row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, num_dims: int) -> tuple[torch.Tensor, ...]:
+        rows = [*x.shape[: x.dim() - num_dims], *[1] * num_dims]
+        out, deviation = torch.clone(x), torch.empty(rows)
+        ctx.save_for_backward(x, weight, deviation)
+        return out, deviation
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor, _grad_of_deviation: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, _deviation = ctx.saved_tensors
+        return torch.clone(grad).to(x.dtype), None if weight is None else torch.clone(weight), None
+
+
+def _fused_rms_norm(
+    x: torch.Tensor, normalized_shape: list[int], weight: torch.Tensor | None, _eps: float | None
+) -> tuple[torch.Tensor, ...]:
+    """CUDA normalises in one kernel and keeps an fp32 number for each row; a CPU keeps each step of it in fp32.
+
+    Of models, those with torch's own RMSNorm; most have transformers'. Source: torch v2.13
+    aten/src/ATen/native/layer_norm.cpp, rms_norm_symint; cuda/layer_norm_kernel.cu, _fused_rms_norm_cuda.
+    """
+    return _FusedRmsNorm.apply(x, weight, len(normalized_shape))  # type: ignore[no-any-return, no-untyped-call]
+
+
 @contextmanager
 def operators_as_on_cuda(regime: Regime) -> Iterator[None]:
     """Put CUDA's forms of these operators in effect; afterwards torch's own are again."""
@@ -54,6 +81,8 @@ def operators_as_on_cuda(regime: Regime) -> Iterator[None]:
         "dropout": _dropout,
         "scaled_dot_product_attention": attention_as_on_cuda(regime),
     }
+    if hasattr(aten, "_fused_rms_norm"):
+        replaced["_fused_rms_norm"] = _fused_rms_norm
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -15,6 +15,7 @@ Entry = tuple[str, Callable[..., Any]]
 REPLACED: tuple[Entry, ...] = (
     ("softmax, log_softmax", operators._fused_softmax),
     ("dropout", operators._dropout),
+    ("rms_norm", operators._fused_rms_norm),
     ("scaled_dot_product_attention: which kernel", attention.choose_kernel),
     ("scaled_dot_product_attention: flash", attention._flash),
     ("scaled_dot_product_attention: memory-efficient", attention._efficient),
