@@ -16,7 +16,7 @@ import re
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,23 +27,19 @@ import transformers
 
 from autofit.errors import AutofitError
 from autofit.memory.assemble import MemoryModel
-from autofit.memory.optimizers import OPTIMIZERS
 from autofit.profile.trace import trace
-from autofit.sources.hardware import parse_cluster
 from autofit.sources.models import resolve_model
-from autofit.spec.configuration import Configuration, Lora, Quantization
+from autofit.sources.rows import read_case
 from autofit.spec.estimate import MemoryEstimate
 from autofit.spec.libraries import installed_versions
 from autofit.spec.profile import Regime, RegimeProfile
-from autofit.spec.regimes import regime_of
 from autofit.units import GIB
 
 Row = dict[str, Any]
 PUBLISHED = Path(__file__).parent / "data" / "published_memory.jsonl"
 FIGURES = ("peak_allocated", "peak_reserved", "process", "after_step_allocated")
-HALVES = {"bf16": "bfloat16", "fp16": "float16"}
-KNOWN_SKIP = (None, ["lm_head"])
-"""Modules left unquantised: the head is always, and no others can be named."""
+RECENT_STACKS = ("late-2026 transformers", "torch 2.6.0+cu124")
+"""The second is canifinetune's, whose runner passes `dtype` to from_pretrained, as releases since 4.56 take it."""
 UNDER_FRACTION = 0.03
 """An estimate lower than measured by more than this may cost a run."""
 AFTER_STEP_TOLERANCE = 0.02
@@ -115,6 +111,7 @@ def compare(row: Row, profiles: dict[tuple[str, Regime], RegimeProfile]) -> Comp
         predicted_bytes={},
         measured_bytes={name: int(row[f"{name}_gib"] * GIB) for name in FIGURES if row.get(f"{name}_gib") is not None},
     )
+    row = completed(row)
     reason = refusal(row)
     if reason is not None:
         return replace(bare, refused=reason)
@@ -136,21 +133,56 @@ def source_name(source: str) -> str:
     return re.split(r",| scripts/| sdist| row ", source)[0].removeprefix("PyPI ")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Addition:
+    """What the code that made a source's measurements says about its rows, and they do not say or say otherwise."""
+
+    fields: dict[str, Any]
+    applies: Callable[[Row], bool] = lambda _row: True
+    because: str
+
+
+ADDITIONS: dict[str, tuple[Addition, ...]] = {
+    "foundation-model-stack/fms-acceleration": (
+        Addition(
+            fields={"lora_dropout": 0.1, "lora_alpha": 16},
+            applies=lambda row: row["method"] != "full",
+            because="scripts/benchmarks/scenarios*.yaml",
+        ),
+        Addition(
+            fields={"storage": "bfloat16"},
+            applies=lambda row: row["method"] == "qlora" and row["sharding"] != "none",
+            because="plugins/accelerated-peft framework_plugin_bnb.py: the weights' dtype under FSDP",
+        ),
+    ),
+    "canifinetune benchmarks": (
+        Addition(
+            fields={"autocast": "no", "outputs_kept": True},
+            because="PyPI canifinetune 0.1.0-0.3.0 bench/runner.py, run_bench: no autocast, `outputs` stays bound",
+        ),
+    ),
+}
+"""By what the source's name begins with."""
+
+
+def completed(row: Row) -> Row:
+    """Add what is known of a row's source."""
+    found = dict(row)
+    for prefix, additions in ADDITIONS.items():
+        for addition in additions if row["source"].startswith(prefix) else ():
+            if addition.applies(row):
+                storage = {name: value for name, value in addition.fields.items() if name == "storage"}
+                if storage:
+                    found["quantization"] = {**found["quantization"], **storage}
+                found |= {name: value for name, value in addition.fields.items() if name not in storage}
+    return found
+
+
 def refusal(row: Row) -> str | None:
-    """Say what about a row is not modelled, not stated, or not what this environment would run; None for nothing."""
-    quantization = row["quantization"] or {}
-    checks = (
-        (row["sharding"] not in {"none", "ddp"}, f"sharding {row['sharding']} is not modelled"),
-        (row["offload"] != "none", f"offload {row['offload']} is not modelled"),
-        (row["method"] not in {"full", "lora", "qlora"}, f"method {row['method']} is not modelled"),
-        (row["optimizer"] not in OPTIMIZERS, f"optimizer {row['optimizer']} is not modelled"),
-        (row["loss"] != "stock", f"loss {row['loss']} is not modelled"),
-        (quantization.get("type", "nf4") != "nf4", f"quantisation {quantization.get('type')} is not modelled"),
-        (quantization.get("skip") not in KNOWN_SKIP, f"leaving {quantization.get('skip')} unquantised is not modelled"),
-        (row["outputs_kept"] is None, "whether the loop kept the model's output is not known"),
-    )
-    stated = next((reason for applies, reason in checks if applies), None)
-    return stated or release_refusal(row["stack"])
+    """Say what is not stated about a row, or not what this environment would run; None for nothing."""
+    if row["outputs_kept"] is None:
+        return "whether the loop kept the model's output is not known"
+    return release_refusal(row["stack"])
 
 
 def release_refusal(stack: str) -> str | None:
@@ -161,7 +193,7 @@ def release_refusal(stack: str) -> str | None:
     if exact:
         same = exact[1] == transformers.__version__
         return None if same else f"measured with transformers {exact[1]}, in effect is {transformers.__version__}"
-    if "late-2026 transformers" in stack:
+    if any(words in stack for words in RECENT_STACKS):
         is_recent = int(transformers.__version__.split(".")[0]) >= 5
         return None if is_recent else f"measured with transformers 5, in effect is {transformers.__version__}"
     return "the transformers release it was measured with is not stated"
@@ -169,47 +201,14 @@ def release_refusal(stack: str) -> str | None:
 
 def predict(row: Row, profiles: dict[tuple[str, Regime], RegimeProfile]) -> MemoryEstimate:
     """Trace the row's code path, unless that was done, and assemble the row's configuration."""
-    settings = configuration(row)
-    regime = replace(regime_of(settings, parse_cluster(row["gpus"]).device), keeps_outputs=row["outputs_kept"])
-    key = (row["model"], regime)
+    case = read_case(row)
+    key = (case.model.name, case.regime)
     if key not in profiles:
         print(f"tracing {row['model']}: {row['method']}, {row['attention']}", file=sys.stderr)
-        profiles[key] = trace(row["model"], resolve_model(row["model"]).config, regime)
-    model = MemoryModel(profiles[key], row["seq_len"], (row["micro_batch_size"],))
-    return model.estimate(settings, parse_cluster(row["gpus"]), replays=True)
-
-
-def configuration(row: Row) -> Configuration:
-    """Spell a row as a configuration; its adapter is fp32, as peft makes it unless told not to."""
-    return Configuration(
-        method=row["method"],
-        quantization=_quantization(row) if row["quantization"] else None,
-        lora=_lora(row) if row["method"] != "full" else None,
-        optim=row["optimizer"],
-        per_device_train_batch_size=row["micro_batch_size"],
-        gradient_accumulation_steps=1,
-        num_processes=parse_cluster(row["gpus"]).num_devices,
-        gradient_checkpointing=row["gradient_checkpointing"],
-        sharding=row["sharding"],
-        weights_dtype=row["weights_dtype"],
-        mixed_precision=row["autocast"],
-        attention=row["attention"],
-        sdpa_kernel="efficient" if "memory-efficient kernel pinned" in (row.get("notes") or "") else "auto",
-    )
-
-
-def _lora(row: Row) -> Lora:
-    return Lora(r=row["lora_rank"], target_modules=tuple(row["lora_target_modules"]))
-
-
-def _quantization(row: Row) -> Quantization:
-    stated = row["quantization"]
-    return Quantization(
-        double_quant=stated["double_quant"],
-        compute_dtype=HALVES.get(row["autocast"], row["weights_dtype"]),
-        storage_dtype=stated.get("storage", "uint8"),
-        prepares_kbit=bool(row["kbit_prepare"]),
-    )
+        profiles[key] = trace(case.model.name, case.model.config, case.regime)
+    micro_batch = case.configuration.per_device_train_batch_size
+    model = MemoryModel(profiles[key], case.workload.sequence_tokens, (micro_batch,))
+    return model.estimate(case.configuration, case.cluster, replays=True)
 
 
 def contradiction(row: Compared) -> str | None:
