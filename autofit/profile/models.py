@@ -20,6 +20,11 @@ from autofit.profile.layers import Depth, Signature, layer_stacks, shallow_depth
 from autofit.profile.tasks import auto_class, task_of
 from autofit.spec.profile import Regime
 
+TRAINER_SETS_USE_CACHE = int(transformers.__version__.split(".")[0]) >= 5
+"""Whether Trainer switches the cache of keys and values off. Before, models that do not do so themselves under
+checkpointing (gpt_bigcode) keep every layer's in what they return; a loop of one's own is taken to switch it off.
+
+Source: transformers/trainer.py 5.23, Trainer.__init__ (`config.use_cache = args.use_cache`)."""
 DEPTH_NAMES = ("num_hidden_layers", "decoder_layers", "encoder_layers", "num_decoder_layers")
 """What configs call the number of layers where `num_hidden_layers` is not an alias of it."""
 
@@ -40,8 +45,9 @@ def load_config(config: dict[str, Any], num_layers: int | None, regime: Regime) 
             to_fix="install a release of transformers that knows this architecture",
         ) from error
     text = text_config(made)
-    for part in (made, text):
-        part.use_cache = False
+    if regime.keeps_outputs or TRAINER_SETS_USE_CACHE:
+        for part in (made, text):
+            part.use_cache = False
     made._attn_implementation = "sdpa" if regime.attention == "flash_attention_2" else regime.attention
     if task_of(made, regime.task) == "sequence-classification" and getattr(text, "pad_token_id", None) is None:
         text.pad_token_id = 0  # without one transformers classifies single sequences only

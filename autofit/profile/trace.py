@@ -22,6 +22,7 @@ from autofit.profile.parameters import fold_layers, static_tensors
 from autofit.profile.quantized import unpacking_as_an_operator
 from autofit.profile.recorder import RawSegment, Recorder
 from autofit.profile.refusals import refuse_other_structure, values_refused
+from autofit.profile.routing import even_routing
 from autofit.profile.step import checkpoint, run_step
 from autofit.profile.windows import lengths_to_trace
 from autofit.profile.zero3_linear import linear_as_in_zero3
@@ -173,7 +174,7 @@ def trace_model(model: nn.Module, regime: Regime, points: Sequence[Point], progr
     Raises:
         InputError: the step needs the values of tensors, or is not the same at every length.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), environment(regime):
+    with FakeTensorMode(allow_non_fake_inputs=True), environment(regime), even_routing(model):
         fill_with_fakes(model)
         model.train()
         recorder = Recorder(kernels.temporaries(regime), kernels.substitutes(regime))
