@@ -329,6 +329,14 @@ class Play:
 
 
 @dataclass(frozen=True, slots=True)
+class Retain:
+    """Hold as many tensors of the size of a layer's input under a key."""
+
+    key: Key
+    num_tensors: int
+
+
+@dataclass(frozen=True, slots=True)
 class GiveGradients:
     """Free the gradients that a unit's segments made."""
 
@@ -342,7 +350,7 @@ class Enter:
     phase: str
 
 
-Operation = Take | Give | Play | GiveGradients | Enter
+Operation = Take | Give | Play | Retain | GiveGradients | Enter
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,6 +393,8 @@ class _Script:
         self._reshards = configuration.reshard_after_forward
         self._is_hybrid = configuration.num_replicas > 1
         self._offloads = configuration.offload != "none"
+        self._recomputes_by_itself = configuration.gradient_checkpointing and configuration.use_reentrant
+        self._retained: list[str] = []
         self._copies_sent = profile.regime.device == "cpu"
         self._ranks = num_shards(configuration)
         self._num_micro_steps = min(configuration.gradient_accumulation_steps, MAX_MICRO_STEPS)
@@ -526,8 +536,8 @@ class _Script:
             adds = self._is_second and not is_first
             self._operations.append(Play(index, name if name in units else "root", adds=adds))
             if name in order:
-                if not self._is_second and not units[name].trains:
-                    frozen = name
+                if not self._is_second and not _trains_but_adapters(units[name]):
+                    frozen = self._end_frozen(name, units[name], is_first=is_first, is_last=is_last)
                 else:
                     self._end_unit(name, units[name], is_first=is_first, is_last=is_last)
         self._end(units, is_first=is_first, is_last=is_last)
@@ -542,7 +552,7 @@ class _Script:
         unit = "tail" if "tail" in units else "root"
         last = order[-1]
         self._operations.append(Enter("loss_backward"))
-        if not self._is_second:
+        if not self._is_second and not self._recomputes_by_itself:
             self._gather(last, units[last])
         self._operations.append(Play(index, unit, adds=adds, part="loss"))
         self._operations.append(Enter("head_backward"))
@@ -556,8 +566,28 @@ class _Script:
             self._copy_out(name, unit)
             self._give(("gathered", name))
 
+    def _end_frozen(self, name: str, unit: Unit, *, is_first: bool, is_last: bool) -> str | None:
+        """End a layer of FSDP1 whose own weights are frozen; return it if it is freed only after the next is there.
+
+        Its hook waits for the gradient of the layer's input, through that input's accumulator, and is forgotten when
+        backward ends. A reentrant checkpoint made the input a leaf: the accumulator keeps it and its gradient.
+        Source: torch v2.13 distributed/fsdp/_runtime_utils.py, `_register_post_backward_reshard_only_hook`,
+        `_finalize_params`; autograd/graph.py, `register_multi_grad_hook`.
+        """
+        if self._recomputes_by_itself:
+            self._end_unit(name, unit, is_first=is_first, is_last=is_last)
+            self._operations.append(Retain(("input", name), 2))
+            self._retained.append(name)
+            return None
+        self._reduce_first(name, unit, is_first=is_first, is_last=is_last)
+        return name
+
     def _prefetch(self, order: list[str], position: int, units: dict[str, Unit]) -> None:
-        if position:
+        """Gather the next unit early. FSDP1 looks for one whose output has a hook: not a reentrant checkpoint.
+
+        Source: torch v2.13 distributed/fsdp/_runtime_utils.py, `_get_handle_to_prefetch`.
+        """
+        if position and not (self._recomputes_by_itself and not self._is_second):
             before = order[position - 1]
             self._gather(before, units[before])
 
@@ -621,23 +651,23 @@ class _Script:
             self._give(("kept", name))
 
     def _end_first(self, name: str, unit: Unit, *, is_first: bool, is_last: bool) -> None:
+        self._reduce_first(name, unit, is_first=is_first, is_last=is_last, frees=self._reshards or is_last)
+
+    def _reduce_first(self, name: str, unit: Unit, *, is_first: bool, is_last: bool, frees: bool = False) -> None:
         """Concatenate the gradients into a flat one; then reshard, scatter, and convert this rank's share.
 
         A flat parameter is seen by autograd as split into its parameters, whose gradients it therefore concatenates.
         """
-        gradient = unit.total("gradient")
-        if not unit.trains:
-            self._free_whole(name)
-            return
         flat = ("flat", name) if is_first else ("flat again", name)
-        self._take(flat, "gradients", gradient)
-        self._operations.append(GiveGradients(name))
-        if not is_first:
-            self._give(flat)
-        if self._reshards or is_last:
+        if unit.trains:
+            self._take(flat, "gradients", unit.total("gradient"))
+            self._operations.append(GiveGradients(name))
+            if not is_first:
+                self._give(flat)
+        if frees:
             self._free_whole(name)
-        if is_last:
-            self._scatter(name, unit, gradient)
+        if unit.trains and is_last:
+            self._scatter(name, unit, unit.total("gradient"))
             self._give(("flat", name))
 
     def _end(self, units: dict[str, Unit], *, is_first: bool, is_last: bool) -> None:
@@ -657,10 +687,18 @@ class _Script:
         for name in sorted(self._held_to_the_end):
             self._give(("reduced", name))
         self._held_to_the_end.clear()
+        for name in self._retained:
+            self._give(("input", name))
+        self._retained.clear()
         if is_last:
             for name, unit in units.items():
                 if unit.trains and not self._offloads:
                     self._give(("kept", name))
+
+
+def _trains_but_adapters(unit: Unit) -> bool:
+    """Whether a unit of FSDP1 trains by its own weights: adapters in it are units of their own."""
+    return bool(unit.parts) and bool(unit.parts[0].gradient)
 
 
 def script(configuration: Configuration, profile: RegimeProfile, units: Units) -> list[Operation]:
@@ -696,6 +734,9 @@ class StepCurves:
     def __init__(self, profile: RegimeProfile, micro_batches: Sequence[int], sequence_tokens: int) -> None:
         self._profile = profile
         self._sizes = size_table(profile, np.asarray(micro_batches), sequence_tokens)
+        element = BYTES_PER_ELEMENT[profile.regime.weights_dtype]
+        self.input_bytes = [batch * sequence_tokens * profile.hidden_size * element for batch in micro_batches]
+        """Of a layer, for each micro-batch."""
         self._real = real_segments(profile)
         self._known: dict[tuple[int, str], _Curve] = {}
 
@@ -774,9 +815,10 @@ class _Count:
                 case Enter():
                     self._phase = operation.phase
                 case Take():
-                    self._held[operation.key] = operation
-                    self._levels[operation.term] = self._levels.get(operation.term, 0) + operation.num_bytes
-                    self._note(0.0, 0.0)
+                    self._take(operation)
+                case Retain():
+                    num_bytes = operation.num_tensors * self._curves.input_bytes[self._column]
+                    self._take(Take(operation.key, "activations", num_bytes))
                 case Give():
                     if (held := self._held.pop(operation.key, None)) is not None:
                         self._levels[held.term] -= held.num_bytes
@@ -785,6 +827,11 @@ class _Count:
                 case Play():
                     self._play(operation)
         return self._highest
+
+    def _take(self, take: Take) -> None:
+        self._held[take.key] = take
+        self._levels[take.term] = self._levels.get(take.term, 0) + take.num_bytes
+        self._note(0.0, 0.0)
 
     def _play(self, play: Play) -> None:
         curve, n = self._curves.curve(play), self._column
@@ -799,7 +846,7 @@ class _Count:
     def _note(self, activations: float, gradients: float) -> None:
         """Keep this moment if it is its phase's highest."""
         terms = dict(self._levels)
-        terms["activations"] = int(self._activations + activations)
+        terms["activations"] = terms.get("activations", 0) + int(self._activations + activations)
         terms["gradients"] = terms.get("gradients", 0) + int(sum(self._gradients.values()) + gradients)
         known = self._highest.get(self._phase)
         if known is None or sum(terms.values()) > sum(known.values()):

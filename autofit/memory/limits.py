@@ -34,7 +34,7 @@ def unmodelled(configuration: Configuration) -> str | None:
         (c.sequence_parallel_size != 1, "sequence parallelism (sequence_parallel_size)"),
         (not c.reshard_after_forward and not c.uses_fsdp, f"reshard_after_forward off under {c.sharding}"),
         (c.uses_fsdp and c.checkpoint_every_n_layers != 1, "checkpointing of every n-th layer under FSDP"),
-        (c.uses_fsdp and c.use_reentrant, "reentrant checkpointing under FSDP"),
+        (c.sharding == "fsdp2" and c.use_reentrant, "reentrant checkpointing under FSDP2"),
         (c.uses_fsdp and c.lora is not None and bool(c.lora.modules_to_save), "modules_to_save under FSDP"),
         (c.uses_fsdp and c.loss != "stock", f"loss {c.loss} under FSDP"),
         (c.uses_fsdp and c.num_processes == c.num_replicas, "FSDP whose copies are each held by one process"),
