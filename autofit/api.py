@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autofit.errors import InputError, NothingFitsError
-from autofit.options import EveryWish, Wishes, one_of_each, restrictions, wishes_of
+from autofit.options import EveryWish, Wishes, for_inference, one_of_each, restrictions, wishes_of
 
 if TYPE_CHECKING:
     from autofit.memory.explain import ExplainedPhase, Symbols
@@ -34,6 +34,27 @@ class Explanation:
     phases: tuple[ExplainedPhase, ...]
     stored_peak_allocated_bytes: int | None = None
     """What the plan file said, where one was explained: another figure shows its age."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InferenceEstimate:
+    """What one device needs to generate text. Activations of the prompt being read come on top."""
+
+    weights_bytes: int
+    """Parameters and buffers, as they are stored."""
+    kv_cache_bytes: int
+    """Keys and values of every token of every sequence."""
+    total_bytes: int
+    """Both."""
+    process_bytes: int | None
+    """With cuBLAS workspaces and the CUDA context; None for a CPU rank."""
+    budget_bytes: int
+    """What the device has."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the widest figure is within the budget."""
+        return (self.process_bytes or self.total_bytes) <= self.budget_bytes
 
 
 @contextmanager
@@ -184,6 +205,72 @@ def estimate_stages(job: Job, cluster: Cluster, display: Display = silent) -> tu
     shardings: tuple[Sharding, ...] = ("ddp", "zero1", "zero2", "zero3")
     jobs = [replace(job, restrictions=replace(job.restrictions, shardings=(sharding,))) for sharding in shardings]
     return tuple(estimate_job(each, cluster, display) for each in jobs)
+
+
+def estimate_inference(
+    *, model: str | Path, gpus: str, seq_len: int, allow_hub: bool = False, **wishes: Any
+) -> InferenceEstimate:
+    """Estimate what generating text needs, as `autofit estimate --inference` does.
+
+    Args:
+        model: see `estimate`.
+        gpus: one device.
+        seq_len: tokens of a sequence, prompt and answer together.
+        allow_hub: see `estimate`.
+        wishes: `micro_batch` (sequences at one time), `weights_dtype`, and how weights are quantised.
+
+    Raises:
+        InputError: something given cannot be used; `message` says what, `to_fix` what to do.
+    """
+    read = wishes_of(EveryWish, wishes)
+    return infer(model=model, gpus=gpus, seq_len=seq_len, wishes=read, allow_hub=allow_hub)
+
+
+def infer(
+    *,
+    model: str | Path,
+    gpus: str,
+    seq_len: int,
+    wishes: EveryWish,
+    allow_hub: bool,
+    display: Display = silent,
+) -> InferenceEstimate:
+    """Estimate generating; the weights are those of a traced model, without what trains."""
+    from autofit.memory.inference import inference_memory
+    from autofit.memory.overheads import context_bytes, workspace_bytes
+    from autofit.memory.static import static_bytes
+    from autofit.memory.tensors import tensors
+    from autofit.spec.regimes import regime_of
+
+    job, cluster = estimated_job(
+        model=model,
+        gpus=gpus,
+        seq_len=seq_len,
+        gradient_accumulation_steps=1,
+        wishes=for_inference(wishes),
+        allow_hub=allow_hub,
+    )
+    if cluster.num_devices > 1:
+        raise InputError("generating on several devices is not modelled.", to_fix="give one device")
+    configuration, device = only_configuration(job, cluster), cluster.device
+    regime = regime_of(configuration, device)
+    profile = profiles_of(job.model, (regime,), display)[regime]
+    held = static_bytes(tuple(t for t in tensors(profile) if t.kind != "adapter"), device.kind)
+    memory = inference_memory(
+        held.frozen_weights + held.trained_weights + held.quantized_weights + held.buffers,
+        job.model.config,
+        batch=configuration.per_device_train_batch_size,
+        tokens=seq_len,
+        dtype=configuration.weights_dtype,
+    )
+    context = context_bytes(device, 1)
+    return InferenceEstimate(
+        weights_bytes=memory.weights_bytes,
+        kv_cache_bytes=memory.kv_cache_bytes,
+        total_bytes=memory.total_bytes,
+        process_bytes=None if context is None else context + workspace_bytes(device) + memory.total_bytes,
+        budget_bytes=device.memory_bytes,
+    )
 
 
 def planned_job(

@@ -31,7 +31,7 @@ from autofit.options import (
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from autofit.api import Explanation, Progress
+    from autofit.api import Explanation, InferenceEstimate, Progress
     from autofit.plan import Plan
     from autofit.sources.script import Overrides
 
@@ -203,6 +203,13 @@ def estimate(
         ),
     ] = None,
     *,
+    inference: Annotated[
+        bool,
+        typer.Option(
+            "--inference",
+            help="What generating needs instead: weights, and keys and values of --micro-batch x --seq-len tokens.",
+        ),
+    ] = False,
     replay: Annotated[
         bool,
         typer.Option(
@@ -222,10 +229,16 @@ def estimate(
             raise InputError("with --batch the rows say what is estimated.", to_fix="write the options into the rows")
         print_batch(batch, replay=replay, allow_hub=allow_hub)
         return
-    from autofit.api import estimate_job, estimated_job
+    from autofit.api import estimate_job, estimated_job, infer
 
     if model is None or seq_len is None or gpus is None:
         raise InputError("estimate needs --model, --seq-len and --gpus, or --batch.", to_fix="give them")
+    if inference:
+        print_inference(
+            infer(model=model, gpus=gpus, seq_len=seq_len, wishes=wishes, allow_hub=allow_hub, display=tracing),
+            as_json=as_json,
+        )
+        return
     job, cluster = estimated_job(
         model=model,
         gpus=gpus,
@@ -236,6 +249,24 @@ def estimate(
     )
     made = estimate_job(job, cluster, tracing)
     print_plan(made, as_json=as_json)
+
+
+def print_inference(estimated: InferenceEstimate, *, as_json: bool) -> None:
+    """Print what generating needs for a program or for a person."""
+    if as_json:
+        print_json(estimated)
+        return
+    from autofit.report.console import result_console
+    from autofit.report.tables import inference_table
+
+    parts = {
+        "weights": estimated.weights_bytes,
+        "keys and values": estimated.kv_cache_bytes,
+        "both": estimated.total_bytes,
+        "whole process": estimated.process_bytes,
+        f"the device has{'' if estimated.fits else ': does not fit'}": estimated.budget_bytes,
+    }
+    result_console().print(inference_table(parts))
 
 
 def print_batch(path: Path, *, replay: bool, allow_hub: bool) -> None:
@@ -439,7 +470,7 @@ def show(renderable: RenderableType, document: dict[str, Any], *, as_json: bool)
     result_console().print(renderable)
 
 
-def print_json(document: Plan | Explanation | dict[str, Any]) -> None:
+def print_json(document: Plan | Explanation | InferenceEstimate | dict[str, Any]) -> None:
     """Print one JSON object, the only thing on stdout."""
     from autofit.plan import to_json
 

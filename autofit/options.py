@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, Field, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
 
@@ -573,6 +573,27 @@ def one_of_each(wishes: EveryWish) -> EveryWish:
     return chosen
 
 
+def for_inference(wishes: EveryWish) -> EveryWish:
+    """Keep what generating depends on: batch, dtype of the weights, quantisation.
+
+    Raises:
+        InputError: another option is given.
+    """
+    kept = {"micro_batch", "weights_dtype", "load_in_4bit", "load_in_8bit", "llm_int8_skip_modules"}
+    for field in fields(wishes):
+        if field.name not in kept and not field.name.startswith("bnb_4bit") and _is_given(wishes, field):
+            raise InputError(f"--{field.name.replace('_', '-')} has no effect on inference.", to_fix="leave it out")
+    dtype = wishes.weights_dtype or "bfloat16"
+    pure = {"float32": "fp32", "bfloat16": "pure-bf16", "float16": "pure-fp16"}
+    _one_of("weights-dtype", dtype, tuple(pure))
+    return replace(wishes, precision=pure[dtype])
+
+
+def _is_given(wishes: EveryWish, field: Field[Any]) -> bool:
+    given: bool = getattr(wishes, field.name) != field.default
+    return given
+
+
 def _usual_sharding(wishes: EveryWish) -> list[str] | None:
     """Leave it to what else is asked for; without that, what a plain launch does."""
     asks = wishes.zero is not None or "cpu" in {wishes.offload_optimizer_device, wishes.offload_param_device}
@@ -632,9 +653,9 @@ _GROUPS = (
 
 def _refuse_idle(wishes: EveryWish) -> None:
     """Refuse an option that would be without effect, for it was meant to have one."""
-    defaults = {field.name: field.default for field in fields(wishes)}
+    given = {field.name for field in fields(wishes) if _is_given(wishes, field)}
     for group in _GROUPS:
-        idle = [name for name in group.names if getattr(wishes, name) != defaults[name]]
+        idle = [name for name in group.names if name in given]
         if idle and not group.applies(wishes):
             raise InputError(
                 f"--{idle[0].replace('_', '-')} has no effect without {group.needs}.",

@@ -79,6 +79,15 @@ def doctor_table(versions: Mapping[str, str | None]) -> Table:
     return table
 
 
+def inference_table(parts: Mapping[str, int | None]) -> Table:
+    """List what generating needs, in GiB; what is not known is left out."""
+    table = _plain("for generating", "GiB")
+    for name, num_bytes in parts.items():
+        if num_bytes is not None:
+            table.add_row(name, f"{num_bytes / GIB:.2f}")
+    return table
+
+
 def satisfies(version: str | None, min_version: str) -> bool:
     """Compare releases by their first two numbers, which is what the requirements name."""
     return version is not None and _release(version) >= _release(min_version)

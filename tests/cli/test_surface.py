@@ -84,7 +84,7 @@ SURFACE = {
     | {"-o", "--output", "--dry-run", "--json"},
     "estimate": ESTIMATED
     | {"--model", "--seq-len", "--gpus", "--gradient-accumulation-steps", "--batch", "--replay", "--no-replay"}
-    | {"--allow-hub", "--json"},
+    | {"--inference", "--allow-hub", "--json"},
     "explain": ESTIMATED
     | {"--model", "--seq-len", "--gpus", "--gradient-accumulation-steps", "--by-stage", "--allow-hub", "--json"},
     "devices": {"--json"},
