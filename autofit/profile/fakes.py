@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+_MASK_DIMS = 2
+"""Of one expert's mask: choices of a token, tokens."""
+
 
 def fill_with_fakes(model: nn.Module) -> None:
     """Replace each meta parameter and buffer by a fake one, in place; call it under FakeTensorMode.
@@ -45,6 +48,40 @@ def _nothing(*_args: Any, **_kwargs: Any) -> None:
     return None
 
 
+def _owner(module: str, name: str) -> Any:
+    """Return the module, or the class in it, that holds a dotted name."""
+    owner = sys.modules.get(module)
+    for part in name.split(".")[:-1]:
+        owner = getattr(owner, part, None)
+    return owner
+
+
+@contextmanager
+def routed_evenly(num_experts: int | None) -> Iterator[None]:
+    """Let loops over experts give each as many tokens as any other, where a mask would say which.
+
+    Releases before 5 have no grouped product: each expert picks its tokens with `torch.where`. Over all experts as many
+    rows are kept for backward however they are routed; one expert's temporaries are as large as an even share.
+    Source: transformers/models/mixtral/modeling_mixtral.py 4.48, MixtralSparseMoeBlock.forward.
+
+    Args:
+        num_experts: of a layer; None for a model without.
+    """
+    where = torch.where
+
+    def even(condition: torch.Tensor, *values: Any, **kwargs: Any) -> Any:
+        if values or kwargs or not num_experts or condition.dim() != _MASK_DIMS:
+            return where(condition, *values, **kwargs)
+        share = -(-condition.numel() // num_experts)
+        return tuple(torch.zeros(share, dtype=torch.int64, device=condition.device) for _ in range(_MASK_DIMS))
+
+    torch.where = even
+    try:
+        yield
+    finally:
+        torch.where = where
+
+
 @contextmanager
 def no_layer_dropped() -> Iterator[None]:
     """Let models that drop whole layers at random drop none, which is the most that a step can need.
@@ -68,11 +105,13 @@ def no_layer_dropped() -> Iterator[None]:
 def believing_it_is_real() -> Iterator[None]:
     """Keep transformers from noticing fake tensors, or it takes the branches meant for compilation."""
     patches = [
+        ("transformers", "PreTrainedModel.warn_if_padding_and_no_attention_mask", _nothing),
         ("transformers.masking_utils", "is_tracing", _no),
         ("transformers.masking_utils", "find_packed_sequence_indices", _nothing),
         ("transformers.utils.import_utils", "is_fake_tensor", _no),
     ]
-    present = [(sys.modules[where], name, new) for where, name, new in patches if hasattr(sys.modules.get(where), name)]
+    owners = [(_owner(where, name), name.rpartition(".")[2], new) for where, name, new in patches]
+    present = [(owner, name, new) for owner, name, new in owners if hasattr(owner, name)]
     saved = [getattr(module, name) for module, name, _ in present]
     for module, name, new in present:
         setattr(module, name, new)

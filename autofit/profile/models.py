@@ -84,6 +84,13 @@ def width(config: Any) -> int:
     return int(next(getattr(text, name) for name in ("hidden_size", "d_model", "n_embd") if hasattr(text, name)))
 
 
+def num_experts(config: Any) -> int | None:
+    """Return how many routed experts a layer has, whatever the config calls them; None where it has none."""
+    text = text_config(config)
+    found = [getattr(text, name, None) for name in ("num_local_experts", "n_routed_experts", "num_experts")]
+    return next((number for number in found if isinstance(number, int) and number > 1), None)
+
+
 def choose_depth(config: dict[str, Any], whole: Any, regime: Regime) -> tuple[Any, str, Depth] | None:
     """Return a config with few layers, the name of the stack that it cuts, and how these stand for all of them.
 

@@ -25,6 +25,8 @@ _AUTO: dict[Head, tuple[tuple[str, ...], str]] = {
     ),
 }
 """Head -> the names of its auto class, of which releases have one, and of its mapping."""
+MAPPINGS: dict[Head, str] = {head: mapping for head, (_, mapping) in _AUTO.items()}
+"""Head -> the name of the mapping from model types to classes, in transformers' modeling_auto."""
 
 
 def auto_class(head: Head) -> Any:

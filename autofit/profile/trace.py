@@ -14,10 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autofit.profile import kernels
 from autofit.profile.deepen import Stretch, deepen, deepen_tensors
-from autofit.profile.fakes import believing_it_is_real, fill_with_fakes, no_layer_dropped
+from autofit.profile.fakes import believing_it_is_real, fill_with_fakes, no_layer_dropped, routed_evenly
 from autofit.profile.fit import Point, StructureDiffersError, fit, inverse
 from autofit.profile.layers import watch_layers
-from autofit.profile.models import build, choose_depth, load_config, text_config, width
+from autofit.profile.models import build, choose_depth, load_config, num_experts, text_config, width
 from autofit.profile.parameters import fold_layers, static_tensors
 from autofit.profile.quantized import unpacking_as_an_operator
 from autofit.profile.recorder import RawSegment, Recorder
@@ -183,7 +183,7 @@ def trace_model(model: nn.Module, regime: Regime, points: Sequence[Point], progr
         recorder.ignore([*model.parameters(), *model.buffers()])
         watch = watch_layers(model, recorder)
         steps: list[list[RawSegment]] = []
-        with recorder, values_refused(model):
+        with recorder, values_refused(model), routed_evenly(num_experts(model.config)):
             run_step(model, recorder, regime, points[0])
             for done, point in enumerate(points):
                 progress(done, len(points))
