@@ -113,6 +113,119 @@ RULES: tuple[Rule, ...] = (
         ),
     ),
     Rule(
+        name="fsdp-needs-gpus",
+        reason="accelerate shards with FSDP on accelerators only: CPU ranks silently train with DDP",
+        library="accelerate",
+        releases=">=0.20",
+        source="accelerate/state.py 1.15, AcceleratorState.__init__ (DistributedType.MULTI_GPU and its like)",
+        breaks=lambda c, on: c.uses_fsdp and on.device.kind == "cpu",
+    ),
+    Rule(
+        name="fsdp2-steps-with-dtensors",
+        reason="the optimizer's kernels know no DTensor, and its step raises",
+        library="bitsandbytes, transformers, apollo-torch",
+        releases=">=0.43",
+        source='bitsandbytes 0.50, "does not have a sharding strategy registered", and bitsandbytes#1633; '
+        'transformers/optimization.py 5.23, Adafactor, "got mixed torch.Tensor and DTensor"; apollo-torch 1.0.3',
+        breaks=lambda c, _: (
+            c.sharding == "fsdp2"
+            and (_is_from_bitsandbytes(c.optim) or c.optim.startswith(("adafactor", "apollo", "galore_adafactor")))
+        ),
+    ),
+    Rule(
+        name="fsdp-cannot-shard-int8",
+        reason="int8 weights are integers with state beside them, which FSDP neither flattens nor wraps",
+        library="torch",
+        releases=">=2.0",
+        source='torch/distributed/fsdp/_flat_param.py 2.13, "Cannot flatten integer dtype tensors"; '
+        "bitsandbytes/nn/modules.py 0.50, Int8Params.CB",
+        breaks=lambda c, _: c.uses_fsdp and c.quantization is not None and c.quantization.bits == 8,
+    ),
+    Rule(
+        name="fsdp1-flattens-one-floating-dtype",
+        reason="the packed weights of a layer and its other weights become one flat tensor, of one floating dtype",
+        library="torch",
+        releases=">=2.0",
+        source='torch/distributed/fsdp/_flat_param.py 2.13, "Must flatten tensors with uniform dtype"',
+        breaks=lambda c, _: (
+            c.sharding == "fsdp1"
+            and c.quantization is not None
+            and (c.quantization.storage_dtype != c.weights_dtype or c.quantization.prepares_kbit)
+        ),
+    ),
+    Rule(
+        name="fsdp-would-cast-packed-weights",
+        reason="floating weights are gathered in the mixed precision, and packed weights do not survive a cast",
+        library="accelerate",
+        releases=">=0.26",
+        source="accelerate/utils/dataclasses.py 1.15, set_mixed_precision (`param_dtype`)",
+        breaks=lambda c, _: (
+            c.uses_fsdp
+            and c.quantization is not None
+            and c.mixed_precision != "no"
+            and c.quantization.storage_dtype not in {"uint8", _autocast_dtype(c)}
+        ),
+    ),
+    Rule(
+        name="fsdp1-adapter-needs-no-checkpoint",
+        reason="peft reads an adapter's stored dtype in forward and its gathered one when it is computed again, and "
+        "checkpointing raises CheckpointError",
+        library="peft",
+        releases=">=0.10",
+        source="peft/tuners/lora/layer.py 0.21, `_cast_input_dtype`; run with torch 2.13 on two ranks",
+        breaks=lambda c, _: (
+            c.sharding == "fsdp1"
+            and c.lora is not None
+            and c.mixed_precision != "no"
+            and c.gradient_checkpointing
+            and not c.use_reentrant
+        ),
+    ),
+    Rule(
+        name="fsdp-checkpoints-every-layer",
+        reason="what FSDP checkpoints by itself is every layer, without reentry; another way gathers a layer twice",
+        library="accelerate",
+        releases=">=0.26",
+        source="accelerate/utils/fsdp_utils.py 1.15, fsdp2_apply_ac; transformers/training_args.py 5.23",
+        breaks=lambda c, _: c.uses_fsdp and (c.use_reentrant or c.checkpoint_every_n_layers != 1),
+    ),
+    Rule(
+        name="fsdp1-offloads-no-checkpoints",
+        reason="accelerate offloads checkpointed activations under FSDP2 alone",
+        library="accelerate",
+        releases=">=1.15",
+        source='accelerate/utils/dataclasses.py 1.15, "`activation_checkpointing_offload=True` requires"',
+        breaks=lambda c, _: c.sharding == "fsdp1" and c.checkpoint_offload,
+    ),
+    Rule(
+        name="fsdp-offloads-everything",
+        reason="weights, gradients and state are offloaded together, and the optimizer then steps on the host",
+        library="torch",
+        releases=">=2.0",
+        source="torch/distributed/fsdp/_fully_shard/_fsdp_api.py 2.13, CPUOffloadPolicy",
+        breaks=lambda c, _: (
+            c.uses_fsdp and (c.offload == "optimizer" or (c.offload != "none" and _is_from_bitsandbytes(c.optim)))
+        ),
+    ),
+    Rule(
+        name="replicas-share-the-processes",
+        reason="every replica of a hybrid shard has the same number of processes, and more than one",
+        library="accelerate",
+        releases=">=1.10",
+        source="accelerate/parallelism_config.py 1.15, `dp_replicate_size`, `dp_shard_size`",
+        breaks=lambda c, _: (
+            c.uses_fsdp and (c.num_processes % c.num_replicas != 0 or c.num_processes == c.num_replicas)
+        ),
+    ),
+    Rule(
+        name="fsdp1-replicates-over-nodes",
+        reason="FSDP1's hybrid shard splits the model within each node and copies it to every other",
+        library="torch",
+        releases=">=2.0",
+        source="torch/distributed/fsdp/_init_utils.py 2.13, _init_intra_and_inter_node_groups",
+        breaks=lambda c, on: c.sharding == "fsdp1" and c.num_replicas not in {1, on.num_nodes},
+    ),
+    Rule(
         name="flash-attention-needs-ampere",
         reason="flash-attention runs on CUDA GPUs of compute capability 8.0 and later only",
         library="flash-attn",
@@ -162,6 +275,12 @@ def broken_rule(
         if rule.breaks(configuration, cluster) and not rule.waived_by(restrictions):
             return rule
     return None
+
+
+def _is_from_bitsandbytes(optim: str) -> bool:
+    """Tell an optimizer that steps with bitsandbytes' kernels; `adamw_torch_8bit` is torchao's."""
+    name = optim.removeprefix("galore_")
+    return name.startswith(("paged_", "lion_", "ademamix", "rmsprop_bnb")) or name in {"adamw_8bit", "adamw_bnb_8bit"}
 
 
 def _autocast_dtype(configuration: Configuration) -> str | None:

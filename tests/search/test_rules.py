@@ -30,6 +30,32 @@ BROKEN = {
         a_configuration(method="lora", sharding="zero3", gradient_checkpointing=True),
         GPU,
     ),
+    "fsdp-needs-gpus": (a_configuration(sharding="fsdp2"), CPU),
+    "fsdp2-steps-with-dtensors": (a_configuration(sharding="fsdp2", optim="adamw_8bit"), GPU),
+    "fsdp-cannot-shard-int8": (
+        a_configuration(method="qlora", sharding="fsdp2", quantization=Quantization(bits=8)),
+        GPU,
+    ),
+    "fsdp1-flattens-one-floating-dtype": (a_configuration(method="qlora", sharding="fsdp1"), GPU),
+    "fsdp-would-cast-packed-weights": (
+        a_configuration(method="qlora", sharding="fsdp2", quantization=Quantization(storage_dtype="float32")),
+        GPU,
+    ),
+    "fsdp1-adapter-needs-no-checkpoint": (
+        a_configuration(method="lora", sharding="fsdp1", gradient_checkpointing=True),
+        GPU,
+    ),
+    "fsdp-checkpoints-every-layer": (
+        a_configuration(sharding="fsdp2", gradient_checkpointing=True, checkpoint_every_n_layers=2),
+        GPU,
+    ),
+    "fsdp1-offloads-no-checkpoints": (
+        a_configuration(sharding="fsdp1", gradient_checkpointing=True, checkpoint_offload=True),
+        GPU,
+    ),
+    "fsdp-offloads-everything": (a_configuration(sharding="fsdp2", offload="optimizer"), GPU),
+    "replicas-share-the-processes": (a_configuration(sharding="fsdp2", num_replicas=2), GPU),
+    "fsdp1-replicates-over-nodes": (a_configuration(sharding="fsdp1", num_processes=4, num_replicas=2), GPU),
     "flash-attention-needs-ampere": (
         a_configuration(attention="flash_attention_2", weights_dtype="float16", mixed_precision="no"),
         OLD_GPU,
