@@ -118,7 +118,9 @@ class MemoryModel:
         if plan.gradients == "kept":
             gradients = int(peak.kept_gradients[column])
             variants.append({"activations": int(peak.kept[column]) - gradients, "gradients": gradients})
-        if plan.gradients == "bucketed":
+        if plan.gradients == "used":
+            variants.append({"activations": int(peak.handed_over[column])})
+        elif plan.gradients == "bucketed":
             variants.append({"activations": int(peak.bucketed[column])})
         elif accumulates:
             variants.append({"activations": int(peak.handed_over[column]), "gradients": plan.accumulated_gradients})

@@ -15,7 +15,7 @@ from autofit.spec.deepspeed import DeepSpeedSettings, bucket_settings
 from autofit.spec.hardware import DeviceKind
 
 Terms = dict[str, int]
-GradientMode = Literal["kept", "bucketed"]
+GradientMode = Literal["kept", "bucketed", "used"]
 
 MASTER_BYTES = 4
 """DeepSpeed's master weights and moments are fp32. Source: deepspeed/runtime/zero/config.py, bf16 block defaults."""
@@ -71,6 +71,14 @@ def _replicated(
     resident = {**_weights(static), "optimizer_state": optimizer.state}
     if configuration.sharding == "ddp":
         resident["communication_buckets"] = static.gradients
+    if optimizer.in_backward:
+        return Layout(
+            resident=resident,
+            backward={"optimizer_temporaries": optimizer.step},
+            gradients="used",
+            step=({},),
+            host=optimizer.host,
+        )
     return Layout(
         resident=resident,
         accumulated_gradients=static.gradients,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from autofit.errors import InputError
 from autofit.memory.optimizers import OPTIMIZERS
-from autofit.spec.configuration import Configuration
+from autofit.spec.configuration import Configuration, Optim
 
 MODELLED_SHARDINGS = ("none", "ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2")
 
@@ -28,6 +28,9 @@ def unmodelled(configuration: Configuration) -> str | None:
     c = configuration
     checks = (
         (c.optim not in OPTIMIZERS, f"optim {c.optim}"),
+        (_updates_in_backward(c.optim) and c.sharding != "none", f"optim {c.optim} in several processes"),
+        (c.optim.startswith("apollo") and (c.uses_deepspeed or c.uses_fsdp), f"optim {c.optim} under {c.sharding}"),
+        (c.optim.endswith("layerwise") and c.gradient_accumulation_steps > 1, f"accumulation under optim {c.optim}"),
         (c.sharding not in MODELLED_SHARDINGS, f"sharding {c.sharding}"),
         (c.offload != "none", f"offload {c.offload}"),
         (c.num_replicas != 1 and not c.uses_fsdp, f"a hybrid shard (num_replicas) under {c.sharding}"),
@@ -47,3 +50,11 @@ def unmodelled(configuration: Configuration) -> str | None:
         (c.max_split_size_mb is not None, "max_split_size_mb"),
     )
     return next((name for applies, name in checks if applies), None)
+
+
+def _updates_in_backward(optim: Optim) -> bool:
+    """LOMO reduces no gradients over processes, and transformers refuses layerwise optimizers under DDP.
+
+    Source: lomo-optim 0.1.1 lomo.py, fuse_update; transformers/trainer_optimizer.py 5.23, _setup_low_rank_optimizer.
+    """
+    return optim in OPTIMIZERS and OPTIMIZERS[optim].in_backward

@@ -16,6 +16,7 @@ from autofit.memory.engines import Layout, Terms
 from autofit.memory.loading import buckets, write_broadcast, write_loading
 from autofit.memory.optimizers import OPTIMIZERS
 from autofit.memory.program import Program
+from autofit.memory.static import optimizer_bytes
 from autofit.memory.tape import StepEvent, bucket_gradient_bytes, unroll
 from autofit.memory.tensors import Tensor
 from autofit.spec.configuration import Configuration
@@ -290,7 +291,7 @@ class _Writer:
         elif is_first:
             self._program.hold([self._plan.resident.get("optimizer_state", 0)])
         if self._holds_whole_tensors:
-            temporaries = self._program.hold(_foreach_sizes(self._plan, self._model))
+            temporaries = self._program.hold(_temporary_sizes(self._configuration, self._model))
         self._program.drop(temporaries)
 
 
@@ -299,9 +300,10 @@ def _state_sizes(configuration: Configuration, model: tuple[Tensor, ...]) -> lis
     return [size for t in model if t.trains for size in state(t).device]
 
 
-def _foreach_sizes(plan: Layout, model: tuple[Tensor, ...]) -> list[int]:
-    """A temporary for each tensor, where the step takes any (they are all alive at once)."""
-    return [t.num_bytes for t in model if t.trains] if _largest_step(plan).get("optimizer_temporaries") else []
+def _temporary_sizes(configuration: Configuration, model: tuple[Tensor, ...]) -> Sequence[int]:
+    """What the optimizer's step holds at its highest moment, all at once."""
+    optimizer = optimizer_bytes(model, configuration.optim, "cuda")
+    return () if optimizer.in_backward else optimizer.temporaries
 
 
 def _largest_step(plan: Layout) -> Terms:
