@@ -23,8 +23,8 @@ from autofit.spec.profile import RegimeProfile
 
 PHASE_NAMES = {"layer": "layer_forward", "head": "head_and_loss"}
 TOKEN_ID_BYTES = 8
-NUM_INPUT_TENSORS = 2
-"""Ids and labels; Trainer moves those of all micro-steps to the device before the first.
+NUM_INPUT_TENSORS = {"equal": (2, 1), "padded": (3, 2), "packed": (3, 2)}
+"""Ids, labels, and a mask or positions; of these, as many as the trace makes itself (ids are its labels). Trainer moves those of all micro-steps to the device before the first.
 Source: transformers/trainer.py, get_batch_samples."""
 
 
@@ -129,7 +129,8 @@ class MemoryModel:
     def _batch_bytes(self, configuration: Configuration) -> int:
         """Inputs besides the ids that the trace itself made."""
         micro = configuration.per_device_train_batch_size * self.sequence_tokens * TOKEN_ID_BYTES
-        return micro * (NUM_INPUT_TENSORS * configuration.gradient_accumulation_steps - 1)
+        num_tensors, num_traced = NUM_INPUT_TENSORS[self.profile.regime.batching]
+        return micro * (num_tensors * configuration.gradient_accumulation_steps - num_traced)
 
     def _replay(self, plan: Layout, configuration: Configuration, cluster: Cluster) -> Replayed | None:
         if cluster.device.kind != "cuda" or configuration.uses_fsdp:

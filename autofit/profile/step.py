@@ -17,6 +17,7 @@ from autofit.errors import InputError
 from autofit.profile.batching import arrange, branches_of
 from autofit.profile.fit import Point
 from autofit.profile.inputs import a_batch
+from autofit.profile.losses import loss_of
 from autofit.profile.recorder import Recorder
 from autofit.spec.profile import ON_HOST, Regime
 
@@ -94,9 +95,9 @@ def run_step(model: nn.Module, recorder: Recorder, regime: Regime, point: Point)
         _evaluate(model, recorder, regime, point)
         return
     recorder.mark("embedding", "forward")
-    with branches_of(regime, point):
+    with branches_of(regime, point), loss_of(model, regime) as arguments:
         batch = arrange(a_batch(point, model, regime), regime)
-        outputs = forward(model, batch, regime)
+        outputs = forward(model, {**batch, **arguments}, regime)
         loss = outputs["loss"]
         kept = outputs if regime.keeps_outputs else None
         held = batch if regime.batching != "equal" else None
@@ -117,9 +118,9 @@ def _evaluate(model: nn.Module, recorder: Recorder, regime: Regime, point: Point
     """
     model.eval()
     recorder.mark("embedding", "forward")
-    with torch.no_grad(), branches_of(regime, point):
+    with torch.no_grad(), branches_of(regime, point), loss_of(model, regime) as arguments:
         batch = arrange(a_batch(point, model, regime), regime)
-        outputs = forward(model, batch, regime)
+        outputs = forward(model, {**batch, **arguments}, regime)
         loss = outputs["loss"].detach().mean()
         predictions = tuple(value for name, value in outputs.items() if name not in {"loss", "past_key_values"})
         del outputs, loss, batch
@@ -127,7 +128,7 @@ def _evaluate(model: nn.Module, recorder: Recorder, regime: Regime, point: Point
         del predictions
 
 
-def forward(model: nn.Module, batch: dict[str, torch.Tensor], regime: Regime) -> Any:
+def forward(model: nn.Module, batch: dict[str, Any], regime: Regime) -> Any:
     """The forward pass as accelerate wraps it: autocast around it, outputs converted to fp32 after it."""
     if regime.autocast == "no":
         return model(**batch)
