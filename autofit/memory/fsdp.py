@@ -576,7 +576,8 @@ class _Script:
         """
         if self._recomputes_by_itself:
             self._end_unit(name, unit, is_first=is_first, is_last=is_last)
-            self._operations.append(Retain(("input", name), 2))
+            # The gradient of its input is in the tape until the layer below has used it.
+            self._operations.append(Retain(("input", name), 2 if self._retained else 1))
             self._retained.append(name)
             return None
         self._reduce_first(name, unit, is_first=is_first, is_last=is_last)

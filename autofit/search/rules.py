@@ -219,7 +219,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         name="fsdp1-replicates-over-nodes",
-        reason="FSDP1's hybrid shard splits the model within each node and copies it to every other",
+        reason="the hybrid shard of FSDP1 splits the model within each node and copies it to every other",
         library="torch",
         releases=">=2.0",
         source="torch/distributed/fsdp/_init_utils.py 2.13, _init_intra_and_inter_node_groups",
