@@ -244,8 +244,11 @@ class _Kernel:
 
 
 class _Triton(ModuleType):
-    __path__ = []
     __version__ = "3.0.0"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__path__ = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
