@@ -223,21 +223,48 @@ def _check_checkpointing(configuration: Configuration, model: Any) -> Iterator[C
         yield _check("use_reentrant", configuration.use_reentrant, in_effect)
 
 
+_SAME_OPTIMIZERS = {"rmsprop_bnb": "rmsprop_bnb_32bit", "ademamix": "ademamix_32bit"}
+"""Names of transformers for what another name, or its pattern, makes too."""
+_OPTIMIZER_CLASSES = {
+    "torch.SGD": "sgd",
+    "torch.Adagrad": "adagrad",
+    "torch.RMSprop": "rmsprop",
+    "transformers.Adafactor": "adafactor",
+    "torchao.AdamW8bit": "adamw_torch_8bit",
+    "torchao.AdamW4bit": "adamw_torch_4bit",
+    "schedulefree.AdamWScheduleFree": "schedule_free_adamw",
+    "schedulefree.RAdamScheduleFree": "schedule_free_radam",
+    "schedulefree.SGDScheduleFree": "schedule_free_sgd",
+    "optimi.StableAdamW": "stable_adamw",
+    "grokadamw.GrokAdamW": "grokadamw",
+    "apollo_torch.AdamW": "apollo_adamw",
+    "lomo_optim.Lomo": "lomo",
+    "lomo_optim.AdaLomo": "adalomo",
+}
+"""Package and class, by the name that makes it. Source: transformers/trainer_optimizer.py 5.23."""
+_BITSANDBYTES_CLASSES = {"AdamW": "adamw", "Lion": "lion", "AdEMAMix": "ademamix", "RMSprop": "rmsprop_bnb"}
+
+
 def expected_optimizer(configuration: Configuration) -> str:
     """Name the optimizer that will step: with offload DeepSpeed puts its own in place of any other.
 
     Source: accelerate/accelerator.py, `map_pytorch_optim_to_deepspeed`.
     """
-    return configuration.optim if configuration.offload == "none" else "DeepSpeedCPUAdam"
+    if configuration.offload != "none" and configuration.uses_deepspeed:
+        return "DeepSpeedCPUAdam"
+    return _SAME_OPTIMIZERS.get(configuration.optim, configuration.optim)
 
 
 def optimizer_name(optimizer: Any) -> str:
     """Name the innermost optimizer as `TrainingArguments.optim` would."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
-    kind = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
-    if kind == "torch.optim.adamw.AdamW":
+    if hasattr(optimizer, "optimizer_dict"):  # a stand-in for one optimizer of each parameter
+        return f"{optimizer_name(next(iter(optimizer.optimizer_dict.values())))}_layerwise"
+    package, kind = type(optimizer).__module__.partition(".")[0], type(optimizer).__name__
+    if (package, kind) == ("torch", "AdamW"):
         return "adamw_torch_fused" if optimizer.defaults.get("fused") else "adamw_torch"
-    if kind.startswith("bitsandbytes.") and kind.endswith(".AdamW"):
-        return f"{'paged_' if optimizer.is_paged else ''}adamw_{optimizer.args.optim_bits}bit"
-    return type(optimizer).__name__
+    if package == "bitsandbytes" and kind in _BITSANDBYTES_CLASSES:
+        paged = "paged_" if optimizer.is_paged else ""
+        return f"{paged}{_BITSANDBYTES_CLASSES[kind]}_{optimizer.args.optim_bits}bit"
+    return _OPTIMIZER_CLASSES.get(f"{package}.{kind}", kind)

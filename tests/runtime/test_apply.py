@@ -127,7 +127,25 @@ def test_the_first_batch_may_be_shorter_but_not_larger(rows: int, tokens: int, h
     assert all(check.holds for check in check_first_batch(a_plan(), rows, tokens)) == holds
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"])
+NAMED_OPTIMIZERS = [
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_8bit",
+    "paged_adamw_8bit",
+    "sgd",
+    "adagrad",
+    "rmsprop",
+    "adafactor",
+    "lion_8bit",
+    "paged_lion_32bit",
+    "ademamix_8bit",
+    "paged_ademamix_32bit",
+    "rmsprop_bnb_8bit",
+    "rmsprop_bnb_32bit",
+]
+
+
+@pytest.mark.parametrize("optim", NAMED_OPTIMIZERS)
 def test_an_optimizer_is_named_as_the_trainer_was_asked_for_it(optim: str, tmp_path: Path) -> None:
     """The optimizer that transformers makes of a name is recognised as that name."""
     from transformers import Trainer, TrainingArguments
