@@ -37,10 +37,16 @@ def decided_arguments(configuration: Configuration, *, on_cpu: bool, checkpointi
         "bf16": configuration.mixed_precision == "bf16",
         "fp16": configuration.mixed_precision == "fp16",
         "optim": configuration.optim,
+        **_low_rank_fields(configuration),
         **_checkpointing_fields(configuration, checkpointing_name),
         **_ddp_fields(configuration),
         **(_cpu_fields(configuration) if on_cpu else {}),
     }
+
+
+def _low_rank_fields(configuration: Configuration) -> dict[str, Any]:
+    """Name the modules of a low-rank optimizer, which transformers asks for: every linear layer."""
+    return {"optim_target_modules": "all-linear"} if configuration.optim.startswith("apollo") else {}
 
 
 def _cpu_fields(configuration: Configuration) -> dict[str, Any]:
