@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from autofit.plan import Plan
+from autofit.runtime.fsdp import checkpoints_units, fsdp_name, num_shards, num_wrapped_layers, reshards_after_forward
 from autofit.runtime.model import dtype_name
 from autofit.spec.configuration import Configuration, Quantization
 from autofit.spec.deepspeed import bucket_settings, hidden_size
@@ -90,6 +91,8 @@ def _rows_per_rank(dataloader: Any, trainer: Any) -> int:
 def _check_engine(plan: Plan, engine: Any) -> Iterator[Check]:
     configuration = plan.configuration
     yield _check("sharding", configuration.sharding, sharding_name(engine))
+    if configuration.uses_fsdp and fsdp_name(engine) is not None:
+        yield from _check_units(configuration, engine)
     if sharding_name(engine) not in {"zero1", "zero2", "zero3"} or not configuration.uses_deepspeed:
         return
     yield _check("offload", configuration.offload, _offload_name(engine))
@@ -110,11 +113,23 @@ def _check_buckets(plan: Plan, zero_config: Any) -> Iterator[Check]:
             yield _check(f"deepspeed {name}", planned, int(in_effect) if name == "stage" else in_effect)
 
 
+def _check_units(configuration: Configuration, engine: Any) -> Iterator[Check]:
+    """Compare FSDP's layers and groups; a wrap policy that matches no layer gathers the whole model at once."""
+    layers = frozenset(engine._no_split_modules or ())
+    yield _check("layers sharded by themselves", _num_layers(engine.config), num_wrapped_layers(engine, layers))
+    yield _check("processes in a shard", configuration.num_processes // configuration.num_replicas, num_shards(engine))
+    yield _check("reshard_after_forward", configuration.reshard_after_forward, reshards_after_forward(engine))
+
+
+def _num_layers(config: Any) -> int:
+    return int(getattr(config, "text_config", config).num_hidden_layers)
+
+
 def sharding_name(engine: Any) -> str:
     """Name what wraps the model, in the plan's words."""
     if hasattr(engine, "zero_optimization_stage"):
         return f"zero{engine.zero_optimization_stage()}"
-    return {"DistributedDataParallel": "ddp"}.get(type(engine).__name__, "none")
+    return fsdp_name(engine) or {"DistributedDataParallel": "ddp"}.get(type(engine).__name__, "none")
 
 
 def _offload_name(engine: Any) -> str:
@@ -138,9 +153,14 @@ def _check_weights(configuration: Configuration, model: Any) -> Iterator[Check]:
 
 
 def expected_weights_dtype(configuration: Configuration) -> str:
-    """Say in which dtype the weights train: DeepSpeed converts them to its own, and so may peft's preparation."""
+    """Say in which dtype the weights train: DeepSpeed converts them to its own, and so may peft's preparation.
+
+    FSDP keeps what trains in fp32 under mixed precision.
+    """
     if configuration.uses_deepspeed:
         return AUTOCAST_DTYPES.get(configuration.mixed_precision, configuration.weights_dtype)
+    if configuration.uses_fsdp and configuration.lora is None and configuration.mixed_precision != "no":
+        return "float32"
     if configuration.quantization is not None and configuration.quantization.prepares_kbit:
         return "float32"
     return configuration.weights_dtype
@@ -215,6 +235,9 @@ def _check_adapter(configuration: Configuration, model: Any) -> Iterator[Check]:
 
 
 def _check_checkpointing(configuration: Configuration, model: Any) -> Iterator[Check]:
+    if configuration.uses_fsdp:
+        yield _check("gradient_checkpointing", configuration.gradient_checkpointing, checkpoints_units(model))
+        return
     modules = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     yield _check("gradient_checkpointing", configuration.gradient_checkpointing, bool(modules))
     if configuration.gradient_checkpointing and modules:
