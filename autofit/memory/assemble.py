@@ -15,6 +15,7 @@ from autofit.memory.replay import MAX_MICRO_STEPS, Replayed, replay_step
 from autofit.memory.static import StaticBytes, static_bytes
 from autofit.memory.tape import PhasePeak, offloaded_bytes, phase_peaks
 from autofit.memory.tensors import Tensor, tensors
+from autofit.memory.uncertainty import Figure, RunKind, interval, run_kind
 from autofit.spec.configuration import Configuration
 from autofit.spec.estimate import MemoryEstimate, Phase
 from autofit.spec.hardware import Cluster, Device
@@ -77,11 +78,23 @@ class MemoryModel:
             peak_reserved_bytes=replayed.peak_reserved_bytes if replayed else None,
             process_bytes=None if context is None else context + (replayed.peak_reserved_bytes if replayed else peak),
             needed_reserved_bytes=replayed.needed_bytes if replayed else None,
+            **(self._intervals(peak, replayed, context, configuration) if replays else {}),
             after_step_allocated_bytes=self._between_steps(plan, configuration, cluster.device),
             host_bytes=host * cluster.num_devices_per_node or None,
             budget_bytes=cluster.device.memory_bytes,
             phases=phases,
         )
+
+    def _intervals(
+        self, allocated: int, replayed: Replayed | None, context: int | None, configuration: Configuration
+    ) -> dict[str, tuple[int, int] | None]:
+        """How far off each figure may be; published runs say nothing about figures that were not replayed."""
+        kind = run_kind(self.profile.regime, is_sharded=configuration.num_processes > 1)
+        figures: dict[Figure, int | None] = {"peak_allocated": allocated, "peak_reserved": None, "process": None}
+        if replayed is not None and context is not None:
+            reserved = replayed.peak_reserved_bytes
+            figures |= {"peak_reserved": reserved, "process": reserved + context}
+        return {f"{figure}_interval_bytes": _around(figure, size, kind) for figure, size in figures.items()}
 
     def _layout(self, configuration: Configuration, device: Device) -> Layout:
         """Lay out a configuration, once for all micro-batches: only whether it accumulates matters."""
@@ -145,6 +158,11 @@ class MemoryModel:
             workspace_sizes(cluster.device),
             capacity_bytes=cluster.device.memory_bytes - context,
         )
+
+
+def _around(figure: Figure, num_bytes: int | None, kind: RunKind) -> tuple[int, int] | None:
+    found = None if num_bytes is None else interval(figure, kind)
+    return None if found is None or num_bytes is None else found.around(num_bytes)
 
 
 def _highest_of_each_name(phases: Sequence[Phase]) -> tuple[Phase, ...]:

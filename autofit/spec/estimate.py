@@ -36,6 +36,12 @@ class MemoryEstimate:
     needed_reserved_bytes: int | None = None
     """What the caching allocator cannot do with less than: it keeps more while there is room, and returns it when
     there is none."""
+    peak_allocated_interval_bytes: tuple[int, int] | None = None
+    """Where the figure lies if it is off as published runs of the same sort were; see autofit.memory.uncertainty."""
+    peak_reserved_interval_bytes: tuple[int, int] | None = None
+    """The same for `peak_reserved_bytes`."""
+    process_interval_bytes: tuple[int, int] | None = None
+    """The same for `process_bytes`."""
 
     @property
     def needed_bytes(self) -> int:
