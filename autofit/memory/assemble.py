@@ -11,11 +11,11 @@ from autofit.memory.engines import Layout, Terms, layout
 from autofit.memory.fsdp import FsdpModel
 from autofit.memory.limits import refuse_unmodelled
 from autofit.memory.overheads import context_bytes, workspace_bytes, workspace_sizes
+from autofit.memory.phases import Run, stages
 from autofit.memory.replay import MAX_MICRO_STEPS, Replayed, replay_step
 from autofit.memory.static import StaticBytes, static_bytes
-from autofit.memory.tape import PhasePeak, offloaded_bytes, phase_peaks
+from autofit.memory.tape import PhasePeak, kept_outputs_bytes, offloaded_bytes, phase_peaks
 from autofit.memory.tensors import Tensor, tensors
-from autofit.memory.uncertainty import Figure, RunKind, interval, run_kind
 from autofit.spec.configuration import Configuration
 from autofit.spec.estimate import MemoryEstimate, Phase
 from autofit.spec.hardware import Cluster, Device
@@ -23,9 +23,10 @@ from autofit.spec.job import Workload
 from autofit.spec.profile import RegimeProfile
 
 PHASE_NAMES = {"layer": "layer_forward", "head": "head_and_loss"}
+FORWARD_NAMES = ("embedding", "layer", "head")
 TOKEN_ID_BYTES = 8
-NUM_INPUT_TENSORS = {"equal": (2, 1), "padded": (3, 2), "packed": (3, 2)}
-"""Ids, labels, and a mask or positions; of these, as many as the trace makes itself (ids are its labels). Trainer moves those of all micro-steps to the device before the first.
+NUM_INPUT_TENSORS = 2
+"""Ids and labels; Trainer moves those of all micro-steps to the device before the first.
 Source: transformers/trainer.py, get_batch_samples."""
 
 
@@ -50,6 +51,7 @@ class MemoryModel:
         self._tensors: tuple[Tensor, ...] = tensors(profile)
         self._fsdp = FsdpModel(profile, micro_batches, sequence_tokens)
         self._layouts: dict[Configuration, Layout] = {}
+        self._outputs = kept_outputs_bytes(profile, np.asarray(micro_batches), sequence_tokens)
         self._static: StaticBytes = static_bytes(self._tensors, profile.regime.device)
 
     def estimate(self, configuration: Configuration, cluster: Cluster, *, replays: bool = False) -> MemoryEstimate:
@@ -59,7 +61,7 @@ class MemoryModel:
             configuration: must take the code path of the profile's regime.
             cluster: what it runs on.
             replays: whether to send every allocation through the caching allocator's policy (tenths of a second) for
-                `peak_reserved_bytes`; otherwise that figure is None.
+                `peak_reserved_bytes`, and to work out the stages apart from steady steps; otherwise those are None.
 
         Raises:
             InputError: a knob of the configuration is not modelled.
@@ -78,23 +80,24 @@ class MemoryModel:
             peak_reserved_bytes=replayed.peak_reserved_bytes if replayed else None,
             process_bytes=None if context is None else context + (replayed.peak_reserved_bytes if replayed else peak),
             needed_reserved_bytes=replayed.needed_bytes if replayed else None,
-            **(self._intervals(peak, replayed, context, configuration) if replays else {}),
             after_step_allocated_bytes=self._between_steps(plan, configuration, cluster.device),
             host_bytes=host * cluster.num_devices_per_node or None,
             budget_bytes=cluster.device.memory_bytes,
             phases=phases,
+            stages=stages(self._run(plan, configuration, cluster, phases)) if replays else None,
         )
 
-    def _intervals(
-        self, allocated: int, replayed: Replayed | None, context: int | None, configuration: Configuration
-    ) -> dict[str, tuple[int, int] | None]:
-        """How far off each figure may be; published runs say nothing about figures that were not replayed."""
-        kind = run_kind(self.profile.regime, is_sharded=configuration.num_processes > 1)
-        figures: dict[Figure, int | None] = {"peak_allocated": allocated, "peak_reserved": None, "process": None}
-        if replayed is not None and context is not None:
-            reserved = replayed.peak_reserved_bytes
-            figures |= {"peak_reserved": reserved, "process": reserved + context}
-        return {f"{figure}_interval_bytes": _around(figure, size, kind) for figure, size in figures.items()}
+    def _run(self, plan: Layout, configuration: Configuration, cluster: Cluster, phases: tuple[Phase, ...]) -> Run:
+        return Run(
+            profile=self.profile,
+            configuration=configuration,
+            cluster=cluster,
+            plan=plan,
+            model=self._tensors,
+            phases=phases,
+            always_bytes=sum(self._always(plan, cluster.device).values()),
+            sequence_tokens=self.sequence_tokens,
+        )
 
     def _layout(self, configuration: Configuration, device: Device) -> Layout:
         """Lay out a configuration, once for all micro-batches: only whether it accumulates matters."""
@@ -114,19 +117,25 @@ class MemoryModel:
         return sum([*self._always(plan, device).values(), *later.values()])
 
     def _phases(self, plan: Layout, configuration: Configuration, device: Device) -> tuple[Phase, ...]:
-        always = {**self._always(plan, device), "batch": self._batch_bytes(configuration)}
         column = self._column[configuration.per_device_train_batch_size]
+        always = {**self._always(plan, device), "batch": self._batch_bytes(configuration)}
+        outputs = {"outputs": int(self._outputs[column])}
         accumulates = configuration.gradient_accumulation_steps > 1
         if configuration.uses_fsdp:
             found = self._fsdp.peaks(configuration, column)
             phases = [_phase(PHASE_NAMES.get(name, name), [always, terms]) for name, terms in found.items()]
         else:
-            phases = [self._phase(peak, column, plan, always, accumulates=accumulates) for peak in self._peaks]
-        return _highest_of_each_name([*phases, *(_phase("optimizer_step", [always, step]) for step in plan.step)])
+            phases = [self._phase(peak, column, plan, always, outputs, accumulates=accumulates) for peak in self._peaks]
+        later = [("gradient_reduction", held) for held in plan.reduction] + [("optimizer_step", h) for h in plan.step]
+        return _highest_of_each_name([*phases, *(_phase(name, [always, outputs, held]) for name, held in later)])
 
-    def _phase(self, peak: PhasePeak, column: int, plan: Layout, always: Terms, *, accumulates: bool) -> Phase:
+    def _phase(
+        self, peak: PhasePeak, column: int, plan: Layout, always: Terms, outputs: Terms, *, accumulates: bool
+    ) -> Phase:
         name = PHASE_NAMES.get(peak.name, peak.name)
         held = [always, plan.forward, plan.backward] if peak.has_gradients else [always, plan.forward]
+        if peak.name in FORWARD_NAMES:
+            held.append(outputs)
         variants = []
         if plan.gradients == "kept":
             gradients = int(peak.kept_gradients[column])
@@ -134,7 +143,10 @@ class MemoryModel:
         if plan.gradients == "used":
             variants.append({"activations": int(peak.handed_over[column])})
         elif plan.gradients == "bucketed":
-            variants.append({"activations": int(peak.bucketed[column])})
+            variants.append({"activations": _bucketed(peak, column, plan)})
+        elif plan.gradients == "offloaded":
+            variants.append({"activations": max(_bucketed(peak, column, plan), int(peak.cloning[column]))})
+            variants.append(_offloaded_but_kept(peak, column, plan))
         elif accumulates:
             variants.append({"activations": int(peak.handed_over[column]), "gradients": plan.accumulated_gradients})
         return max((_phase(name, [*held, variant]) for variant in variants), key=lambda phase: phase.bytes)
@@ -142,8 +154,7 @@ class MemoryModel:
     def _batch_bytes(self, configuration: Configuration) -> int:
         """Inputs besides the ids that the trace itself made."""
         micro = configuration.per_device_train_batch_size * self.sequence_tokens * TOKEN_ID_BYTES
-        num_tensors, num_traced = NUM_INPUT_TENSORS[self.profile.regime.batching]
-        return micro * (num_tensors * configuration.gradient_accumulation_steps - num_traced)
+        return micro * (NUM_INPUT_TENSORS * configuration.gradient_accumulation_steps - 1)
 
     def _replay(self, plan: Layout, configuration: Configuration, cluster: Cluster) -> Replayed | None:
         if cluster.device.kind != "cuda" or configuration.uses_fsdp:
@@ -158,6 +169,24 @@ class MemoryModel:
             workspace_sizes(cluster.device),
             capacity_bytes=cluster.device.memory_bytes - context,
         )
+
+
+def _bucketed(peak: PhasePeak, column: int, plan: Layout) -> int:
+    """Activations and gradients on their way through DeepSpeed's bucket, with what their reduction takes."""
+    highest = max(peak.bucketed[column], peak.at_gradients[column] + plan.reduction_bytes)
+    if plan.reduction_fraction:
+        highest = max(highest, peak.reducing[column] + peak.reduced[column] * (1 + plan.reduction_fraction))
+    return int(highest)
+
+
+def _offloaded_but_kept(peak: PhasePeak, column: int, plan: Layout) -> Terms:
+    """A micro-step before the last, whose gradients too large for the bucket stay on the device until it ends.
+
+    Only those of this process's partition do: at most its bytes.
+    """
+    without = int(max(peak.bucketed[column], peak.cloning[column]))
+    kept = int(min(peak.large_kept[column] - without, plan.accumulated_gradients)) if plan.accumulated_gradients else 0
+    return {"activations": without, "gradients": max(0, kept)}
 
 
 def _around(figure: Figure, num_bytes: int | None, kind: RunKind) -> tuple[int, int] | None:

@@ -5,9 +5,10 @@ A layout says what is resident all the time, how backward treats gradients, and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from autofit.memory.host import zero2_buffers, zero3_buffers, zero3_weight_buffers
 from autofit.memory.static import StaticBytes, optimizer_bytes, partition_optimizer_bytes
 from autofit.memory.tensors import Tensor
 from autofit.spec.configuration import Configuration
@@ -15,10 +16,13 @@ from autofit.spec.deepspeed import DeepSpeedSettings, bucket_settings
 from autofit.spec.hardware import DeviceKind
 
 Terms = dict[str, int]
-GradientMode = Literal["kept", "bucketed", "used"]
+GradientMode = Literal["kept", "bucketed", "offloaded", "used"]
 
+PARAMETER_KINDS = ("parameter", "adapter", "quantized")
 MASTER_BYTES = 4
 """DeepSpeed's master weights and moments are fp32. Source: deepspeed/runtime/zero/config.py, bf16 block defaults."""
+NORM_BYTES = 8
+"""DeepSpeed casts a gradient to fp64 for its norm. Source: deepspeed/runtime/zero/utils.py 0.19.8, get_norm_dtype."""
 NCCL_ALIGNMENT_ELEMENTS = 2
 """DeepSpeed pads flat buffers to this many elements a rank. Source: stage_1_and_2.py, nccl_start_alignment_factor."""
 
@@ -35,10 +39,18 @@ class Layout:
     """Held while backward runs."""
     gradients: GradientMode = "kept"
     accumulated_gradients: int = 0
-    """Gradients that micro-steps after the first find already there."""
+    """Gradients that micro-steps after the first find already there; where offloaded, the most that a micro-step before
+    the last leaves on the device until it ends."""
+    reduction_fraction: float = 0.0
+    """What reducing a gradient too large for the bucket takes for a moment, as a share of its bytes."""
+    reduction_bytes: int = 0
+    """What reducing a gradient that fits the bucket takes for a moment, at most."""
+    reduction: tuple[Terms, ...] = ()
+    """Held at each moment between the last gradient and the optimizer's step that can be the highest there."""
     step: tuple[Terms, ...] = ()
     """Held at each of the optimizer step's moments that can be its highest."""
     host: int = 0
+    """Host memory of one process: offloaded and paged state, and the buffers that serve it."""
 
 
 def layout(
@@ -47,8 +59,10 @@ def layout(
     """Lay out a configuration's weights, gradients and state."""
     if configuration.zero_stage == 3:
         return _zero3(configuration, model, static, bucket_settings(configuration, hidden_size), device)
+    if configuration.offload != "none":
+        return _zero2_offload(configuration, model, static, bucket_settings(configuration, hidden_size), device)
     if configuration.uses_deepspeed:
-        return _zero12(configuration, static, bucket_settings(configuration, hidden_size), device)
+        return _zero12(configuration, model, static, bucket_settings(configuration, hidden_size), device)
     return _replicated(configuration, model, static, device)
 
 
@@ -92,12 +106,17 @@ def _partition_elements(num_elements: int, num_ranks: int) -> int:
 
 
 def _zero12(
-    configuration: Configuration, static: StaticBytes, settings: DeepSpeedSettings, device: DeviceKind
+    configuration: Configuration,
+    model: tuple[Tensor, ...],
+    static: StaticBytes,
+    settings: DeepSpeedSettings,
+    device: DeviceKind,
 ) -> Layout:
     """Weights whole in the engine's dtype; an fp32 master copy, state and (stage 2) gradients of a partition.
 
     Stage 1 copies its partition's gradients when all are there, and frees the others at the step.
-    The step flattens the partition's gradients and casts them to fp32; one 16-bit copy is still there at the update.
+    The step takes the norm of each gradient in fp64, while stage 1 still has all of them; then it flattens the
+    partition's gradients and casts them to fp32. One 16-bit copy is still there at the update.
 
     Source: deepspeed/runtime/zero/stage_1_and_2.py 0.19.8.
     """
@@ -108,6 +127,8 @@ def _zero12(
     accumulates = configuration.gradient_accumulation_steps > 1
     splits = settings.stage == 2
     cast = partition * MASTER_BYTES if element != MASTER_BYTES else 0
+    largest = min(partition, max((t.num_elements for t in model if t.trains), default=0))
+    reduced = partition * element + (0 if splits else static.gradients)
     return Layout(
         resident={
             **_weights(static),
@@ -121,12 +142,46 @@ def _zero12(
         },
         gradients="bucketed" if splits else "kept",
         accumulated_gradients=0 if splits else static.gradients,
+        reduction=({"gradients": reduced, "communication_buckets": bucket},),
         step=(
-            {"gradients": partition * element + (0 if splits else static.gradients), "communication_buckets": bucket},
+            {"gradients": reduced, "optimizer_temporaries": largest * NORM_BYTES},
             {"gradients": partition * element * 2 + cast},
             {"gradients": partition * element + cast, "optimizer_temporaries": optimizer.step},
         ),
         host=optimizer.host,
+    )
+
+
+def _zero2_offload(
+    configuration: Configuration,
+    model: tuple[Tensor, ...],
+    static: StaticBytes,
+    settings: DeepSpeedSettings,
+    device: DeviceKind,
+) -> Layout:
+    """Weights whole on the device; all that the optimizer touches on the host, and nothing of its step on the device.
+
+    A gradient of the partition goes to the host when its bucket is reduced, after an fp64 copy for its norm and through
+    an fp32 one. A gradient too large for the bucket is cloned as soon as it is made; in micro-steps before the last the
+    clone stays until the end of backward. One buffer of the largest parameter brings accumulated gradients back.
+
+    Source: deepspeed/runtime/zero/stage_1_and_2.py 0.19.8 (reduce_independent_p_g_buckets_and_remove_grads,
+    copy_grads_in_partition, async_inplace_copy_grad_to_fp32_buffer_from_gpu, temp_grad_buffer_for_gpu_offload).
+    """
+    element = _engine_bytes(configuration)
+    partition = _partition_elements(static.trained_elements, configuration.num_processes)
+    trained = [t.num_elements for t in model if t.trains]
+    accumulates = configuration.gradient_accumulation_steps > 1
+    small = max((n for n in trained if n <= settings.reduce_bucket_size), default=0)
+    return Layout(
+        resident={**_weights(static), "offload_buffers": max(trained, default=0) * element, "optimizer_state": 0},
+        backward={"communication_buckets": settings.reduce_bucket_size * element * (2 if settings.overlap_comm else 1)},
+        gradients="offloaded",
+        accumulated_gradients=partition * element if accumulates else 0,
+        reduction_fraction=NORM_BYTES / element,
+        reduction_bytes=small * NORM_BYTES,
+        step=({},),
+        host=zero2_buffers(partition, trained, element, accumulates=accumulates).num_bytes(device),
     )
 
 
@@ -139,14 +194,18 @@ def _zero3(
 ) -> Layout:
     """Everything in partitions; weights are gathered around the layer that needs them, up to a bound.
 
-    The gradients of a bucket are interleaved in a copy before they are scattered. The step flattens a sub-group's
-    gradients into a copy, and casts that to fp32.
+    The gradients of a bucket are interleaved in a copy before they are scattered; one that is alone in it only where
+    it does not divide. The step flattens a sub-group's gradients into a copy, and casts that to fp32.
+
+    With the optimizer offloaded, master weights, state and gradients are the host's: reducing a bucket takes its
+    partition's gradients back to the device for a moment, and an fp64 copy of them for their norm; the weight of a
+    gradient that waited is free again by then. With weights offloaded, the shards are the host's too.
 
     Source: deepspeed/runtime/zero/stage3.py, partitioned_param_coordinator.py and
     deepspeed/runtime/comm/coalesced_collectives.py (reduce_scatter_coalesced) 0.19.8.
     """
     ranks = configuration.num_processes
-    parameters = [t for t in model if t.kind in ("parameter", "adapter", "quantized")]
+    parameters = [t for t in model if t.kind in PARAMETER_KINDS]
     persistent = [t for t in parameters if t.num_elements <= settings.stage3_param_persistence_threshold]
     sharded = [t for t in parameters if t.num_elements > settings.stage3_param_persistence_threshold]
     shards = sum(-(-t.num_elements // ranks) * t.bytes_per_element for t in parameters)
@@ -155,6 +214,9 @@ def _zero3(
     optimizer = partition_optimizer_bytes(partition, configuration.optim, device)
     sub_group = min(settings.sub_group_size, partition)
     flat, master = sub_group * element, sub_group * MASTER_BYTES
+    largest = max((-(-t.num_elements // ranks) for t in parameters if t.trains), default=0)
+    if configuration.offload != "none":
+        return _zero3_offload(configuration, model, static, settings, device)
     return Layout(
         resident={
             "weights": shards + sum(t.num_bytes for t in persistent),
@@ -165,10 +227,12 @@ def _zero3(
             "gradients": partition * element,
             "communication_buckets": settings.reduce_bucket_size * element,
         },
-        forward={"gathered_weights": _gathered_bytes(sharded, settings)},
+        forward={"gathered_weights": _gathered_bytes(sharded, settings, configuration)},
         backward={"communication_buckets": settings.reduce_bucket_size * element},
         gradients="bucketed",
+        reduction_fraction=_interleaves(model, configuration, settings),
         step=(
+            {"optimizer_temporaries": largest * NORM_BYTES},
             {"gradients": flat + (master if element != MASTER_BYTES else 0)},
             {"gradients": master, "optimizer_temporaries": optimizer.step},
         ),
@@ -176,12 +240,69 @@ def _zero3(
     )
 
 
-def _gathered_bytes(sharded: list[Tensor], settings: DeepSpeedSettings) -> int:
-    """Weights whole at one time: all of them, or as many as may live and be prefetched."""
-    elements = sum(t.num_elements for t in sharded)
-    whole = sum(t.num_bytes for t in sharded)
+def _zero3_offload(
+    configuration: Configuration,
+    model: tuple[Tensor, ...],
+    static: StaticBytes,
+    settings: DeepSpeedSettings,
+    device: DeviceKind,
+) -> Layout:
+    ranks, element = configuration.num_processes, _engine_bytes(configuration)
+    parameters = [t for t in model if t.kind in PARAMETER_KINDS]
+    shards = [replace(t, num_elements=-(-t.num_elements // ranks)) for t in parameters]
+    persistent = [t for t in parameters if t.num_elements <= settings.stage3_param_persistence_threshold]
+    sharded = [t for t in parameters if t.num_elements > settings.stage3_param_persistence_threshold]
+    trained = [t.num_elements for t in shards if t.trains]
+    bucket = settings.reduce_bucket_size * element
+    taken = NORM_BYTES + (element if device == "cuda" else 0)
+    freed = 0.0 if _ties_embeddings(model) else 1.0
+    offloads_weights = configuration.offload == "optimizer_and_parameters"
+    host = zero3_buffers(trained, element, settings.sub_group_size).num_bytes(device)
+    return Layout(
+        resident={
+            "weights": sum(t.num_bytes for t in persistent)
+            + (0 if offloads_weights else sum(t.num_bytes for t in shards)),
+            "quantized_weights": sum(t.num_bytes for t in model if t.kind == "quant_state"),
+            "buffers": static.buffers,
+            "communication_buckets": bucket,
+            "optimizer_state": 0,
+        },
+        forward={"gathered_weights": _gathered_bytes(sharded, settings, configuration)},
+        backward={"communication_buckets": bucket},
+        gradients="bucketed",
+        reduction_fraction=max(0.0, _interleaves(model, configuration, settings) + taken / (element * ranks) - freed),
+        reduction_bytes=max((n for n in trained if n * ranks <= settings.reduce_bucket_size), default=0) * taken,
+        step=({},),
+        host=host + (zero3_weight_buffers(shards).num_bytes(device) if offloads_weights else 0),
+    )
+
+
+def _interleaves(model: tuple[Tensor, ...], configuration: Configuration, settings: DeepSpeedSettings) -> float:
+    """Return 1 where a gradient that fills a bucket alone is copied before it is scattered: one that does not divide.
+
+    Source: deepspeed/runtime/comm/coalesced_collectives.py 0.19.8, reduce_scatter_coalesced.
+    """
+    alone = (t.num_elements for t in model if t.trains and t.num_elements > settings.reduce_bucket_size)
+    return float(any(n % configuration.num_processes for n in alone))
+
+
+def _gathered_bytes(sharded: list[Tensor], settings: DeepSpeedSettings, configuration: Configuration) -> int:
+    """Weights whole at one time: all that are used again, or as many as may live and be prefetched.
+
+    An embedding without gradient is not used again: frozen, its output needs none unless checkpoints ask for it.
+    """
+    done = not configuration.gradient_checkpointing and not _ties_embeddings(tuple(sharded))
+    held = [t for t in sharded if not (done and t.embeds and not t.trains)]
+    elements = sum(t.num_elements for t in held)
+    whole = sum(t.num_bytes for t in held)
     bound = settings.stage3_max_live_parameters + settings.stage3_prefetch_bucket_size
     return whole if elements <= bound else whole * bound // elements
+
+
+def _ties_embeddings(model: tuple[Tensor, ...]) -> bool:
+    """Whether no other parameter is as large as an embedding: then the head is the embedding itself."""
+    tables = [t for t in model if t.embeds]
+    return not any(t.num_elements == table.num_elements for table in tables for t in model if not t.embeds)
 
 
 def _engine_bytes(configuration: Configuration) -> int:

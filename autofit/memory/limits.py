@@ -10,6 +10,7 @@ from autofit.memory.optimizers import OPTIMIZERS
 from autofit.spec.configuration import Configuration, Optim
 
 MODELLED_SHARDINGS = ("none", "ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2")
+OFFLOADED_SHARDINGS = ("zero2", "zero3")
 
 
 def refuse_unmodelled(configuration: Configuration) -> None:
@@ -32,7 +33,7 @@ def unmodelled(configuration: Configuration) -> str | None:
         (c.optim.startswith("apollo") and (c.uses_deepspeed or c.uses_fsdp), f"optim {c.optim} under {c.sharding}"),
         (c.optim.endswith("layerwise") and c.gradient_accumulation_steps > 1, f"accumulation under optim {c.optim}"),
         (c.sharding not in MODELLED_SHARDINGS, f"sharding {c.sharding}"),
-        (c.offload != "none", f"offload {c.offload}"),
+        (c.offload != "none" and c.sharding not in OFFLOADED_SHARDINGS, f"offload {c.offload} under {c.sharding}"),
         (c.num_replicas != 1 and not c.uses_fsdp, f"a hybrid shard (num_replicas) under {c.sharding}"),
         (c.sequence_parallel_size != 1, "sequence parallelism (sequence_parallel_size)"),
         (not c.reshard_after_forward and not c.uses_fsdp, f"reshard_after_forward off under {c.sharding}"),
@@ -41,7 +42,8 @@ def unmodelled(configuration: Configuration) -> str | None:
         (c.uses_fsdp and c.lora is not None and bool(c.lora.modules_to_save), "modules_to_save under FSDP"),
         (c.uses_fsdp and c.loss != "stock", f"loss {c.loss} under FSDP"),
         (c.uses_fsdp and c.num_processes == c.num_replicas, "FSDP whose copies are each held by one process"),
-        (c.loss != "stock" and c.zero_stage == 3, f"loss {c.loss} under zero3, which gathers the head for it,"),
+        (c.loss != "stock", f"loss {c.loss}"),
+        (c.batching != "equal", f"batching {c.batching}"),
         (c.task != "auto", f"task {c.task}"),
         (c.image_tokens != 0, "image_tokens"),
         (c.attention == "flex_attention", "attention flex_attention"),

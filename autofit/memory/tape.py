@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from autofit.memory.fused_losses import bound_on
 from autofit.spec.deepspeed import reduce_bucket_elements
 from autofit.spec.profile import GRADIENT, MIDDLE_LAYER, MONOMIALS, ON_HOST, Event, RegimeProfile, Segment
 from autofit.units import BYTES_PER_ELEMENT
@@ -39,23 +38,27 @@ class PhasePeak:
     """Activations and the newest gradient, where each is taken away or added to another at once: the highest sum."""
     bucketed: Bytes
     """The same, where a gradient too large for DeepSpeed's bucket waits to be reduced until the next one is made."""
+    at_gradients: Bytes
+    """The same as `handed_over`, at the births of gradients alone: then what came before is reduced."""
+    reducing: Bytes
+    """The same, at those births alone that find a gradient waiting, 0 if none does. What waits is not in it."""
+    reduced: Bytes
+    """The largest gradient that is reduced at such a birth."""
+    cloning: Bytes
+    """Activations, the newest gradient and a copy of it, where it is too large for the bucket; 0 if none is."""
+    large_kept: Bytes
+    """Activations and the newest gradient, where all that are too large for the bucket stay: the highest sum."""
+
+
+_HIGHEST_BY_ITSELF = ("handed_over", "bucketed", "at_gradients", "reducing", "reduced", "cloning", "large_kept")
 
 
 def size_table(profile: RegimeProfile, micro_batches: npt.ArrayLike, sequence_tokens: int) -> Bytes:
     """Evaluate every size of the tape, rounded as the device's allocator does: (num_sizes, num_micro_batches)."""
     sizes: Bytes = np.asarray(profile.sizes, dtype=np.float64) @ _powers(profile, micro_batches, sequence_tokens)
-    if profile.regime.loss != "stock":
-        sizes = np.minimum(sizes, _bounds(profile, micro_batches, sequence_tokens))
     if profile.regime.device == "cuda":
         sizes = np.ceil(sizes / CUDA_BLOCK_BYTES) * CUDA_BLOCK_BYTES
     return sizes
-
-
-def _bounds(profile: RegimeProfile, micro_batches: npt.ArrayLike, sequence_tokens: int) -> Bytes:
-    """The most bytes of each size, infinite for all but the buffers of a fused loss."""
-    asked = np.atleast_1d(np.asarray(micro_batches, dtype=np.int64)).tolist()
-    bounds = [[bound_on(size, profile, batch * sequence_tokens) for batch in asked] for size in profile.sizes]
-    return np.asarray([[np.inf if bound is None else bound for bound in row] for row in bounds], dtype=np.float64)
 
 
 def _powers(profile: RegimeProfile, micro_batches: npt.ArrayLike, sequence_tokens: int) -> Bytes:
@@ -74,6 +77,7 @@ def phase_peaks(profile: RegimeProfile, micro_batches: npt.ArrayLike, sequence_t
     activations = np.zeros(sizes.shape[1])
     gradients = np.zeros(sizes.shape[1])
     waiting = np.zeros(sizes.shape[1])
+    large = np.zeros(sizes.shape[1])
     bucket_bytes = bucket_gradient_bytes(profile)
     found: dict[tuple[str, bool], list[PhasePeak]] = {}
     has_gradients = False
@@ -90,12 +94,28 @@ def phase_peaks(profile: RegimeProfile, micro_batches: npt.ArrayLike, sequence_t
                     activations + repeat * curves.net_activations,
                     gradients + repeat * curves.net_gradients,
                     waiting if repeat == 0 else curves.left_waiting(waiting),
+                    large + repeat * curves.net_large,
                 )
                 found.setdefault((stretch.name, has_gradients), []).append(_peak(stretch, curves, start))
             waiting = curves.left_waiting(waiting)
             activations = activations + count * curves.net_activations
             gradients = gradients + count * curves.net_gradients
+            large = large + count * curves.net_large
     return tuple(_highest(peaks) for peaks in found.values())
+
+
+def kept_outputs_bytes(profile: RegimeProfile, micro_batches: npt.ArrayLike, sequence_tokens: int) -> Bytes:
+    """Return what of a step's outputs a loop keeps until it has those of the next; 0 where it keeps none.
+
+    It dies in the tape's last segment; it is alive in the optimizer's step and in the next forward.
+    """
+    sizes = size_table(profile, micro_batches, sequence_tokens)
+    kept: Bytes = np.zeros(sizes.shape[1])
+    if profile.regime.keeps_outputs:
+        for event in profile.segments[-1].events:
+            if len(event) > BIRTH_FIELDS and event[1] != ON_HOST:
+                kept = kept + sizes[event[0]] * _num_meant(profile, profile.segments[-1], event)
+    return kept
 
 
 def offloaded_bytes(profile: RegimeProfile, micro_batches: npt.ArrayLike, sequence_tokens: int) -> Bytes:
@@ -170,6 +190,13 @@ class _Curves:
     """Whether no gradient of the stretch was made before an event: shape (num_events, 1)."""
     last_waiting: Bytes | None
     """What the stretch's last gradient leaves waiting; None where the stretch makes none."""
+    newest_large: Bytes
+    """The newest gradient, where it is too large for the bucket."""
+    large: Bytes
+    """All those, the newest included."""
+    net_large: Bytes
+    births: npt.NDArray[np.int64]
+    """Indices of the events that are a gradient's birth."""
 
     def left_waiting(self, waiting: Bytes) -> Bytes:
         """Return what waits after the stretch, if `waiting` did before it."""
@@ -183,12 +210,27 @@ class _Start:
     activations: Bytes
     gradients: Bytes
     waiting: Bytes
+    large: Bytes
 
 
 def _curves(events: tuple[Event, ...], sizes: Bytes, num_meant: list[int], bucket_bytes: int) -> _Curves:
     if not events:
         nothing = np.zeros((1, sizes.shape[1]))
-        return _Curves(nothing, nothing, nothing, nothing[0], nothing[0], nothing, np.array([[True]]), None)
+        none = np.zeros(0, dtype=np.int64)
+        return _Curves(
+            nothing,
+            nothing,
+            nothing,
+            nothing[0],
+            nothing[0],
+            nothing,
+            np.array([[True]]),
+            None,
+            nothing,
+            nothing,
+            nothing[0],
+            none,
+        )
     index = np.array([event[0] for event in events])
     category = np.array([event[1] for event in events])
     is_birth = np.array([len(event) == BIRTH_FIELDS for event in events])
@@ -202,6 +244,7 @@ def _curves(events: tuple[Event, ...], sizes: Bytes, num_meant: list[int], bucke
     births = np.flatnonzero(is_gradient[:, 0] & is_birth)
     num_before = np.searchsorted(births, np.arange(len(events)))
     before = births[np.maximum(num_before - 1, 0)] if births.size else np.zeros(len(events), dtype=int)
+    large = np.cumsum(waiting, axis=0)
     has_none_before = (num_before == 0)[:, None]
     return _Curves(
         activations,
@@ -212,6 +255,10 @@ def _curves(events: tuple[Event, ...], sizes: Bytes, num_meant: list[int], bucke
         np.where(has_none_before, 0.0, waiting[before]),
         has_none_before,
         waiting[births[-1]] if births.size else None,
+        waiting,
+        large,
+        large[-1],
+        births,
     )
 
 
@@ -221,6 +268,9 @@ def _peak(stretch: _Stretch, curves: _Curves, start: _Start) -> PhasePeak:
     columns = np.arange(totals.shape[1])
     handed_over = curves.activations + curves.newest_gradient
     waiting = np.where(curves.has_none_before, start.waiting, curves.waiting)
+    alive = (handed_over + start.activations)[curves.births]
+    waits = waiting[curves.births]
+    clones = curves.newest_large[curves.births]
     return PhasePeak(
         name=stretch.name,
         has_gradients=stretch.has_gradients,
@@ -228,6 +278,11 @@ def _peak(stretch: _Stretch, curves: _Curves, start: _Start) -> PhasePeak:
         kept_gradients=curves.gradients[highest, columns] + start.gradients,
         handed_over=np.max(handed_over, axis=0) + start.activations,
         bucketed=np.max(handed_over + waiting, axis=0) + start.activations,
+        at_gradients=np.max(alive, axis=0, initial=0.0),
+        reducing=np.max(np.where(waits > 0, alive, 0.0), axis=0, initial=0.0),
+        reduced=np.max(waits, axis=0, initial=0.0),
+        cloning=np.max(np.where(clones > 0, alive + clones, 0.0), axis=0, initial=0.0),
+        large_kept=np.max(handed_over + curves.large, axis=0) + start.activations + start.large,
     )
 
 
@@ -239,8 +294,7 @@ def _highest(peaks: list[PhasePeak]) -> PhasePeak:
         has_gradients=peaks[0].has_gradients,
         kept=kept[highest, columns],
         kept_gradients=np.stack([peak.kept_gradients for peak in peaks])[highest, columns],
-        handed_over=np.max(np.stack([peak.handed_over for peak in peaks]), axis=0),
-        bucketed=np.max(np.stack([peak.bucketed for peak in peaks]), axis=0),
+        **{name: np.max(np.stack([getattr(peak, name) for peak in peaks]), axis=0) for name in _HIGHEST_BY_ITSELF},
     )
 
 

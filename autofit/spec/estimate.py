@@ -17,6 +17,31 @@ class Phase:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """A part of a run that is not a steady training step."""
+
+    device_bytes: int
+    """The most that is allocated on the device."""
+    host_bytes: int | None
+    """Host memory of one node; None for CPU ranks, whose device it is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stages:
+    """Parts of a run that are not steady training steps. None: not known."""
+
+    loading: Stage | None = None
+    """`from_pretrained`, and moving the model to the device."""
+    preparing: Stage | None = None
+    """accelerate's `prepare`: DDP's buckets, DeepSpeed's engine."""
+    first_step: Stage | None = None
+    evaluation: Stage | None = None
+    """`Trainer.evaluate` between two steps, with training's micro-batch, and no predictions kept."""
+    saving: Stage | None = None
+    """Writing a checkpoint."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryEstimate:
     """Memory of the most loaded device."""
 
@@ -42,6 +67,8 @@ class MemoryEstimate:
     """The same for `peak_reserved_bytes`."""
     process_interval_bytes: tuple[int, int] | None = None
     """The same for `process_bytes`."""
+    stages: Stages | None = None
+    """What the run needs outside its steady steps; reported apart, it does not decide whether the plan fits."""
 
     @property
     def needed_bytes(self) -> int:

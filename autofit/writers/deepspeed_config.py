@@ -31,7 +31,7 @@ def deepspeed_config(plan: Plan) -> dict[str, Any]:
         "bf16": {"enabled": configuration.mixed_precision == "bf16"},
         "fp16": _fp16_block(enabled=configuration.mixed_precision == "fp16"),
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": _zero_block(configuration, hidden, device.kind),
+        "zero_optimization": zero_block(configuration, hidden, device.kind),
         "wall_clock_breakdown": False,
     }
 
@@ -50,7 +50,14 @@ def _fp16_block(*, enabled: bool) -> dict[str, Any]:
     }
 
 
-def _zero_block(configuration: Configuration, hidden: int, kind: DeviceKind) -> dict[str, Any]:
+def zero_block(configuration: Configuration, hidden: int, kind: DeviceKind) -> dict[str, Any]:
+    """Write the `zero_optimization` block.
+
+    Args:
+        configuration: what is trained.
+        hidden: width of the model, which sizes the buckets.
+        kind: what it runs on; only a GPU's host memory can be pinned.
+    """
     settings = asdict(bucket_settings(configuration, hidden))
     if configuration.zero_stage == 3:
         settings["stage3_gather_16bit_weights_on_model_save"] = True  # or save_model writes no weights

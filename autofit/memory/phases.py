@@ -1,0 +1,274 @@
+"""What a run needs outside its steady steps: while it loads, while engines are made, first step, evaluation, saving.
+
+Each is a figure of its own, for the device and for the host of a node. None of them decides whether a plan fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from autofit.memory.engines import MASTER_BYTES, Layout
+from autofit.memory.evaluation import evaluation_bytes
+from autofit.memory.host import NUM_MOMENTS
+from autofit.memory.static import rounded
+from autofit.memory.tensors import Tensor
+from autofit.spec.configuration import Configuration
+from autofit.spec.deepspeed import DeepSpeedSettings, bucket_settings
+from autofit.spec.estimate import Phase, Stage, Stages
+from autofit.spec.hardware import Cluster
+from autofit.spec.profile import RegimeProfile
+from autofit.units import BYTES_PER_ELEMENT, MIB
+
+ADAPTER_BYTES = 4
+"""peft makes adapters fp32 on any base. Source: peft/tuners/tuners_utils.py 0.21, cast_adapter_dtype."""
+SCALE_BYTES, SCALED_ELEMENTS = 4, 64
+"""bitsandbytes first makes an fp32 scale for every block. Source: bitsandbytes 0.50 functional.py, quantize_4bit."""
+EIGHT_BITS = 8
+BROADCAST_BYTES = 2 * 250 * MIB
+"""DDP sends rank 0's tensors copied together, two buffers at a time.
+
+Source: torch v2.13 nn/parallel/distributed.py (`broadcast_bucket_size`); c10d/comm.cpp, kMaxInFlight."""
+LARGEST_SAVED_FILE_BYTES = 50_000_000_000
+"""A file of weights is written from one copy in host memory.
+
+Source: transformers/modeling_utils.py 5.23, save_pretrained (`max_shard_size`); safetensors 0.8 torch.py, save_file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One configuration, laid out: what every stage is worked out from."""
+
+    profile: RegimeProfile
+    configuration: Configuration
+    cluster: Cluster
+    plan: Layout
+    model: tuple[Tensor, ...]
+    phases: tuple[Phase, ...]
+    always_bytes: int
+    """Allocated between two steps."""
+    sequence_tokens: int
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Parameters, adapters and packed weights."""
+        return [t for t in self.model if t.kind in ("parameter", "adapter", "quantized")]
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """Those that train."""
+        return [t for t in self.parameters if t.trains]
+
+    @property
+    def builds_partitioned(self) -> bool:
+        """Whether weights are sharded as they are made. Source: transformers/modeling_utils.py 5.23 (zero.Init)."""
+        return self.configuration.zero_stage == 3 and self.configuration.quantization is None
+
+    @property
+    def settings(self) -> DeepSpeedSettings:
+        """DeepSpeed's numbers."""
+        return bucket_settings(self.configuration, self.profile.hidden_size)
+
+    def total(self, sizes: Iterable[int]) -> int:
+        """Add sizes up as the device's allocator counts them."""
+        return sum(rounded(size, self.cluster.device.kind) for size in sizes)
+
+    def shards(self, tensors: Iterable[Tensor]) -> int:
+        """Bytes of this process's part of each tensor."""
+        ranks = self.configuration.num_processes
+        return sum(-(-t.num_elements // ranks) * t.bytes_per_element for t in tensors)
+
+    def placed(self, device_bytes: int, host_bytes: int, *, first_process: int = 0) -> Stage:
+        """Say what a device and a node's host hold; a CPU rank's device is the host.
+
+        Args:
+            device_bytes: of one process.
+            host_bytes: of each process.
+            first_process: of the node's first process besides.
+        """
+        if self.cluster.device.kind == "cpu":
+            return Stage(device_bytes=device_bytes + host_bytes + first_process, host_bytes=None)
+        host = host_bytes * self.cluster.num_devices_per_node + first_process
+        return Stage(device_bytes=device_bytes, host_bytes=host)
+
+
+def stages(run: Run) -> Stages:
+    """Work out every stage; those under FSDP are not known."""
+    if run.configuration.uses_fsdp:
+        return Stages()
+    return Stages(
+        loading=loading(run),
+        preparing=preparing(run),
+        first_step=first_step(run),
+        evaluation=evaluation(run),
+        saving=saving(run),
+    )
+
+
+def loading(run: Run) -> Stage:
+    """While `from_pretrained` and peft make the model, up to where it is on the device.
+
+    The checkpoint is taken to be stored in the dtype that is loaded; a file's pages count as memory, though processes
+    of a node share them. Not quantised, the model is made whole in the host memory of each process, then moved. Under
+    stage 3 it is made in shards on the device, each parameter whole for a moment, and the first process reads the whole
+    checkpoint. Quantised, it is made on the device, also under stage 3: one weight at a time is there in both forms.
+
+    Source: transformers/modeling_utils.py 5.23 (_load_pretrained_model, get_init_context), core_model_loading.py
+    (convert_and_load_state_dict_in_model), integrations/deepspeed.py (_load_state_dict_into_zero3_model),
+    trainer.py (`_move_model_to_device`).
+    """
+    element = BYTES_PER_ELEMENT[run.configuration.weights_dtype]
+    loaded = [_loaded_bytes(t, element) for t in run.model]
+    if run.configuration.quantization is not None:
+        return run.placed(run.total(loaded) + _while_packing(run, element), 0)
+    if run.builds_partitioned:
+        adapters = sum(t.num_elements * ADAPTER_BYTES for t in run.parameters if t.kind == "adapter")
+        base = [t for t in run.parameters if t.kind != "adapter"]
+        largest = max((t.num_bytes for t in base), default=0)
+        checkpoint = sum(t.num_elements * element for t in base)
+        shards, buffers = run.shards(base), _buffers(run)
+        offloads = run.configuration.offload == "optimizer_and_parameters"
+        device = buffers + max(largest, adapters) + (0 if offloads else shards)
+        return run.placed(device, shards if offloads else 0, first_process=checkpoint)
+    if run.cluster.device.kind == "cpu":
+        return run.placed(sum(loaded), 0)
+    return run.placed(run.total(t.num_bytes for t in run.model), sum(loaded))
+
+
+def _loaded_bytes(tensor: Tensor, bytes_per_element: int) -> int:
+    if tensor.kind == "parameter":
+        return tensor.num_elements * bytes_per_element
+    return tensor.num_elements * ADAPTER_BYTES if tensor.kind == "adapter" else tensor.num_bytes
+
+
+def _while_packing(run: Run, bytes_per_element: int) -> int:
+    """The largest weight before it is packed, and the scales or the fp16 copy that packing makes."""
+    quantization = run.configuration.quantization
+    assert quantization is not None, "only a quantised model packs"
+    packed = max((t.num_bytes for t in run.model if t.kind == "quantized"), default=0)
+    elements = packed * EIGHT_BITS // quantization.bits
+    if quantization.bits == EIGHT_BITS:
+        return elements * bytes_per_element + (0 if run.configuration.weights_dtype == "float16" else elements * 2)
+    scales = elements // SCALED_ELEMENTS * SCALE_BYTES
+    return elements * bytes_per_element + scales * (2 if quantization.double_quant else 1)
+
+
+def _buffers(run: Run) -> int:
+    return run.total(t.num_bytes for t in run.model if t.kind == "buffer")
+
+
+def preparing(run: Run) -> Stage:
+    """While accelerate makes the engine: DDP's buckets; DeepSpeed's flat weights and fp32 masters.
+
+    DeepSpeed flattens what trains beside what is there; where a device has no room for it, it does so on the host.
+    Source: torch v2.13 nn/parallel/distributed.py; deepspeed/runtime/zero/stage_1_and_2.py 0.19.8 (`__init__`,
+    initialize_optimizer_states), stage3.py (_create_fp32_partitions, initialize_optimizer_states).
+    """
+    weights = run.total(t.num_bytes for t in run.model)
+    if run.configuration.zero_stage == 3:
+        return _preparing_zero3(run)
+    if run.configuration.uses_deepspeed:
+        return _preparing_zero12(run, weights)
+    buckets = run.plan.resident.get("communication_buckets", 0)
+    sent = min(weights, BROADCAST_BYTES) if run.configuration.sharding == "ddp" else 0
+    return run.placed(weights + max(buckets, sent), 0)
+
+
+def _preparing_zero12(run: Run, weights: int) -> Stage:
+    flat = run.total(t.num_bytes for t in run.trained)
+    if run.configuration.offload == "none":
+        return run.placed(weights + max(flat, 2 * MASTER_BYTES * _partition_elements(run)), 0)
+    kept = run.plan.resident.get("offload_buffers", 0)
+    moments = _offloaded_moments(run)
+    if run.cluster.device.kind == "cpu":
+        return run.placed(max(weights + flat, weights + kept + run.plan.host - moments), 0)
+    return run.placed(max(weights + flat, weights + kept), run.plan.host - moments)
+
+
+def _preparing_zero3(run: Run) -> Stage:
+    shards, trained = run.shards(run.parameters), run.shards(run.trained)
+    partition = _partition_elements(run)
+    sub_group = min(run.settings.sub_group_size, partition) * MASTER_BYTES
+    states = run.total(t.num_bytes for t in run.model if t.kind == "quant_state")
+    rest = _buffers(run) + states
+    master = partition * MASTER_BYTES
+    whole = run.total(t.num_bytes for t in run.parameters) if not run.builds_partitioned else 0
+    if run.configuration.offload == "none":
+        return run.placed(rest + max(whole, shards + master + sub_group), 0)
+    offloads_weights = run.configuration.offload == "optimizer_and_parameters"
+    on_device = rest + max(whole, 0 if offloads_weights else shards)
+    on_host = run.plan.host - _offloaded_moments(run) + sub_group
+    if run.cluster.device.kind == "cpu":
+        return run.placed(max(rest + whole, rest + shards + master + sub_group * 2, rest + shards + trained), 0)
+    return run.placed(on_device, on_host)
+
+
+def first_step(run: Run) -> Stage:
+    """The first optimizer step: its forward and backward find no optimizer state.
+
+    Under stage 3 DeepSpeed does not know the order of layers yet: it gathers one module's weights at a time, and frees
+    all after use, those that it will keep whole as well.
+    Source: deepspeed/runtime/zero/partitioned_param_coordinator.py 0.19.8 (`is_complete_trace`).
+    """
+    moments = _offloaded_moments(run)
+    if run.cluster.device.kind != "cpu":
+        return run.placed(max(_in_first_step(phase, run) for phase in run.phases), run.plan.host)
+    later = {phase.name: 0 if phase.name == "optimizer_step" else moments for phase in run.phases}
+    return run.placed(max(_in_first_step(phase, run) - later[phase.name] for phase in run.phases), run.plan.host)
+
+
+def _offloaded_moments(run: Run) -> int:
+    """DeepSpeedCPUAdam's, which its first step makes."""
+    if run.configuration.offload == "none":
+        return 0
+    return NUM_MOMENTS * MASTER_BYTES * _partition_elements(run)
+
+
+def _partition_elements(run: Run) -> int:
+    return sum(-(-t.num_elements // run.configuration.num_processes) for t in run.trained)
+
+
+def _in_first_step(phase: Phase, run: Run) -> int:
+    if phase.name == "optimizer_step":
+        return phase.bytes
+    without = phase.bytes - phase.terms.get("optimizer_state", 0) - phase.terms.get("gathered_weights", 0)
+    if "gathered_weights" not in phase.terms or phase.name == "loss_backward":
+        return without
+    return without + max((t.num_bytes for t in run.parameters), default=0)
+
+
+def evaluation(run: Run) -> Stage:
+    """`Trainer.evaluate` between two steps, with training's micro-batch, and no predictions kept."""
+    needed = evaluation_bytes(
+        run.profile,
+        run.configuration.per_device_train_batch_size,
+        run.sequence_tokens,
+        keeps_logits=False,
+        num_batches=1,
+        num_processes=run.configuration.num_processes,
+    )
+    gathered = run.plan.forward.get("gathered_weights", 0)
+    return run.placed(run.always_bytes + gathered + needed, run.plan.host)
+
+
+def saving(run: Run) -> Stage:
+    """While a checkpoint is written.
+
+    DeepSpeed's stages 1 and 2 copy the whole model to the host in every process. Stage 3 gathers module by module (what
+    an evaluation gathered is still there) and the first process collects what trains of an adapter, else all of it.
+    Source: transformers/trainer.py 5.23 (save_model); accelerate/accelerator.py 1.15 (get_state_dict);
+    deepspeed/checkpoint/utils.py (clone_tensors_for_torch_save), runtime/engine.py
+    (_zero3_consolidated_16bit_state_dict).
+    """
+    model = sum(t.num_bytes for t in run.model)
+    written = sum(t.num_bytes for t in run.trained) if run.configuration.lora else model
+    device = run.always_bytes
+    if run.configuration.zero_stage == 3:
+        gathered = run.plan.forward.get("gathered_weights", 0)
+        on_cpu = run.cluster.device.kind == "cpu"
+        return run.placed(device + gathered, run.plan.host, first_process=0 if on_cpu else written)
+    if run.configuration.uses_deepspeed:
+        return run.placed(device, run.plan.host + model)
+    if run.cluster.device.kind == "cpu":
+        return run.placed(device, 0)
+    return run.placed(device, run.plan.host, first_process=min(written, LARGEST_SAVED_FILE_BYTES))
