@@ -113,6 +113,24 @@ RULES: tuple[Rule, ...] = (
         ),
     ),
     Rule(
+        name="offload-replaces-the-optimizer",
+        reason="DeepSpeedCPUAdam takes the optimizer's place: with fp32 state, and Adam in place of AdamW",
+        library="accelerate",
+        releases=">=1.0",
+        source="accelerate/utils/deepspeed.py 1.15, map_pytorch_optim_to_deepspeed (`adamw_mode`)",
+        breaks=lambda c, _: (
+            c.uses_deepspeed and c.offload != "none" and c.optim not in {"adamw_torch", "adamw_torch_fused"}
+        ),
+    ),
+    Rule(
+        name="offloaded-weights-need-zero3",
+        reason="weights are offloaded in shards, which only stage 3 makes",
+        library="deepspeed",
+        releases=">=0.10",
+        source="deepspeed/runtime/zero/config.py 0.19, offload_param",
+        breaks=lambda c, _: c.uses_deepspeed and c.offload == "optimizer_and_parameters" and c.sharding != "zero3",
+    ),
+    Rule(
         name="fsdp-needs-gpus",
         reason="accelerate shards with FSDP on accelerators only: CPU ranks silently train with DDP",
         library="accelerate",

@@ -56,6 +56,8 @@ BROKEN = {
     "fsdp-offloads-everything": (a_configuration(sharding="fsdp2", offload="optimizer"), GPU),
     "replicas-share-the-processes": (a_configuration(sharding="fsdp2", num_replicas=2), GPU),
     "fsdp1-replicates-over-nodes": (a_configuration(sharding="fsdp1", num_processes=4, num_replicas=2), GPU),
+    "offload-replaces-the-optimizer": (a_configuration(sharding="zero2", offload="optimizer", optim="adamw_8bit"), GPU),
+    "offloaded-weights-need-zero3": (a_configuration(sharding="zero2", offload="optimizer_and_parameters"), GPU),
     "flash-attention-needs-ampere": (
         a_configuration(attention="flash_attention_2", weights_dtype="float16", mixed_precision="no"),
         OLD_GPU,
