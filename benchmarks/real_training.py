@@ -1,0 +1,255 @@
+"""One rank of a real training run, with every live tensor storage counted; `real_stack.py` starts it.
+
+    python benchmarks/real_training.py RUN_FOLDER      (or under torch.distributed.run)
+
+Reads RUN_FOLDER/request.json, writes RUN_FOLDER/rankN.json: the peak of each phase, in bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from autofit.runtime.live_bytes import LiveBytes
+from autofit.runtime.run import leave_process_group
+from autofit.spec.configuration import Configuration
+from autofit.spec.hardware import DeviceKind
+from autofit.writers.deepspeed_config import zero_block
+from autofit.writers.training_arguments import decided_arguments
+
+NUM_STEPS = 4
+"""The first makes the optimizer's state, the second lets DeepSpeed record its order of layers; later ones are alike."""
+NUM_UNLIKE_STEPS = 2
+NUM_SEQUENCES = 64
+
+
+class PhasePeaks:
+    """The most bytes alive in each phase, in the order in which phases are entered.
+
+    Args:
+        live: the counter.
+    """
+
+    def __init__(self, live: LiveBytes) -> None:
+        self.peaks: dict[str, int] = {}
+        self._live = live
+        self._name = ""
+
+    def enter(self, name: str) -> None:
+        """End the phase before and begin this one; a phase that is entered again keeps its highest peak."""
+        self.leave()
+        self._name = name
+
+    def leave(self) -> None:
+        """End the phase."""
+        if self._name:
+            self.peaks[self._name] = max(self.peaks.get(self._name, 0), self._live.peak_bytes)
+        self._name = ""
+        self._live.reset_peak()
+
+
+class StepPhases:
+    """Names the phases of training steps: the first by itself, then those that are not alike, then the steady ones."""
+
+    def __init__(self, peaks: PhasePeaks) -> None:
+        self.num_done = 0
+        self._peaks = peaks
+
+    def enter(self, phase: str) -> None:
+        """Enter a phase of the step that is under way."""
+        self._peaks.enter(f"{self._kind()} {phase}")
+
+    def _kind(self) -> str:
+        if self.num_done == 0:
+            return "first"
+        return "early" if self.num_done < NUM_UNLIKE_STEPS else "steady"
+
+    def watch(self, optimizer: Any) -> None:
+        """Enter the optimizer's step whenever it begins."""
+        original: Callable[..., Any] = optimizer.step
+
+        def step(*arguments: Any, **keywords: Any) -> Any:
+            self.enter("optimizer_step")
+            return original(*arguments, **keywords)
+
+        optimizer.step = step
+
+
+def train(run_folder: Path) -> None:
+    """Train what is requested and write down what was counted."""
+    from transformers import TrainingArguments
+
+    request = json.loads((run_folder / "request.json").read_text(encoding="utf-8"))
+    configuration = msgspec.convert(request["configuration"], Configuration)
+    with LiveBytes() as live:
+        peaks = PhasePeaks(live)
+        # Made before the model: under ZeRO-3 transformers then loads the weights partitioned.
+        arguments = TrainingArguments(
+            output_dir=str(run_folder / "out"),
+            max_steps=NUM_STEPS,
+            deepspeed=deepspeed_config(configuration, request["hidden_size"]),
+            report_to=[],
+            save_strategy="no",
+            per_device_eval_batch_size=configuration.per_device_train_batch_size,
+            **decided_arguments(configuration, on_cpu=True, checkpointing_name="gradient_checkpointing"),
+        )
+        peaks.enter("loading")
+        model = load_model(request["model"], configuration)
+        live.count_existing()
+        dataset = make_dataset(request["tokens"], request["vocab_size"])
+        loop = train_in_a_loop if request["loop"] == "accelerate" else train_with_trainer
+        after_step = loop(model, arguments, dataset, configuration, live, peaks)
+        peaks.leave()
+        figures = {"peaks": peaks.peaks, "after_step_bytes": after_step}
+    (run_folder / f"rank{arguments.process_index}.json").write_text(json.dumps(figures), encoding="utf-8")
+    leave_process_group()
+
+
+def train_with_trainer(
+    model: Any, arguments: Any, dataset: list[Any], _configuration: Configuration, live: LiveBytes, peaks: PhasePeaks
+) -> int:
+    """Train, evaluate and save with transformers' Trainer; return the bytes between two steps."""
+    from transformers import Trainer, TrainerCallback
+
+    steps = StepPhases(peaks)
+
+    class Watched(Trainer):
+        def compute_loss(self, model: Any, *rest: Any, **keywords: Any) -> Any:
+            if not model.training:
+                return super().compute_loss(model, *rest, **keywords)
+            steps.enter("forward")
+            loss = super().compute_loss(model, *rest, **keywords)
+            steps.enter("backward")
+            return loss
+
+    class Watcher(TrainerCallback):
+        def on_step_begin(self, _arguments: Any, state: Any, _control: Any, **_: Any) -> None:
+            if state.global_step == 0:
+                live.count_existing()
+                steps.watch(getattr(trainer.model_wrapped, "optimizer", None) or trainer.optimizer)
+
+        def on_step_end(self, _arguments: Any, state: Any, _control: Any, **_: Any) -> None:
+            steps.num_done = state.global_step
+
+    peaks.enter("preparing")
+    trainer = Watched(
+        model=model, args=arguments, train_dataset=dataset, eval_dataset=dataset[:4], callbacks=[Watcher()]
+    )
+    trainer.train()
+    peaks.leave()
+    after_step = live.now_bytes
+    peaks.enter("evaluation")
+    trainer.evaluate()
+    peaks.enter("saving")
+    trainer._save_checkpoint(trainer.model, None)  # noqa: SLF001 (what `save_strategy` calls)
+    return after_step
+
+
+def train_in_a_loop(
+    model: Any, arguments: Any, dataset: list[Any], configuration: Configuration, live: LiveBytes, peaks: PhasePeaks
+) -> int:
+    """Train in a loop of one's own, as accelerate's examples do; return the bytes between two steps."""
+    from accelerate import Accelerator
+    from torch.utils.data import DataLoader
+    from transformers import Trainer, default_data_collator
+
+    peaks.enter("preparing")
+    accelerator = Accelerator(
+        cpu=not configuration.uses_deepspeed,
+        mixed_precision=configuration.mixed_precision,
+        gradient_accumulation_steps=configuration.gradient_accumulation_steps,
+        deepspeed_plugin=arguments.deepspeed_plugin,
+    )
+    if configuration.gradient_checkpointing:
+        kwargs = {"use_reentrant": configuration.use_reentrant}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        if configuration.lora is not None:
+            model.enable_input_require_grads()
+    make, keywords = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    optimizer = make([p for p in model.parameters() if p.requires_grad], **keywords)
+    loader = DataLoader(dataset, batch_size=configuration.per_device_train_batch_size, collate_fn=default_data_collator)
+    model.config.use_cache = False  # as the Trainer does; otherwise the kept output holds all keys and values too
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    model.train()
+    live.count_existing()
+    steps = StepPhases(peaks)
+    steps.watch(model.optimizer if configuration.uses_deepspeed else optimizer)
+    for batch in _some(loader, NUM_STEPS * configuration.gradient_accumulation_steps):
+        with accelerator.accumulate(model):
+            steps.enter("forward")
+            outputs = model(**batch)
+            steps.enter("backward")
+            accelerator.backward(outputs.loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        steps.num_done += bool(accelerator.sync_gradients)
+    peaks.leave()
+    del outputs, batch
+    return live.now_bytes
+
+
+def _some(loader: Any, num_batches: int) -> Iterator[Any]:
+    """Yield so many batches; a `zip` would keep the last one alive."""
+    for number, batch in enumerate(loader):
+        if number == num_batches:
+            return
+        yield batch
+
+
+def load_model(folder: str, configuration: Configuration) -> Any:
+    """Load the model as a training script does, quantised and with what trains."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = getattr(torch, configuration.weights_dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **_quantization(configuration, dtype))
+    if configuration.lora is None:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    lora = configuration.lora
+    return get_peft_model(model, LoraConfig(r=lora.r, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def _quantization(configuration: Configuration, dtype: torch.dtype) -> dict[str, Any]:
+    from transformers import BitsAndBytesConfig
+
+    if configuration.quantization is None:
+        return {}
+    if configuration.quantization.bits == 8:
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    }
+
+
+def make_dataset(tokens: int, vocab_size: int) -> list[dict[str, list[int]]]:
+    """Make sequences of one length."""
+    ids = [(17 * n) % vocab_size for n in range(tokens)]
+    return [{"input_ids": ids, "labels": ids}] * NUM_SEQUENCES
+
+
+def deepspeed_config(configuration: Configuration, hidden_size: int) -> dict[str, Any] | None:
+    """Configure DeepSpeed with the block that autofit writes."""
+    if not configuration.uses_deepspeed:
+        return None
+    kind: DeviceKind = "cpu"
+    return {
+        "train_micro_batch_size_per_gpu": configuration.per_device_train_batch_size,
+        "gradient_accumulation_steps": configuration.gradient_accumulation_steps,
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": configuration.mixed_precision == "bf16"},
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": zero_block(configuration, hidden_size, kind),
+    }
+
+
+if __name__ == "__main__":
+    train(Path(sys.argv[1]))
