@@ -16,6 +16,7 @@ from autofit.memory.replay import MAX_MICRO_STEPS, Replayed, replay_step
 from autofit.memory.static import StaticBytes, static_bytes
 from autofit.memory.tape import PhasePeak, kept_outputs_bytes, offloaded_bytes, phase_peaks
 from autofit.memory.tensors import Tensor, tensors
+from autofit.memory.uncertainty import Figure, RunKind, interval, run_kind
 from autofit.spec.configuration import Configuration
 from autofit.spec.estimate import MemoryEstimate, Phase
 from autofit.spec.hardware import Cluster, Device
@@ -25,8 +26,8 @@ from autofit.spec.profile import RegimeProfile
 PHASE_NAMES = {"layer": "layer_forward", "head": "head_and_loss"}
 FORWARD_NAMES = ("embedding", "layer", "head")
 TOKEN_ID_BYTES = 8
-NUM_INPUT_TENSORS = 2
-"""Ids and labels; Trainer moves those of all micro-steps to the device before the first.
+NUM_INPUT_TENSORS = {"equal": (2, 1), "padded": (3, 2), "packed": (3, 2)}
+"""Ids, labels, and a mask or positions; of these, as many as the trace makes itself (ids are its labels). Trainer moves those of all micro-steps to the device before the first.
 Source: transformers/trainer.py, get_batch_samples."""
 
 
@@ -80,6 +81,7 @@ class MemoryModel:
             peak_reserved_bytes=replayed.peak_reserved_bytes if replayed else None,
             process_bytes=None if context is None else context + (replayed.peak_reserved_bytes if replayed else peak),
             needed_reserved_bytes=replayed.needed_bytes if replayed else None,
+            **(self._intervals(peak, replayed, context, configuration) if replays else {}),
             after_step_allocated_bytes=self._between_steps(plan, configuration, cluster.device),
             host_bytes=host * cluster.num_devices_per_node or None,
             budget_bytes=cluster.device.memory_bytes,
@@ -98,6 +100,17 @@ class MemoryModel:
             always_bytes=sum(self._always(plan, cluster.device).values()),
             sequence_tokens=self.sequence_tokens,
         )
+
+    def _intervals(
+        self, allocated: int, replayed: Replayed | None, context: int | None, configuration: Configuration
+    ) -> dict[str, tuple[int, int] | None]:
+        """How far off each figure may be; published runs say nothing about figures that were not replayed."""
+        kind = run_kind(self.profile.regime, is_sharded=configuration.num_processes > 1)
+        figures: dict[Figure, int | None] = {"peak_allocated": allocated, "peak_reserved": None, "process": None}
+        if replayed is not None and context is not None:
+            reserved = replayed.peak_reserved_bytes
+            figures |= {"peak_reserved": reserved, "process": reserved + context}
+        return {f"{figure}_interval_bytes": _around(figure, size, kind) for figure, size in figures.items()}
 
     def _layout(self, configuration: Configuration, device: Device) -> Layout:
         """Lay out a configuration, once for all micro-batches: only whether it accumulates matters."""
@@ -154,7 +167,8 @@ class MemoryModel:
     def _batch_bytes(self, configuration: Configuration) -> int:
         """Inputs besides the ids that the trace itself made."""
         micro = configuration.per_device_train_batch_size * self.sequence_tokens * TOKEN_ID_BYTES
-        return micro * (NUM_INPUT_TENSORS * configuration.gradient_accumulation_steps - 1)
+        num_tensors, num_traced = NUM_INPUT_TENSORS[self.profile.regime.batching]
+        return micro * (num_tensors * configuration.gradient_accumulation_steps - num_traced)
 
     def _replay(self, plan: Layout, configuration: Configuration, cluster: Cluster) -> Replayed | None:
         if cluster.device.kind != "cuda" or configuration.uses_fsdp:

@@ -266,7 +266,7 @@ class _Writer:
         self._end_waiting()
         if self._plan.gradients == "kept" and event.number_of not in self._gradients:
             self._gradients[event.number_of] = block
-        elif self._plan.gradients in {"bucketed", "offloaded"} and event.num_bytes > self._bucket_bytes:
+        elif self._plan.gradients not in {"kept", "used"} and event.num_bytes > self._bucket_bytes:
             self._waiting = block
         else:
             self._program.release(block)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from autofit.memory.fused_losses import bound_on
 from autofit.spec.deepspeed import reduce_bucket_elements
 from autofit.spec.profile import GRADIENT, MIDDLE_LAYER, MONOMIALS, ON_HOST, Event, RegimeProfile, Segment
 from autofit.units import BYTES_PER_ELEMENT
@@ -56,9 +57,18 @@ _HIGHEST_BY_ITSELF = ("handed_over", "bucketed", "at_gradients", "reducing", "re
 def size_table(profile: RegimeProfile, micro_batches: npt.ArrayLike, sequence_tokens: int) -> Bytes:
     """Evaluate every size of the tape, rounded as the device's allocator does: (num_sizes, num_micro_batches)."""
     sizes: Bytes = np.asarray(profile.sizes, dtype=np.float64) @ _powers(profile, micro_batches, sequence_tokens)
+    if profile.regime.loss != "stock":
+        sizes = np.minimum(sizes, _bounds(profile, micro_batches, sequence_tokens))
     if profile.regime.device == "cuda":
         sizes = np.ceil(sizes / CUDA_BLOCK_BYTES) * CUDA_BLOCK_BYTES
     return sizes
+
+
+def _bounds(profile: RegimeProfile, micro_batches: npt.ArrayLike, sequence_tokens: int) -> Bytes:
+    """The most bytes of each size, infinite for all but the buffers of a fused loss."""
+    asked = np.atleast_1d(np.asarray(micro_batches, dtype=np.int64)).tolist()
+    bounds = [[bound_on(size, profile, batch * sequence_tokens) for batch in asked] for size in profile.sizes]
+    return np.asarray([[np.inf if bound is None else bound for bound in row] for row in bounds], dtype=np.float64)
 
 
 def _powers(profile: RegimeProfile, micro_batches: npt.ArrayLike, sequence_tokens: int) -> Bytes:
