@@ -114,9 +114,9 @@ def _zero12(
 ) -> Layout:
     """Weights whole in the engine's dtype; an fp32 master copy, state and (stage 2) gradients of a partition.
 
-    Stage 1 copies its partition's gradients when all are there, and frees the others at the step.
-    The step takes the norm of each gradient in fp64, while stage 1 still has all of them; then it flattens the
-    partition's gradients and casts them to fp32. One 16-bit copy is still there at the update.
+    Stage 1 copies its partition's gradients when all are there, then frees them all.
+    The step takes the norm of each of the partition's gradients in fp64, then flattens them and casts them to fp32. One
+    16-bit copy is still there at the update.
 
     Source: deepspeed/runtime/zero/stage_1_and_2.py 0.19.8.
     """
@@ -144,7 +144,7 @@ def _zero12(
         accumulated_gradients=0 if splits else static.gradients,
         reduction=({"gradients": reduced, "communication_buckets": bucket},),
         step=(
-            {"gradients": reduced, "optimizer_temporaries": largest * NORM_BYTES},
+            {"gradients": partition * element, "optimizer_temporaries": largest * NORM_BYTES},
             {"gradients": partition * element * 2 + cast},
             {"gradients": partition * element + cast, "optimizer_temporaries": optimizer.step},
         ),
