@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from autofit.errors import InputError
 from autofit.plan import Plan
 from autofit.spec.configuration import Configuration
+from autofit.spec.hardware import Cluster
 
 DEEPSPEED_FILE = "deepspeed.json"
 
@@ -36,7 +36,7 @@ def accelerate_config(plan: Plan, run_folder: Path) -> dict[str, Any]:
         "rdzv_backend": "static",
         "same_network": True,
         "use_cpu": cluster.device.kind == "cpu",
-        **_strategy_keys(configuration, run_folder, num_nodes=cluster.num_nodes),
+        **_strategy_keys(plan, run_folder),
     }
 
 
@@ -45,34 +45,73 @@ def distributed_type(configuration: Configuration) -> str:
 
     Two CPU ranks are MULTI_GPU as well: MULTI_CPU starts a single process unless there is an MPI host file.
     Source: accelerate/commands/launch.py, `launch_command`.
-
-    Raises:
-        InputError: the sharding has no writer yet.
     """
-    types = {"none": "NO", "ddp": "MULTI_GPU", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
-    if configuration.sharding not in types:
-        raise InputError(
-            f"sharding {configuration.sharding!r} cannot be written yet.",
-            to_fix=f"choose one of {', '.join(types)}",
-        )
-    return types[configuration.sharding]
+    types = {"none": "NO", "ddp": "MULTI_GPU", "fsdp1": "FSDP", "fsdp2": "FSDP"}
+    return "DEEPSPEED" if configuration.uses_deepspeed else types[configuration.sharding]
 
 
-def _strategy_keys(configuration: Configuration, run_folder: Path, *, num_nodes: int) -> dict[str, Any]:
-    """Return the keys that differ between DeepSpeed and the rest.
+def _strategy_keys(plan: Plan, run_folder: Path) -> dict[str, Any]:
+    """Return the keys that differ between DeepSpeed, FSDP and the rest.
 
     Next to a `deepspeed_config_file` accelerate refuses `mixed_precision`: the DeepSpeed file has it.
     Source: accelerate/utils/dataclasses.py, `_deepspeed_config_checks`.
     """
+    configuration, cluster = plan.configuration, plan.inputs.cluster
+    if configuration.uses_fsdp:
+        return {"mixed_precision": configuration.mixed_precision, **_fsdp_keys(configuration, cluster)}
     if not configuration.uses_deepspeed:
         return {"mixed_precision": configuration.mixed_precision}
     deepspeed: dict[str, Any] = {
         "deepspeed_config_file": str(run_folder / DEEPSPEED_FILE),
         "zero3_init_flag": configuration.zero_stage == 3,
     }
-    if num_nodes > 1:
+    if cluster.num_nodes > 1:
         deepspeed["deepspeed_multinode_launcher"] = "standard"
     return {"deepspeed_config": deepspeed}
+
+
+def _fsdp_keys(configuration: Configuration, cluster: Cluster) -> dict[str, Any]:
+    """Return FSDP's keys; what its first version alone knows is left out for the second, which would warn.
+
+    A wrap policy must be named, or nothing but the root is wrapped. The full state dict, or `save_model` writes
+    nothing. Only the first rank loads the weights; that needs a device to send them from, which CPU ranks have not.
+    Source: accelerate/utils/dataclasses.py 1.15, `FullyShardedDataParallelPlugin.__post_init__`; transformers 5.23
+    trainer.py, `save_model`.
+    """
+    loads_once = cluster.device.kind == "cuda"
+    keys: dict[str, Any] = {
+        "fsdp_version": 1 if configuration.sharding == "fsdp1" else 2,
+        "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "fsdp_offload_params": configuration.offload != "none",
+        "fsdp_state_dict_type": "FULL_STATE_DICT",
+        "fsdp_cpu_ram_efficient_loading": loads_once,
+        "fsdp_sync_module_states": loads_once,
+        "fsdp_activation_checkpointing": configuration.gradient_checkpointing,
+    }
+    if configuration.sharding == "fsdp1":
+        strategy = _sharding_strategy(configuration)
+        first: dict[str, Any] = {"fsdp_sharding_strategy": strategy, "fsdp_reshard_after_forward": strategy}
+        first |= {"fsdp_backward_prefetch": "BACKWARD_PRE", "fsdp_forward_prefetch": False}
+        return {"fsdp_config": keys | first | {"fsdp_use_orig_params": True}}
+    keys["fsdp_reshard_after_forward"] = configuration.reshard_after_forward
+    keys["fsdp_activation_checkpointing_offload"] = configuration.checkpoint_offload
+    if configuration.num_replicas == 1:
+        return {"fsdp_config": keys}
+    return {"fsdp_config": keys, "parallelism_config": _replica_sizes(configuration)}
+
+
+def _sharding_strategy(configuration: Configuration) -> str:
+    """Name FSDP1's strategy. Source: torch/distributed/fsdp/api.py, `ShardingStrategy`."""
+    if configuration.num_replicas > 1:
+        return "HYBRID_SHARD" if configuration.reshard_after_forward else "HYBRID_SHARD_ZERO2"
+    return "FULL_SHARD" if configuration.reshard_after_forward else "SHARD_GRAD_OP"
+
+
+def _replica_sizes(configuration: Configuration) -> dict[str, int]:
+    """Spell the groups of a hybrid shard. Source: accelerate/parallelism_config.py 1.15."""
+    replicas = configuration.num_replicas
+    sizes = {"dp_replicate": replicas, "dp_shard": configuration.num_processes // replicas, "tp": 1, "cp": 1, "sp": 1}
+    return {f"parallelism_config_{name}_size": size for name, size in sizes.items()}
 
 
 def _yaml_lines(mapping: dict[str, Any], indent: str = "") -> list[str]:

@@ -72,6 +72,8 @@ def launch_options(plan: Plan) -> list[str]:
 def script_environment(plan: Plan) -> dict[str, str]:
     """Return the variables that put the allocator's options into effect, or without which CPU ranks would not train.
 
+    FSDP's are told their device alone: accelerate shards on GPUs only, and tests make it take CPU ranks for some.
+
     DDP over gloo needs ACCELERATE_USE_CPU; with DeepSpeed the same variable silently turns DeepSpeed off, and
     `TrainingArguments.use_cpu` takes its place. Source: accelerate/state.py, `AcceleratorState.__init__`.
     """
@@ -80,4 +82,6 @@ def script_environment(plan: Plan) -> dict[str, str]:
     hidden_gpus = {"CUDA_VISIBLE_DEVICES": ""}
     if distributed_type(plan.configuration) == "DEEPSPEED":
         return hidden_gpus | {"DS_ACCELERATOR": "cpu"}
+    if plan.configuration.uses_fsdp:
+        return hidden_gpus | {"ACCELERATE_TORCH_DEVICE": "cpu"}
     return hidden_gpus | {"ACCELERATE_USE_CPU": "true"}

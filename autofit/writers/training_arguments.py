@@ -50,13 +50,23 @@ def _low_rank_fields(configuration: Configuration) -> dict[str, Any]:
 
 
 def _cpu_fields(configuration: Configuration) -> dict[str, Any]:
-    """Keep training on the CPU. A single process must name no backend: accelerate would ask it for its rank."""
+    """Keep training on the CPU. A single process must name no backend: accelerate would ask it for its rank.
+
+    accelerate shards with FSDP only what it does not know to be a CPU: there the precision is the launcher's alone,
+    which transformers would refuse without `use_cpu`. Source: accelerate/state.py 1.15, `AcceleratorState.__init__`.
+    """
+    if configuration.uses_fsdp:
+        return {"bf16": False, "fp16": False, "ddp_backend": "gloo"}
     joins_others = configuration.num_processes > 1 or configuration.uses_deepspeed
     return {"use_cpu": True} | ({"ddp_backend": "gloo"} if joins_others else {})
 
 
 def _checkpointing_fields(configuration: Configuration, name: str) -> dict[str, Any]:
-    if not configuration.gradient_checkpointing:
+    """FSDP checkpoints by itself, inside what it gathers; asked for both, transformers raises.
+
+    Source: transformers/trainer.py 5.23, "can't both be set to True".
+    """
+    if not configuration.gradient_checkpointing or configuration.uses_fsdp:
         return {name: False}
     return {name: True, f"{name}_kwargs": {"use_reentrant": configuration.use_reentrant}}
 
