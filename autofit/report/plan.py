@@ -103,14 +103,26 @@ def bar(fraction: float) -> str:
 def memory_figures(memory: MemoryEstimate) -> str:
     """Name each figure that was computed, from the innermost: tensors, allocator, process."""
     figures = {
-        "allocated": memory.peak_allocated_bytes,
-        "reserved": memory.peak_reserved_bytes,
-        "whole process": memory.process_bytes,
+        "allocated": (memory.peak_allocated_bytes, memory.peak_allocated_interval_bytes),
+        "reserved": (memory.peak_reserved_bytes, memory.peak_reserved_interval_bytes),
+        "whole process": (memory.process_bytes, memory.process_interval_bytes),
     }
-    known = {name: f"{name} {num_bytes / GIB:.2f}" for name, num_bytes in figures.items() if num_bytes is not None}
+    known = {
+        name: f"{name} {num_bytes / GIB:.2f}{_bounds(interval)}"
+        for name, (num_bytes, interval) in figures.items()
+        if num_bytes is not None
+    }
     if "reserved" in known and memory.needed_reserved_bytes not in {None, memory.peak_reserved_bytes}:
         known["reserved"] += f" (not less than {(memory.needed_reserved_bytes or 0) / GIB:.2f})"
     return ", ".join(known.values()) + " GiB"
+
+
+def _bounds(interval_bytes: tuple[int, int] | None) -> str:
+    """Write where a figure lies if it is off as published runs were; nothing where none were."""
+    if interval_bytes is None:
+        return ""
+    low, high = interval_bytes
+    return f" ({low / GIB:.2f} to {high / GIB:.2f})"
 
 
 def speed_line(plan: Plan) -> str:
