@@ -150,9 +150,15 @@ ADDITIONS: dict[str, tuple[Addition, ...]] = {
             because="scripts/benchmarks/scenarios*.yaml",
         ),
         Addition(
-            fields={"storage": "bfloat16"},
+            fields={"recasts_tables": True},
+            applies=lambda row: bool(row["kbit_prepare"]) and row["sharding"] == "none",
+            because="trl 0.13 sft_trainer.py: after preparing, peft_module_casting_to_bf16",
+        ),
+        Addition(
+            fields={"storage": "bfloat16", "kbit_prepare": False},
             applies=lambda row: row["method"] == "qlora" and row["sharding"] != "none",
-            because="plugins/accelerated-peft framework_plugin_bnb.py: the weights' dtype under FSDP",
+            because="plugins/accelerated-peft framework_plugin_bnb.py: stored in the weights' dtype under FSDP; "
+            "trl 0.13 sft_trainer.py: a sharded quantised model is not prepared",
         ),
     ),
     "canifinetune benchmarks": (
