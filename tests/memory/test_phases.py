@@ -1,0 +1,130 @@
+"""Stages of a run apart from its steady steps, on a model whose bytes are known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from autofit.memory.engines import layout
+from autofit.memory.phases import Run, first_step, loading, preparing, saving, stages
+from autofit.memory.static import static_bytes
+from autofit.memory.tensors import tensors
+from autofit.spec.configuration import Configuration
+from autofit.spec.estimate import Phase, Stages
+from autofit.spec.hardware import Cluster
+from autofit.spec.profile import StaticTensor
+from tests.plans import A100, CPU_RANK, a_configuration
+from tests.timing.hand_profiles import a_profile, a_regime
+
+HIDDEN = 64
+TABLE, MATRIX = 1000 * HIDDEN, 16 * HIDDEN * HIDDEN
+NUM_PARAMS = 2 * TABLE + 8 * MATRIX
+PEAK = 5_000_000
+
+
+def a_run(configuration: Configuration, *, on_cpu: bool = False) -> Run:
+    """A bf16 model of an embedding, eight matrices and a head, on one node of eight devices."""
+
+    def tensor(name: str, num_elements: int) -> StaticTensor:
+        return StaticTensor(
+            name=name,
+            num_elements=num_elements,
+            dtype="bfloat16",
+            trains=True,
+            repeats=name == "matrix",
+            kind="parameter",
+            embeds=name == "embed",
+        )
+
+    profile = replace(
+        a_profile(
+            regime=a_regime(device="cpu" if on_cpu else "cuda", weights_dtype="bfloat16", autocast="no"),
+            num_layers=8,
+            tensors=(tensor("embed", TABLE), tensor("matrix", MATRIX), tensor("head", TABLE)),
+        ),
+        hidden_size=HIDDEN,
+    )
+    device = CPU_RANK if on_cpu else A100
+    model = tensors(profile)
+    plan = layout(configuration, model, static_bytes(model, device.kind), HIDDEN, device.kind)
+    return Run(
+        profile=profile,
+        configuration=configuration,
+        cluster=Cluster(device=device, num_devices_per_node=configuration.num_processes),
+        plan=plan,
+        model=model,
+        phases=tuple(
+            Phase(name=name, bytes=PEAK, terms={"optimizer_state": 40, "gathered_weights": 900_000})
+            for name in ("loss_backward", "optimizer_step")
+        ),
+        always_bytes=sum(plan.resident.values()),
+        sequence_tokens=32,
+    )
+
+
+def a_choice(sharding: str = "ddp", **changes: object) -> Configuration:
+    """Eight processes that load bf16."""
+    return a_configuration(sharding=sharding, num_processes=8, weights_dtype="bfloat16", optim="adamw_torch", **changes)
+
+
+def test_every_process_of_a_node_loads_its_own_copy():
+    """Not quantised and not under stage 3, each makes the whole model in host memory before it moves."""
+    stage = loading(a_run(a_choice()))
+    assert stage.host_bytes == 8 * 2 * NUM_PARAMS
+    assert stage.device_bytes == 2 * NUM_PARAMS
+
+
+def test_stage_3_loads_in_shards():
+    """The device holds its shard and one parameter whole; only the first process reads the checkpoint."""
+    stage = loading(a_run(a_choice("zero3")))
+    assert stage.host_bytes == 2 * NUM_PARAMS
+    assert stage.device_bytes == pytest.approx(2 * NUM_PARAMS / 8 + 2 * TABLE, rel=0.01)
+
+
+def test_a_cpu_rank_has_one_memory():
+    """Its device is the host: nothing is counted twice, and the host's figure is not known apart."""
+    stage = loading(a_run(a_choice(), on_cpu=True))
+    assert (stage.device_bytes, stage.host_bytes) == (2 * NUM_PARAMS, None)
+
+
+def test_deepspeed_flattens_weights_beside_themselves():
+    """Stages 1 and 2 hold what trains twice while the engine is made."""
+    assert preparing(a_run(a_choice("zero2"))).device_bytes == 2 * 2 * NUM_PARAMS
+
+
+def test_the_first_step_finds_no_state():
+    """Its forward and backward lack the optimizer's state and, before DeepSpeed knows the order, gathered weights."""
+    run = a_run(a_choice("zero3"))
+    assert first_step(run).device_bytes == PEAK
+    backward = replace(run, phases=run.phases[:1])
+    assert first_step(backward).device_bytes == PEAK - 40 - 900_000
+
+
+def test_offloaded_moments_are_made_in_the_first_step():
+    """On a CPU rank, where the host counts, backward comes before them."""
+    run = a_run(a_choice("zero2", offload="optimizer"), on_cpu=True)
+    backward = replace(run, phases=run.phases[:1])
+    moments = 8 * NUM_PARAMS // 8
+    assert first_step(run).device_bytes - first_step(backward).device_bytes == moments + 40 + 900_000
+
+
+def test_stages_1_and_2_copy_the_model_in_every_process_to_save_it():
+    """Each process of the node clones all of it; without DeepSpeed the first one alone writes."""
+    alone, cloned = (saving(a_run(a_choice(sharding))) for sharding in ("ddp", "zero2"))
+    assert alone.host_bytes == 2 * NUM_PARAMS
+    assert cloned.host_bytes == 8 * 2 * NUM_PARAMS
+
+
+def test_stage_3_gathers_to_save():
+    """The device holds gathered weights beside what it always does; the first process collects them on the host."""
+    run = a_run(a_choice("zero3"))
+    stage = saving(run)
+    assert stage.device_bytes == run.always_bytes + run.plan.forward["gathered_weights"]
+    assert stage.host_bytes == 2 * NUM_PARAMS
+
+
+def test_stages_under_fsdp_are_not_known():
+    """Nothing is said, not even zero."""
+    run = a_run(a_choice())
+    assert stages(replace(run, configuration=a_choice("fsdp2"))) == Stages()
