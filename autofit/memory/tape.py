@@ -48,7 +48,7 @@ class PhasePeak:
     cloning: Bytes
     """Activations, the newest gradient and a copy of it, where it is too large for the bucket; 0 if none is."""
     large_kept: Bytes
-    """Activations and the newest gradient, where all that are too large for the bucket stay: the highest sum."""
+    """Activations and the newest gradient, where copies of all that are too large for the bucket stay: the highest."""
 
 
 _HIGHEST_BY_ITSELF = ("handed_over", "bucketed", "at_gradients", "reducing", "reduced", "cloning", "large_kept")
