@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +107,16 @@ def test_autocast_promotes_and_refuses_as_on_cuda():
         assert torch.ones(8, dtype=torch.long).sum().dtype == torch.long
         with pytest.raises(RuntimeError, match="unsafe to autocast"):
             functional.binary_cross_entropy(half, half)
+
+
+def test_operators_that_only_a_cpu_casts_are_let_through():
+    """A CPU's autocast runs traces, paddings and cross entropy in fp32; CUDA's lists name none of them."""
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
+        x = torch.empty(8, 8, dtype=torch.bfloat16)
+        calls = (torch.trace, lambda x: functional.pad(x[None], (1, 1), "reflect"))
+        assert {call(x).dtype for call in calls} == {torch.float32}
+        with autocast_as_on_cuda():
+            assert {call(x).dtype for call in calls} == {torch.bfloat16}
 
 
 def test_a_cpu_has_its_own_kernels_again_afterwards():
@@ -327,22 +336,24 @@ def test_efficient_backward_allocates_what_its_source_says(dtype, head_size, reg
     assert efficient_backward(regime)(gradient, query, key, value) == sizes
 
 
-def test_flash_attn_casts_an_fp32_query_and_repeats_no_keys():
-    """Queries in fp32 (kbit preparation, autocast) are kept as their bf16 casts, with the keys' own heads."""
-    config = {**CONFIGS["llama"], "num_hidden_layers": 1}
-    regime = a_regime(device="cuda", attention="flash_attention_2")
-    counts = {}
-    for dtype in ("bfloat16", "float32"):
-        changed = replace(regime, weights_dtype=dtype, autocast="no" if dtype == "bfloat16" else "bf16")
-        seen: list[tuple[torch.dtype, int]] = []
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                "autofit.profile.kernels.attention._flash",
-                lambda q, k, v, *_a, seen=seen, **_k: (seen.append((q.dtype, k.shape[1])), q + v.mean() * 0)[1],
-            )
-            every_layer_traced(config, changed, [(2, 64)])
-        counts[dtype] = set(seen)
-    assert counts == {"bfloat16": {(torch.bfloat16, 2)}, "float32": {(torch.bfloat16, 2)}}
+@pytest.mark.parametrize(("dtype", "autocast"), [("bfloat16", "no"), ("bfloat16", "bf16"), ("float32", "bf16")])
+def test_flash_attn_casts_an_fp32_query_and_repeats_no_keys(dtype, autocast):
+    """Queries in fp32, as after kbit preparation, become the weights' or autocast's bf16, with the keys' own heads."""
+    regime = a_regime(device="cuda", attention="flash_attention_2", weights_dtype=dtype, autocast=autocast)
+    seen: list[tuple[torch.dtype, int]] = []
+
+    def flash(query: torch.Tensor, key: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+        seen.append((query.dtype, key.shape[1]))
+        return query
+
+    with pytest.MonkeyPatch.context() as patch, FakeTensorMode(), kernels_of(regime):
+        patch.setattr("autofit.profile.kernels.attention._flash", flash)
+        attend = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS["sdpa"]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast != "no"):
+            out, _ = attend(torch.nn.Module(), *attention_inputs(torch.float32, shared=2), None, is_causal=True)
+    assert seen == [(torch.bfloat16, 2)]
+    assert out.shape == (2, 64, 4, 64)
+    assert transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS["sdpa"] is not attend
 
 
 def test_embedding_backward_has_an_fp32_row_for_each_token():

@@ -168,10 +168,8 @@ def _flash_attention_forward(regime: Regime) -> Callable[..., tuple[torch.Tensor
         is_causal: bool | None = None,  # noqa: FBT001 - transformers' own signature
         **_kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        if query.dtype == torch.float32:
-            autocasts = torch.is_autocast_enabled("cpu")
-            target = torch.get_autocast_dtype("cpu") if autocasts else DTYPES[regime.weights_dtype]
-            query, key, value = (tensor.to(target) for tensor in (query, key, value))
+        if query.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):  # autocast casts them itself
+            query, key, value = (tensor.to(DTYPES[regime.weights_dtype]) for tensor in (query, key, value))
         value_size, padding = value.shape[-1], query.shape[-1] - value.shape[-1]
         if padding:
             value = functional.pad(value, (0, padding))
