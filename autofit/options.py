@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
 
@@ -448,18 +447,12 @@ class SectionedCommand(TyperCommand):
                 formatter.write_dl(records)
 
 
-@cache
-def _hints(kind: type[Wishes]) -> dict[str, Any]:
-    """The annotations of a class of wishes, which are dear to read."""
-    return get_type_hints(kind, include_extras=True)
-
-
 def takes_wishes(kind: type[AnyWishes]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command one option for each field of `kind`, and pass them to it as its argument `wishes`.
 
     typer reads a function's signature; this writes the fields into it, so that no command repeats them.
     """
-    hints = _hints(kind)
+    hints = get_type_hints(kind, include_extras=True)
     shared = [
         inspect.Parameter(
             field.name,
@@ -495,7 +488,7 @@ def wishes_of(kind: type[AnyWishes], given: Mapping[str, Any]) -> AnyWishes:
     Raises:
         InputError: an argument is not known, or its value is of the wrong kind or out of bounds.
     """
-    hints = _hints(kind)
+    hints = get_type_hints(kind, include_extras=True)
     if unknown := [name for name in given if name not in hints]:
         raise InputError(f"{unknown[0]!r} is no option.", to_fix=f"the nearest are {nearest(unknown[0], hints)}")
     return kind(**{name: _read(name, value, hints[name]) for name, value in given.items()})
