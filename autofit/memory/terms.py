@@ -126,7 +126,7 @@ TERM_SOURCES: dict[str, Term] = {
     ),
     "offload_buffers": Term(
         meaning="where offloaded state passes through on its way to and from the host",
-        formula="as the engine allocates them",
+        formula="one buffer of the largest parameter that trains, under ZeRO-2",
         under={},
         sources=(ZERO12, ZERO3),
     ),
@@ -135,6 +135,12 @@ TERM_SOURCES: dict[str, Term] = {
         formula="as autofit/memory/optimizers.py says; foreach AdamW: T x w",
         under={},
         sources=("torch/optim/adam.py, _multi_tensor_adam", "bitsandbytes/optim/optimizer.py 0.50"),
+    ),
+    "outputs": Term(
+        meaning="what a loop of one's own keeps of a step's output until it has the next; the Trainer keeps nothing",
+        formula="logits, in the dtype that the model returns",
+        under={},
+        sources=(TRACED,),
     ),
     "batch": Term(
         meaning="token ids and labels of every micro-step, besides those in the trace",
