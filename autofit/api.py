@@ -254,7 +254,7 @@ def infer(
         raise InputError("generating on several devices is not modelled.", to_fix="give one device")
     configuration, device = only_configuration(job, cluster), cluster.device
     regime = regime_of(configuration, device)
-    profile = profiles_of(job.model, (regime,), display)[regime]
+    profile = profiles_of(job.model, (regime,), seq_len, display)[regime]
     held = static_bytes(tuple(t for t in tensors(profile) if t.kind != "adapter"), device.kind)
     memory = inference_memory(
         held.frozen_weights + held.trained_weights + held.quantized_weights + held.buffers,
@@ -324,12 +324,12 @@ def solve_job(job: Job, cluster: Cluster, display: Display = silent) -> Plan:
     """
     from autofit.search.solve import explaining_regimes, required_regimes, solve
 
-    profiles = profiles_of(job.model, required_regimes(job, cluster), display)
+    profiles = profiles_of(job.model, required_regimes(job, cluster), job.workload.sequence_tokens, display)
     try:
         return solve(job, cluster, profiles)
     except NothingFitsError as refusal:
         try:
-            more = profiles_of(job.model, explaining_regimes(job, cluster), display)
+            more = profiles_of(job.model, explaining_regimes(job, cluster), job.workload.sequence_tokens, display)
         except InputError:
             raise refusal from None
     return solve(job, cluster, {**profiles, **more})
@@ -365,16 +365,17 @@ def _estimated(job: Job, cluster: Cluster, configuration: Configuration, display
     from autofit.spec.regimes import regime_of
 
     refuse_unmodelled(configuration)
-    profiles = profiles_of(job.model, (regime_of(configuration, cluster.device),), display)
+    regime = regime_of(configuration, cluster.device)
+    profiles = profiles_of(job.model, (regime,), job.workload.sequence_tokens, display)
     return estimate_one(job, cluster, profiles, configuration), profiles
 
 
-def profiles_of(model: Model, regimes: Sequence[Regime], display: Display = silent) -> ProfileSet:
-    """Take the stored profiles of a model, or trace what has none and show that."""
+def profiles_of(model: Model, regimes: Sequence[Regime], sequence_tokens: int, display: Display = silent) -> ProfileSet:
+    """Take the stored profiles of a model for sequences of a length, or trace what has none and show that."""
     from autofit.sources.profiles import profiles_for, stored_profiles
 
-    stored = stored_profiles(model, regimes)
+    stored = stored_profiles(model, regimes, sequence_tokens)
     if len(stored) == len(regimes):
         return stored
     with display() as progress:
-        return profiles_for(model, regimes, progress=progress)
+        return profiles_for(model, regimes, sequence_tokens, progress=progress)

@@ -24,6 +24,8 @@ from autofit.spec.job import Model, Restrictions
 from autofit.spec.profile import Regime, RegimeProfile
 from autofit.timing import TimeModel
 
+_CodePath = tuple[str, Regime, int]
+"""Model, regime and tokens of a sequence."""
 NUM_ROWS_A_TASK = 8
 """Rows that one process takes at a time: enough for what they share to count, few enough to spread over cores."""
 
@@ -62,7 +64,7 @@ def estimate_rows(
     cases = {number: case for number, case in enumerate(read) if isinstance(case, Case)}
     profiles, refusals = _profiles(cases.values(), progress)
     for number, case in cases.items():
-        key = _key(case.model), case.regime
+        key = _key(case.model), case.regime, case.workload.sequence_tokens
         if key in refusals:
             answers[number] = _refused(case.id, refusals[key])
     todo = {number: case for number, case in cases.items() if number not in answers}
@@ -112,38 +114,34 @@ def _key(model: Model) -> str:
 
 def _profiles(
     cases: Iterable[Case], progress: Progress
-) -> tuple[dict[tuple[str, Regime], RegimeProfile], dict[tuple[str, Regime], AutofitError]]:
+) -> tuple[dict[_CodePath, RegimeProfile], dict[_CodePath, AutofitError]]:
     """Look up or trace every code path, those of one model together."""
     models: dict[str, Model] = {}
-    regimes: dict[str, dict[Regime, None]] = defaultdict(dict)
+    regimes: dict[tuple[str, int], dict[Regime, None]] = defaultdict(dict)
     for case in cases:
         models[_key(case.model)] = case.model
-        regimes[_key(case.model)][case.regime] = None
-    found: dict[tuple[str, Regime], RegimeProfile] = {}
-    refused: dict[tuple[str, Regime], AutofitError] = {}
-    for key, model in models.items():
+        regimes[_key(case.model), case.workload.sequence_tokens][case.regime] = None
+    found: dict[_CodePath, RegimeProfile] = {}
+    refused: dict[_CodePath, AutofitError] = {}
+    for (key, tokens), wanted in regimes.items():
         try:
-            traced, refusals = profiles_and_refusals(model, tuple(regimes[key]), progress=progress)
+            traced, refusals = profiles_and_refusals(models[key], tuple(wanted), tokens, progress=progress)
         except InputError as error:
-            refused |= {(key, regime): error for regime in regimes[key]}
+            refused |= {(key, regime, tokens): error for regime in wanted}
             continue
-        found |= {(key, regime): profile for regime, profile in traced.items()}
-        refused |= {(key, regime): error for regime, error in refusals.items()}
+        found |= {(key, regime, tokens): profile for regime, profile in traced.items()}
+        refused |= {(key, regime, tokens): error for regime, error in refusals.items()}
     return found, refused
 
 
-def _tasks(
-    cases: Mapping[int, Case], profiles: Mapping[tuple[str, Regime], RegimeProfile], *, replays: bool
-) -> Iterator[_Task]:
-    groups: dict[tuple[str, Regime, int], list[int]] = defaultdict(list)
+def _tasks(cases: Mapping[int, Case], profiles: Mapping[_CodePath, RegimeProfile], *, replays: bool) -> Iterator[_Task]:
+    groups: dict[_CodePath, list[int]] = defaultdict(list)
     for number, case in cases.items():
         groups[_key(case.model), case.regime, case.workload.sequence_tokens].append(number)
-    for (key, regime, _), numbers in groups.items():
+    for path, numbers in groups.items():
         for first in range(0, len(numbers), NUM_ROWS_A_TASK):
             chosen = numbers[first : first + NUM_ROWS_A_TASK]
-            yield _Task(
-                profile=profiles[key, regime], cases={number: cases[number] for number in chosen}, replays=replays
-            )
+            yield _Task(profile=profiles[path], cases={number: cases[number] for number in chosen}, replays=replays)
 
 
 def _estimated(tasks: Sequence[_Task], num_processes: int | None) -> Iterator[dict[int, bytes]]:

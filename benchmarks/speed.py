@@ -98,7 +98,7 @@ def profile_seconds(model: str) -> float:
     )
     resolved = resolve_model(model)
     began = time.perf_counter()
-    trace_in_subprocess(resolved, [regime])
+    trace_in_subprocess(resolved, [regime], sequence_tokens=1024)
     return time.perf_counter() - began
 
 

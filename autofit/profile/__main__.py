@@ -1,6 +1,6 @@
 """Traces regimes in a process of its own: a request on stdin, one JSON line for each profile on stdout.
 
-Request: `{"model": str, "config": {...}, "regimes": [...]}`. Answers: a RegimeProfile, or
+Request: `{"model": str, "config": {...}, "regimes": [...], "sequence_tokens": int}`. Answers: a RegimeProfile, or
 `{"error": {"message", "to_fix"}}`.
 What libraries print goes to stderr.
 """
@@ -26,6 +26,8 @@ class TraceRequest:
     model: str
     config: dict[str, Any]
     regimes: tuple[Regime, ...]
+    sequence_tokens: int
+    """Of the sequences that are planned: windows of attention make the code path depend on it."""
 
 
 def main() -> int:
@@ -46,7 +48,7 @@ def main() -> int:
 
 def _answer(trace: Any, request: TraceRequest, regime: Regime) -> Any:
     try:
-        return trace(request.model, request.config, regime)
+        return trace(request.model, request.config, regime, sequence_tokens=request.sequence_tokens)
     except AutofitError as error:
         return {"error": {"message": error.message, "to_fix": error.to_fix}}
     except Exception as error:  # noqa: BLE001 - whatever a library raises while it is traced is the answer, not our crash

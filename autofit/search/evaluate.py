@@ -178,7 +178,7 @@ def refuse_length(profile: RegimeProfile, sequence_tokens: int) -> None:
         InputError: the sequences are longer or shorter than the profile's code path.
     """
     longest = profile.max_sequence_tokens
-    if profile.min_sequence_tokens <= sequence_tokens and (longest is None or sequence_tokens <= longest):
+    if profile.holds_for(sequence_tokens):
         return
     allowed = f"at least {profile.min_sequence_tokens}" + ("" if longest is None else f" and at most {longest}")
     raise InputError(

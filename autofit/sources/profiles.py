@@ -5,13 +5,15 @@ from __future__ import annotations
 import gzip
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,12 @@ from autofit.spec.libraries import installed_versions
 from autofit.spec.profile import PROFILE_SCHEMA_VERSION, ProfileSet, Regime, RegimeProfile
 
 SHIPPED_FOLDER = Path(__file__).parent / "data" / "profiles"
-IRRELEVANT_KEYS = frozenset(
-    {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "use_cache"}
-)
+IRRELEVANT_KEYS = frozenset({"_name_or_path", "transformers_version", "torch_dtype", "dtype"})
 """Of a config.json: they name the model or its checkpoint and change nothing in a step."""
 MAX_TRACERS = 4
 Progress = Callable[[str, int, int], None]
+Pack = tuple[RegimeProfile, ...]
+"""Profiles of one architecture; of a regime as many as there are ranges of lengths with a code path of their own."""
 
 
 def cache_folder() -> Path:
@@ -53,20 +55,24 @@ def pack_name(config: dict[str, Any], versions: dict[str, str]) -> str:
     return f"{architecture_key(config)}-{stack}.json.gz"
 
 
-def read_pack(path: Path) -> ProfileSet:
+def read_pack(path: Path) -> Pack:
     """Read a file of profiles; a missing or unreadable one holds none (it is a cache, and is traced anew)."""
     try:
-        content = gzip.decompress(path.read_bytes())
-        profiles = msgspec.json.decode(content, type=tuple[RegimeProfile, ...])
+        return _decoded(path, path.stat().st_mtime_ns)
     except (OSError, EOFError, gzip.BadGzipFile, msgspec.DecodeError):
-        return {}
-    return {profile.regime: profile for profile in profiles if profile.schema_version == PROFILE_SCHEMA_VERSION}
+        return ()
 
 
-def write_pack(path: Path, profiles: ProfileSet) -> None:
+@lru_cache(maxsize=16)
+def _decoded(path: Path, _written_at: int) -> Pack:
+    profiles = msgspec.json.decode(gzip.decompress(path.read_bytes()), type=Pack)
+    return tuple(profile for profile in profiles if profile.schema_version == PROFILE_SCHEMA_VERSION)
+
+
+def write_pack(path: Path, profiles: Pack) -> None:
     """Write a file of profiles beside and rename it, so that a reader never sees half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = gzip.compress(msgspec.json.encode(tuple(profiles.values())), mtime=0)
+    content = gzip.compress(msgspec.json.encode(profiles), mtime=0)
     handle, beside = tempfile.mkstemp(dir=path.parent, suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -76,18 +82,26 @@ def write_pack(path: Path, profiles: ProfileSet) -> None:
         Path(beside).unlink(missing_ok=True)
 
 
-def stored_profiles(model: Model, regimes: Sequence[Regime]) -> ProfileSet:
-    """Look regimes up among the cached and the shipped profiles.
+def merged(kept: Pack, added: Iterable[RegimeProfile]) -> Pack:
+    """Put profiles into a pack, each in place of the one of the same regime and lengths."""
+    by_path = {(profile.regime, profile.min_sequence_tokens): profile for profile in (*kept, *added)}
+    return tuple(by_path.values())
+
+
+def stored_profiles(model: Model, regimes: Sequence[Regime], sequence_tokens: int) -> ProfileSet:
+    """Look regimes up among the cached and the shipped profiles, for sequences of a length.
 
     Where the libraries are not installed, a shipped profile of any versions is taken: it names the versions that it
     holds for, and so does the plan.
     """
-    versions = installed_versions()
-    name = pack_name(model.config, versions)
-    found = {**read_pack(SHIPPED_FOLDER / name), **read_pack(cache_folder() / name)}
+    name = pack_name(model.config, installed_versions())
+    packs = [read_pack(cache_folder() / name), read_pack(SHIPPED_FOLDER / name)]
     if not can_trace():
-        for path in sorted(SHIPPED_FOLDER.glob(f"{architecture_key(model.config)}-*.json.gz")):
-            found = {**read_pack(path), **found}
+        packs += map(read_pack, sorted(SHIPPED_FOLDER.glob(f"{architecture_key(model.config)}-*.json.gz")))
+    found: ProfileSet = {}
+    for profile in itertools.chain.from_iterable(packs):
+        if profile.holds_for(sequence_tokens):
+            found.setdefault(profile.regime, profile)
     return {regime: found[regime] for regime in regimes if regime in found}
 
 
@@ -107,26 +121,27 @@ def obtain_profiles(job: Job, cluster: Cluster, *, progress: Progress) -> Profil
     Raises:
         InputError: a profile is missing and the libraries to trace it are not installed, or the model cannot be traced.
     """
-    return profiles_for(job.model, required_regimes(job, cluster), progress=progress)
+    tokens = job.workload.sequence_tokens
+    return profiles_for(job.model, required_regimes(job, cluster), tokens, progress=progress)
 
 
-def profiles_for(model: Model, regimes: Sequence[Regime], *, progress: Progress) -> ProfileSet:
+def profiles_for(model: Model, regimes: Sequence[Regime], sequence_tokens: int, *, progress: Progress) -> ProfileSet:
     """Return a profile for each regime; see `obtain_profiles`."""
-    found, refused = profiles_and_refusals(model, regimes, progress=progress)
+    found, refused = profiles_and_refusals(model, regimes, sequence_tokens, progress=progress)
     for refusal in refused.values():
         raise refusal
     return found
 
 
 def profiles_and_refusals(
-    model: Model, regimes: Sequence[Regime], *, progress: Progress
+    model: Model, regimes: Sequence[Regime], sequence_tokens: int, *, progress: Progress
 ) -> tuple[ProfileSet, dict[Regime, InputError]]:
     """Return a profile for each regime that has one or can be traced, and why the others cannot be.
 
     Raises:
         InputError: a profile is missing and the libraries to trace it are not installed.
     """
-    found = stored_profiles(model, regimes)
+    found = stored_profiles(model, regimes, sequence_tokens)
     missing = [regime for regime in regimes if regime not in found]
     if not missing:
         return found, {}
@@ -136,16 +151,16 @@ def profiles_and_refusals(
             to_fix="pip install 'autofit-launcher[trace]'",
             hint="`autofit models` lists the models whose profiles are shipped",
         )
-    answers = dict(_trace_all(model, missing, progress))
+    answers = dict(_trace_all(model, missing, sequence_tokens, progress))
     traced = {regime: answer for regime, answer in answers.items() if isinstance(answer, RegimeProfile)}
     refused = {regime: answer for regime, answer in answers.items() if isinstance(answer, InputError)}
     if traced:
         path = cache_folder() / pack_name(model.config, installed_versions())
-        _try_to_cache(path, {**read_pack(path), **traced})
+        _try_to_cache(path, merged(read_pack(path), traced.values()))
     return {**found, **traced}, refused
 
 
-def _try_to_cache(path: Path, profiles: ProfileSet) -> None:
+def _try_to_cache(path: Path, profiles: Pack) -> None:
     try:
         write_pack(path, profiles)
     except OSError as error:
@@ -153,7 +168,7 @@ def _try_to_cache(path: Path, profiles: ProfileSet) -> None:
 
 
 def _trace_all(
-    model: Model, regimes: Sequence[Regime], progress: Progress
+    model: Model, regimes: Sequence[Regime], sequence_tokens: int, progress: Progress
 ) -> Iterator[tuple[Regime, RegimeProfile | InputError]]:
     """Trace in as many processes as there are cores, up to a few; answers come as they are ready."""
     workers = max(1, min(MAX_TRACERS, os.cpu_count() or 1, len(regimes)))
@@ -161,33 +176,37 @@ def _trace_all(
     progress(model.name, 0, len(regimes))
     done = 0
     with ThreadPoolExecutor(workers) as pool:
-        answers = pool.map(lambda share: answers_of_subprocess(model, share), shares)
+        answers = pool.map(lambda share: answers_of_subprocess(model, share, sequence_tokens), shares)
         for share, profiles in zip(shares, answers, strict=True):
             done += len(profiles)
             progress(model.name, done, len(regimes))
             yield from zip(share, profiles, strict=True)
 
 
-def trace_in_subprocess(model: Model, regimes: Sequence[Regime]) -> list[RegimeProfile]:
+def trace_in_subprocess(model: Model, regimes: Sequence[Regime], sequence_tokens: int) -> list[RegimeProfile]:
     """Trace regimes in one process, so that this one imports no torch.
 
     Raises:
         InputError: the model cannot be traced.
     """
-    answers = answers_of_subprocess(model, regimes)
+    answers = answers_of_subprocess(model, regimes, sequence_tokens)
     for answer in answers:
         if isinstance(answer, InputError):
             raise answer
     return [answer for answer in answers if isinstance(answer, RegimeProfile)]
 
 
-def answers_of_subprocess(model: Model, regimes: Sequence[Regime]) -> list[RegimeProfile | InputError]:
+def answers_of_subprocess(
+    model: Model, regimes: Sequence[Regime], sequence_tokens: int
+) -> list[RegimeProfile | InputError]:
     """Trace regimes in one process; of each, the profile or why it cannot be traced.
 
     Raises:
         InputError: the process ended before it had answered.
     """
-    request = msgspec.json.encode({"model": model.name, "config": model.config, "regimes": regimes})
+    request = msgspec.json.encode(
+        {"model": model.name, "config": model.config, "regimes": regimes, "sequence_tokens": sequence_tokens}
+    )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     child = subprocess.run(
         [sys.executable, "-m", "autofit.profile"], input=request, capture_output=True, env=environment, check=False

@@ -152,6 +152,11 @@ class RegimeProfile:
     versions: dict[str, str]
     """Of the libraries that were traced."""
 
+    def holds_for(self, sequence_tokens: int) -> bool:
+        """Whether sequences of that length take the code path that was traced."""
+        longest = self.max_sequence_tokens
+        return self.min_sequence_tokens <= sequence_tokens and (longest is None or sequence_tokens <= longest)
+
     def repeats(self, segment: Segment) -> int:
         """How often a traced segment runs in one micro-step of the real model.
 

@@ -21,7 +21,7 @@ from tests.profile.tiny import CONFIGS, a_regime
 
 def answers_to(config: dict[str, Any], *regimes: Any) -> list[Any]:
     """Send one request; return the decoded answers."""
-    request = msgspec.json.encode({"model": "tiny", "config": config, "regimes": regimes})
+    request = msgspec.json.encode({"model": "tiny", "config": config, "regimes": regimes, "sequence_tokens": 1024})
     child = subprocess.run(
         [sys.executable, "-m", "autofit.profile"],
         input=request,
@@ -64,4 +64,4 @@ def test_the_planner_raises_what_the_tracer_answers():
     """An error of the process is an InputError of the caller."""
     model = Model(name="tiny", config={"model_type": "no_such_model"}, origin="config file")
     with pytest.raises(InputError, match="no_such_model"):
-        trace_in_subprocess(model, [a_regime()])
+        trace_in_subprocess(model, [a_regime()], sequence_tokens=1024)

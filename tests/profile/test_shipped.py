@@ -21,7 +21,7 @@ def shipped(model: str):
 @pytest.mark.parametrize(("method", "device"), [("full", "cpu"), ("qlora", "cuda")])
 def test_a_shipped_profile_is_what_a_trace_gives(method, device):
     """A fresh trace of a shipped model equals the stored one, byte for byte; if not, run tools/make_profiles.py."""
-    stored = next(p for r, p in shipped(SAMPLE).items() if (r.method, r.device) == (method, device))
+    stored = next(p for p in shipped(SAMPLE) if (p.regime.method, p.regime.device) == (method, device))
     fresh = trace(stored.model, resolve_model(SAMPLE).config, stored.regime)
     assert fresh == stored
 
@@ -36,6 +36,6 @@ def test_every_shipped_file_is_of_a_catalogued_model_and_the_tested_libraries():
 
 def test_a_shipped_file_holds_one_architecture():
     """Every profile in the sample's file is of the architecture that the file is named after."""
-    profiles = shipped(SAMPLE).values()
+    profiles = shipped(SAMPLE)
     assert len({(p.num_layers, p.hidden_size, p.vocab_size) for p in profiles}) == 1
     assert architecture_key(resolve_model(SAMPLE).config)
