@@ -54,6 +54,27 @@ class Frame:
         return sum(sizes)
 
 
+CHUNK_ELEMENTS = 65536
+"""Of a tensor that one block reduces.
+
+Source: torch v2.13 aten/src/ATen/native/cuda/MultiTensorApply.cuh, kChunkSize."""
+GLOBAL_NORM_ELEMENTS = 320
+"""Partial sums over all tensors. Source: torch aten/src/ATen/native/cuda/ForeachReduceOp.cu, `global_output`."""
+
+
+def clip(frame: Frame, tensors: Sequence[Tensor]) -> None:
+    """Trainer clips gradients before every step: `foreach` norms keep fp32 sums for as many chunks as the largest has.
+
+    For every tensor, and a scalar each. On a CPU there are only the scalars, which are not counted.
+    Source: transformers/training_args.py 5.23 (`max_grad_norm` 1.0); torch/nn/utils/clip_grad.py; torch
+    aten/src/ATen/native/cuda/ForeachReduceOp.cu, _foreach_tensor_norm_cuda_impl.
+    """
+    if frame.device == "cuda" and tensors:
+        chunks = max(-(-tensor.num_elements // CHUNK_ELEMENTS) for tensor in tensors)
+        frame.assign("sums", FP32_BYTES * len(tensors) * chunks, FP32_BYTES * GLOBAL_NORM_ELEMENTS)
+        frame.assign("norms", *(tensor.bytes_per_element for tensor in tensors))
+
+
 Step = Callable[[Frame, Sequence[Tensor]], None]
 
 

@@ -70,6 +70,13 @@ def step_frame(optim: Optim, tensors: Sequence[Tensor], device: DeviceKind) -> F
     return max(frames, key=lambda frame: frame.peak_bytes, default=Frame(device))
 
 
+def clip_frame(tensors: Sequence[Tensor], device: DeviceKind) -> Frame:
+    """Run the clipping of gradients that goes before a step."""
+    frame = Frame(device)
+    steps.clip(frame, tensors)
+    return frame
+
+
 def _nothing(_tensor: Tensor) -> State:
     return State()
 
@@ -225,3 +232,13 @@ OPTIMIZERS: dict[Optim, Optimizer] = {
     "lomo": Optimizer(state=_nothing, step=steps.lomo, in_backward=True),
     "adalomo": Optimizer(state=_adalomo, step=steps.adalomo, in_backward=True),
 }
+
+_SVD = "its projection is a singular value decomposition, and what cuSOLVER takes for one is not published"
+UNMODELLED: dict[Optim, str] = {
+    "galore_adamw": _SVD,
+    "galore_adamw_layerwise": _SVD,
+    "galore_adafactor": _SVD,
+    "galore_adamw_8bit": f"{_SVD}; moreover it passes bitsandbytes 0.50 its options in the wrong order",
+    "adamw_apex_fused": "transformers 5 has no such name",
+}
+"""Names that are refused, and why."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from autofit.memory.optimizers import OPTIMIZERS, step_frame
+from autofit.memory.optimizers import OPTIMIZERS, clip_frame, step_frame
 from autofit.memory.tape import CUDA_BLOCK_BYTES
 from autofit.memory.tensors import Tensor
 from autofit.spec.configuration import Optim
@@ -67,13 +67,24 @@ class OptimizerBytes:
     """Whether gradients are used and freed as they are made."""
 
 
-def optimizer_bytes(model: tuple[Tensor, ...], optim: Optim, device: DeviceKind) -> OptimizerBytes:
-    """Add up an optimizer's state over the tensors that train; of a CPU rank all memory is its own."""
+def optimizer_bytes(
+    model: tuple[Tensor, ...], optim: Optim, device: DeviceKind, *, clips: bool = True
+) -> OptimizerBytes:
+    """Add up an optimizer's state over the tensors that train.
+
+    Args:
+        model: all tensors.
+        optim: whose state.
+        device: where it is; of a CPU rank all memory is its own.
+        clips: whether torch clips the gradients before the step.
+    """
     trained = [t for t in model if t.trains]
     optimizer = OPTIMIZERS[optim]
     states = [optimizer.state(t) for t in trained]
     host = sum(state.host for state in states)
     frame = step_frame(optim, trained, device)
+    if clips and not optimizer.in_backward:
+        frame = max(frame, clip_frame(trained, device), key=lambda each: each.peak_bytes)
     counters = sum(state.counter for state in states)
     return OptimizerBytes(
         state=sum(rounded(size, device) for state in states for size in state.device)
@@ -86,5 +97,9 @@ def optimizer_bytes(model: tuple[Tensor, ...], optim: Optim, device: DeviceKind)
 
 
 def partition_optimizer_bytes(num_elements: int, optim: Optim, device: DeviceKind) -> OptimizerBytes:
-    """The same for a flat fp32 partition of `num_elements`, as DeepSpeed hands it to the optimizer."""
-    return optimizer_bytes((Tensor(num_elements, 4, trains=True, embeds=False, kind="parameter"),), optim, device)
+    """The same for a flat fp32 partition of `num_elements`, as DeepSpeed hands it to the optimizer.
+
+    DeepSpeed clips in its own way.
+    """
+    whole = Tensor(num_elements, 4, trains=True, embeds=False, kind="parameter")
+    return optimizer_bytes((whole,), optim, device, clips=False)

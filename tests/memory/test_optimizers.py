@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from autofit.memory.optimizers import OPTIMIZERS, step_frame
+from autofit.memory.optimizers import OPTIMIZERS, UNMODELLED, step_frame
 from autofit.memory.static import optimizer_bytes, partition_optimizer_bytes
 from autofit.memory.tensors import Tensor
 from autofit.runtime.live_bytes import LiveBytes
@@ -287,6 +287,23 @@ def test_lomo_takes_what_is_said_for_one_gradient(name, dtype, monkeypatch):
     if name == "adalomo":
         sums = optimizer.exp_avg_sq_row["weight"].nbytes + optimizer.exp_avg_sq_col["weight"].nbytes
         assert sum(OPTIMIZERS[name].state(described(model.weight)).device) == sums
+
+
+def test_every_name_of_a_configuration_is_modelled_or_refused_with_a_reason():
+    """No name falls between the two."""
+    assert set(OPTIMIZERS) | set(UNMODELLED) == set(get_args(Optim))
+    assert not set(OPTIMIZERS) & set(UNMODELLED)
+
+
+def test_clipping_takes_sums_for_chunks_of_the_largest_gradient():
+    """Worked out from torch's source for three tensors, the largest of 131,072,000 elements: 2,000 chunks."""
+    model = tuple(
+        Tensor(elements, 2, trains=True, embeds=False, kind="parameter") for elements in (131_072_000, 4096, 4096)
+    )
+    sums, global_sums, norms = -(-4 * 3 * 2000 // 512) * 512, -(-4 * 320 // 512) * 512, 3 * 512
+    assert optimizer_bytes(model, "adamw_torch_fused", "cuda").step == sums + global_sums + norms
+    assert optimizer_bytes(model, "adamw_torch", "cuda").step == 2 * (131_072_000 + 4096 + 4096)
+    assert optimizer_bytes(model, "adamw_torch_fused", "cpu").step == 0
 
 
 def test_planning_an_optimizer_imports_none_of_them():
