@@ -6,7 +6,7 @@ Whoever models one of these removes its line.
 from __future__ import annotations
 
 from autofit.errors import InputError
-from autofit.memory.optimizers import OPTIMIZERS
+from autofit.memory.optimizers import OPTIMIZERS, UNMODELLED
 from autofit.spec.configuration import Configuration, Optim
 
 MODELLED_SHARDINGS = ("none", "ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2")
@@ -28,7 +28,7 @@ def unmodelled(configuration: Configuration) -> str | None:
     """Name the first knob that is not modelled, None if all are."""
     c = configuration
     checks = (
-        (c.optim not in OPTIMIZERS, f"optim {c.optim}"),
+        (c.optim not in OPTIMIZERS, f"optim {c.optim} ({UNMODELLED.get(c.optim)})"),
         (_updates_in_backward(c.optim) and c.sharding != "none", f"optim {c.optim} in several processes"),
         (c.optim.startswith("apollo") and (c.uses_deepspeed or c.uses_fsdp), f"optim {c.optim} under {c.sharding}"),
         (c.optim.endswith("layerwise") and c.gradient_accumulation_steps > 1, f"accumulation under optim {c.optim}"),
