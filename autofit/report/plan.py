@@ -16,6 +16,7 @@ from autofit.report.words import (
     SHARDING_WORDS,
     batch_words,
     checkpointing_words,
+    further_words,
     method_words,
     model_words,
     precision_words,
@@ -74,7 +75,8 @@ def _facts(plan: Plan) -> Iterable[tuple[str, str | Text]]:
     sequence_tokens = plan.inputs.job.workload.sequence_tokens
     yield "batch", f"{batch_words(configuration)} sequences of {sequence_tokens:,} tokens"
     yield "sharding", SHARDING_WORDS[configuration.sharding]
-    yield "setup", ", ".join([precision_words(configuration), configuration.optim, checkpointing_words(configuration)])
+    setup = (precision_words(configuration), configuration.optim, checkpointing_words(configuration))
+    yield "setup", ", ".join([*setup, *further_words(configuration)])
     yield "memory", memory_line(plan.memory)
     yield "", memory_figures(plan.memory)
     if plan.time.step_seconds is not None:

@@ -57,6 +57,43 @@ def checkpointing_words(configuration: Configuration) -> str:
     return "gradient checkpointing" if configuration.gradient_checkpointing else "no gradient checkpointing"
 
 
+def further_words(configuration: Configuration) -> list[str]:
+    """Name every other knob that is not at its default: what a figure depends on has to be seen beside it."""
+    c = configuration
+    words = {
+        f"{c.offload.replace('_', ' ')} on the host": c.offload != "none",
+        f"{c.num_replicas} replicas": c.num_replicas > 1,
+        "no resharding after forward": not c.reshard_after_forward,
+        f"sequences shared by {c.sequence_parallel_size}": c.sequence_parallel_size > 1,
+        "reentrant": c.gradient_checkpointing and c.use_reentrant,
+        f"checkpoints every {c.checkpoint_every_n_layers} layers": c.checkpoint_every_n_layers > 1,
+        "checkpoints on the host": c.checkpoint_offload,
+        f"{c.attention} attention": c.attention != "sdpa",
+        f"sdpa pinned to {c.sdpa_kernel}": c.sdpa_kernel != "auto",
+        f"{c.loss} loss": c.loss != "stock",
+        f"{c.batching} batches": c.batching != "equal",
+        c.task: c.task != "auto",
+        f"{c.image_tokens} image tokens a sequence": c.image_tokens > 0,
+        "outputs kept through backward": c.keeps_outputs,
+        "tf32": c.tf32,
+        "expandable segments": c.expandable_segments,
+        f"max_split_size_mb {c.max_split_size_mb}": c.max_split_size_mb is not None,
+    }
+    return [*_adapter_words(c), *(name for name, applies in words.items() if applies)]
+
+
+def _adapter_words(configuration: Configuration) -> list[str]:
+    lora, quantization = configuration.lora, configuration.quantization
+    words = {
+        "rsLoRA": lora is not None and lora.use_rslora,
+        "DoRA": lora is not None and lora.use_dora,
+        f"{', '.join(lora.modules_to_save if lora else ())} trained whole": lora is not None and lora.modules_to_save,
+        "quantised once": quantization is not None and quantization.bits != 8 and not quantization.double_quant,
+        "prepare_model_for_kbit_training": quantization is not None and quantization.prepares_kbit,
+    }
+    return [name for name, applies in words.items() if applies]
+
+
 def tokens_words(num_tokens: float) -> str:
     """Write a rate of tokens with thousands separated, without decimals that nobody can vouch for."""
     return f"{num_tokens:,.0f}" if num_tokens >= 10 else f"{num_tokens:.2g}"

@@ -12,6 +12,7 @@ from rich.console import Console
 from autofit.errors import InputError, NothingFitsError
 from autofit.report.errors import error_json, error_text
 from autofit.report.plan import bar, files_report, nearest_to_peak, plan_report, unknowns
+from autofit.report.words import further_words
 from autofit.spec.estimate import CostEstimate, Phase
 from autofit.units import GIB
 
@@ -40,6 +41,32 @@ def test_memory_is_shown_in_gib_against_the_budget(plan):
     text = rendered(plan_report(plan, width=110))
     assert "41.00 of 79.25 GiB (52%)" in text
     assert "allocated 37.50, reserved 40.00, whole process 41.00 GiB" in text
+
+
+def test_every_knob_that_is_not_usual_is_named(plan):
+    """What a figure depends on stands beside it; what is at its default is not said."""
+    unusual = {
+        "offload": ("optimizer_and_parameters", "optimizer and parameters on the host"),
+        "num_replicas": (2, "2 replicas"),
+        "reshard_after_forward": (False, "no resharding after forward"),
+        "sequence_parallel_size": (2, "sequences shared by 2"),
+        "checkpoint_every_n_layers": (3, "checkpoints every 3 layers"),
+        "checkpoint_offload": (True, "checkpoints on the host"),
+        "attention": ("eager", "eager attention"),
+        "sdpa_kernel": ("efficient", "sdpa pinned to efficient"),
+        "loss": ("liger", "liger loss"),
+        "batching": ("packed", "packed batches"),
+        "task": ("masked-lm", "masked-lm"),
+        "image_tokens": (7, "7 image tokens"),
+        "keeps_outputs": (True, "outputs kept"),
+        "tf32": (True, "tf32"),
+        "expandable_segments": (True, "expandable segments"),
+        "max_split_size_mb": (64, "max_split_size_mb 64"),
+    }
+    usual = " ".join(further_words(plan.configuration))
+    for knob, (value, words) in unusual.items():
+        assert words not in usual
+        assert words in " ".join(further_words(replace(plan.configuration, **{knob: value})))
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 110, 200])
