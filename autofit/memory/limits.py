@@ -46,8 +46,6 @@ def unmodelled(configuration: Configuration) -> str | None:
         (c.task != "auto", f"task {c.task}"),
         (c.image_tokens != 0, "image_tokens"),
         (c.attention == "flex_attention", "attention flex_attention"),
-        (c.expandable_segments, "expandable_segments"),
-        (c.max_split_size_mb is not None, "max_split_size_mb"),
     )
     return next((name for applies, name in checks if applies), None)
 
