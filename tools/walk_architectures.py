@@ -28,15 +28,16 @@ from transformers.models.auto import modeling_auto
 
 from autofit.errors import AutofitError
 from autofit.profile.kernel_packages import kernel_packages
-from autofit.profile.models import build, load_config
+from autofit.profile.models import build, load_config, text_config
 from autofit.profile.tasks import MAPPINGS, Head
 from autofit.profile.trace import trace_model
+from autofit.profile.windows import lengths_to_trace
 from autofit.spec.profile import Regime
 
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
 BEGIN, END = "<!-- walk: begin -->", "<!-- walk: end -->"
 NUM_LAYERS = 4
-POINTS = ((2, 256), (2, 512))
+NUM_SEQUENCES = 2
 SHORT_POINTS = ((2, 8), (2, 16))
 MISSING: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 8, "n_group": 1, "topk_group": 1},
@@ -110,7 +111,8 @@ def _reason(head: Head, model_type: str, attention: str) -> str:
             model = build(small, regime)
         if kernel_packages(model):  # a loop over tokens shows in a few of them, and takes minutes for many
             trace_model(build(small, regime), regime, SHORT_POINTS, lambda _done, _total: None)
-        trace_model(model, regime, POINTS, lambda _done, _total: None)
+        lengths = lengths_to_trace(text_config(small), None).traced[:2]
+        trace_model(model, regime, [(NUM_SEQUENCES, length) for length in lengths], lambda _done, _total: None)
     except AutofitError as error:
         return " ".join(str(error).split())
     except Exception as error:  # noqa: BLE001 - what a library raises is the answer

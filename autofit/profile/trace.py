@@ -14,7 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autofit.profile import kernels
 from autofit.profile.deepen import Stretch, deepen, deepen_tensors
-from autofit.profile.fakes import believing_it_is_real, fill_with_fakes, no_layer_dropped, routed_evenly
+from autofit.profile.fakes import (
+    believing_it_is_real,
+    fill_with_fakes,
+    masks_without_holes,
+    no_layer_dropped,
+    routed_evenly,
+)
 from autofit.profile.fit import Point, StructureDiffersError, fit, inverse
 from autofit.profile.layers import watch_layers
 from autofit.profile.models import build, choose_depth, load_config, num_experts, text_config, width
@@ -202,6 +208,8 @@ def environment(regime: Regime) -> Iterator[None]:
         warnings.simplefilter("ignore")
         stack.enter_context(believing_it_is_real())
         stack.enter_context(no_layer_dropped())
+        if regime.batching == "equal":
+            stack.enter_context(masks_without_holes())
         if regime.quantization is not None:
             stack.enter_context(unpacking_as_an_operator())
         if regime.zero3_linear:

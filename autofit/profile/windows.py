@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 USUAL_LENGTHS = (256, 512, 1024)
+_CHUNK = re.compile(r"^(?!attention).*chunk_size")
 _WINDOW = re.compile(r"window|attention_chunk|local_attention")
 
 
@@ -23,16 +24,23 @@ def lengths_to_trace(config: Any, sequence_tokens: int | None) -> Lengths:
     """Choose three lengths on the same side of each of a config's windows as the sequences that are planned.
 
     A sequence as long as a window is masked by it (transformers/masking_utils.py 5.23, _ignore_causal_mask_sdpa).
+    A scan in chunks pads to whole ones, and one chunk alone is a case of its own: lengths between two multiples of a
+    chunk come out between those of the multiples, by less than a chunk too low.
 
     Args:
         config: of the language model.
         sequence_tokens: what is planned; None: the lengths around 1,024.
     """
     longest = getattr(config, "max_position_embeddings", None)
+    chunk = max(_lengths(config, _CHUNK), default=0)
     longest = longest if isinstance(longest, int) and longest > 0 else None
     planned = sequence_tokens or min(USUAL_LENGTHS[-1], longest or USUAL_LENGTHS[-1])
     limits = windows(config)
     low = max([limit for limit in limits if limit <= planned], default=0)
+    if chunk >= USUAL_LENGTHS[0] and not limits:
+        return Lengths(
+            traced=(2 * chunk, 4 * chunk, 8 * chunk), min_sequence_tokens=chunk + 1, max_sequence_tokens=None
+        )
     high = min([limit for limit in limits if limit > planned], default=None)
     bounded = longest if high is None else min(high - 1, longest or high)
     return Lengths(
@@ -56,9 +64,13 @@ def _three(low: int, high: int | None, longest: int | None) -> tuple[int, ...]:
 
 def windows(config: Any) -> list[int]:
     """Return the lengths at which attention changes: what a config calls a window, a chunk or local attention."""
+    return _lengths(config, _WINDOW)
+
+
+def _lengths(config: Any, pattern: re.Pattern[str]) -> list[int]:
     found = set()
     for name, value in vars(config).items():
-        if _WINDOW.search(name):
+        if pattern.search(name):
             found |= {size for size in (value if isinstance(value, (list, tuple)) else [value]) if _is_length(size)}
     return sorted(found)
 
