@@ -112,7 +112,7 @@ def train(run_folder: Path) -> None:
 
 
 def train_with_trainer(
-    model: Any, arguments: Any, dataset: list[Any], _configuration: Configuration, live: LiveBytes, peaks: PhasePeaks
+    model: Any, arguments: Any, dataset: list[Any], configuration: Configuration, live: LiveBytes, peaks: PhasePeaks
 ) -> int:
     """Train, evaluate and save with transformers' Trainer; return the bytes between two steps."""
     from transformers import Trainer, TrainerCallback
@@ -144,10 +144,11 @@ def train_with_trainer(
     trainer.train()
     peaks.leave()
     after_step = live.now_bytes
-    peaks.enter("evaluation")
-    trainer.evaluate()
-    peaks.enter("saving")
-    trainer._save_checkpoint(trainer.model, None)  # noqa: SLF001 (what `save_strategy` calls)
+    if configuration.quantization is None:  # bitsandbytes evaluates and saves packed weights otherwise on a CPU
+        peaks.enter("evaluation")
+        trainer.evaluate()
+        peaks.enter("saving")
+        trainer._save_checkpoint(trainer.model, None)  # noqa: SLF001 (what `save_strategy` calls)
     return after_step
 
 
