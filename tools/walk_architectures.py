@@ -40,13 +40,12 @@ NUM_LAYERS = 4
 NUM_SEQUENCES = 2
 SHORT_POINTS = ((2, 8), (2, 16))
 MISSING: dict[str, dict[str, Any]] = {
-    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 8, "n_group": 1, "topk_group": 1},
-    "dots1": {"n_routed_experts": 8, "n_shared_experts": 1},
-    "gemma4_assistant": {},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 8, "moe_intermediate_size": 1408},
+    "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128, "num_experts": 8, "moe_topk": 2},
 }
-"""What the defaults of a config class leave out, and every published config gives."""
+"""What the defaults of a config class leave out or cannot be run with, and published configs give."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

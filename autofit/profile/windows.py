@@ -55,7 +55,8 @@ def _three(low: int, high: int | None, longest: int | None) -> tuple[int, ...]:
     if low < USUAL_LENGTHS[0] and (high is None or high >= USUAL_LENGTHS[-1]):
         return USUAL_LENGTHS
     if not low and high:
-        return (high // 4, high // 2, high)
+        quarter = (high + 1) // 4  # of a window of a power of two a whole number of kernels' blocks
+        return (quarter, 2 * quarter, high if high % quarter == 0 else 3 * quarter)
     top = max(high or 0, low + 3) if high and high < 4 * low else 4 * low
     if longest and longest > low:
         top = min(top, longest)

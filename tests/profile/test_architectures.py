@@ -188,6 +188,8 @@ def test_each_side_of_a_window_is_traced_for_itself():
     assert (above.min_sequence_tokens, above.max_sequence_tokens) == (4096, None)
     assert max(below.traced) < 4096 < min(above.traced)
     assert max(above.traced) <= 32768
+    narrow = AutoConfig.for_model("gemma3_text", sliding_window=512)
+    assert lengths_to_trace(narrow, 511).traced == (128, 256, 384)
 
 
 def test_a_model_without_windows_is_traced_for_every_length():
