@@ -279,7 +279,7 @@ RULES: tuple[Rule, ...] = (
         library="bitsandbytes",
         releases=">=0.49",
         source="bitsandbytes/backends/cpu/ops.py 0.50, _optimizer_update_8bit_blockwise_cpu",
-        breaks=lambda c, on: c.optim == "adamw_8bit" and on.device.kind == "cpu",
+        breaks=lambda c, on: _is_from_bitsandbytes(c.optim) and c.optim.endswith("8bit") and on.device.kind == "cpu",
         waived_by=lambda asked: bool(asked.optims),
     ),
 )
