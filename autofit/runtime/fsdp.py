@@ -17,8 +17,8 @@ def fsdp_name(engine: Any) -> str | None:
 
 
 def num_wrapped_layers(engine: Any, layer_classes: frozenset[str]) -> int:
-    """Count the layers that are units of their own."""
-    return sum(1 for unit in _units(engine) if any(_has_class(unit, name) for name in layer_classes))
+    """Count the layers that are units of their own; accelerate also wraps what checkpoints them."""
+    return len({id(unit) for unit in _units(engine) if any(_has_class(unit, name) for name in layer_classes)})
 
 
 def reshards_after_forward(engine: Any) -> bool:

@@ -196,11 +196,13 @@ def _check_quantization(quantization: Quantization | None, model: Any) -> Iterat
     planned = 0 if quantization is None else len(linears)
     yield _check("quantised linear layers", f"{planned} of {len(linears)}", f"{len(quantized)} of {len(linears)}")
     if quantization is not None and quantized:
+        # Of a weight that FSDP sharded only the layer's own state knows how it was quantised.
+        state = quantized[0].weight.quant_state if quantized[0].quant_state is None else quantized[0].quant_state
         in_effect = _words(
-            quantized[0].weight.quant_type,
-            quantized[0].weight.compress_statistics,
+            state.quant_type,
+            state.nested,
             dtype_name(quantized[0].compute_dtype),
-            dtype_name(quantized[0].weight.quant_storage),
+            dtype_name(quantized[0].weight.dtype),
         )
         words = (quantization.quant_type, quantization.double_quant)
         planned_words = _words(*words, quantization.compute_dtype, quantization.storage_dtype)
