@@ -1,4 +1,4 @@
-"""Operators whose results have another dtype on CUDA: operator -> what to call instead of it."""
+"""Operators whose results fake tensors get wrong, or refuse: operator -> what to call instead of it."""
 
 from __future__ import annotations
 
@@ -22,6 +22,22 @@ def layer_norm(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
     return out, mean.float(), deviation.float()
 
 
+def grouped_product(a: torch.Tensor, b: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Experts' products in fp32 and fp16 too, expert by expert into the result; torch's meta function knows bf16 only.
+
+    On a CPU as well. Source: torch v2.13 aten/src/ATen/native/GroupedMMUtils.h, _grouped_mm_validate_inputs,
+    _grouped_mm_fallback; torch/_meta_registrations.py, _meta_grouped_mm_common.
+    """
+    halves = (tensor.to(torch.bfloat16) for tensor in (a, b))
+    out: torch.Tensor = aten._grouped_mm.default(*halves, *args, **kwargs)
+    return out.to(a.dtype)
+
+
 def substitutes(regime: Regime) -> dict[Any, Substitute]:
-    """Return the table for a regime's device; empty for a CPU rank."""
-    return {aten.native_layer_norm.default: layer_norm} if regime.device == "cuda" else {}
+    """Return the table for a regime's device."""
+    table: dict[Any, Substitute] = {}
+    if hasattr(aten, "_grouped_mm"):
+        table[aten._grouped_mm.default] = grouped_product
+    if regime.device == "cuda":
+        table[aten.native_layer_norm.default] = layer_norm
+    return table

@@ -22,6 +22,7 @@ REPLACED: tuple[Entry, ...] = (
     ("scaled_dot_product_attention: flash-attn 2", attention.attention_as_on_cuda),
     ("attention of transformers with flash-attn 2", attention.flash_attn_in_transformers),
     ("native_layer_norm", results.layer_norm),
+    ("_grouped_mm", results.grouped_product),
 )
 """Operators that are taken apart in another way on CUDA, or whose results differ."""
 
