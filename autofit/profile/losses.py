@@ -66,11 +66,7 @@ def _liger(model: Any, regime: Regime) -> Iterator[None]:
 
     Source: transformers/integrations/liger.py 5.23; liger_kernel/transformers/monkey_patch.py 0.8.5.
     """
-    if regime.device != "cuda":
-        raise InputError(
-            "Liger's kernels are written in Triton and run on GPUs only.",
-            to_fix="plan for a GPU, or with the stock loss",
-        )
+    _refuse_a_cpu(regime)
     liger, fused, norms = _import_liger()
     model_type = getattr(model.config, "model_type", None)
     if model_type not in liger.MODEL_TYPE_TO_APPLY_LIGER_FN:
@@ -94,6 +90,14 @@ def _liger(model: Any, regime: Regime) -> Iterator[None]:
         finally:
             for module, names in saved:
                 vars(module).update(names)
+
+
+def _refuse_a_cpu(regime: Regime) -> None:
+    if regime.device != "cuda":
+        raise InputError(
+            "Liger's kernels are written in Triton and run on GPUs only.",
+            to_fix="plan for a GPU, or with the stock loss",
+        )
 
 
 def _library_module(module: nn.Module) -> ModuleType | None:

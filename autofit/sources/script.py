@@ -184,6 +184,11 @@ def _global_batch(discovered: Discovered, cluster: Cluster) -> int:
 def _restrictions(discovered: Discovered, wishes: Restrictions) -> Restrictions:
     """Return the user's wishes, with the script's own choices where the user has none."""
     said = discovered.arguments
+    if said.get("torch_compile"):
+        raise InputError(
+            "the script sets torch_compile=True: what its fused kernels keep and allocate is not modelled.",
+            to_fix="plan and train without torch_compile",
+        )
     default = Restrictions()
     return replace(
         wishes,
@@ -192,6 +197,7 @@ def _restrictions(discovered: Discovered, wishes: Restrictions) -> Restrictions:
         optims=wishes.optims or _optims(said.get("optim")),
         attention=_attention(discovered) if wishes.attention == default.attention else wishes.attention,
         lora=_lora(discovered.adapter) if discovered.adapter and wishes.lora == default.lora else wishes.lora,
+        loss="liger" if said.get("use_liger_kernel") and wishes.loss == default.loss else wishes.loss,
     )
 
 

@@ -25,7 +25,10 @@ from autofit.profile import batching, losses
 from autofit.profile.recorder import Recorder
 from autofit.profile.trace import trace
 from autofit.runtime.live_bytes import LiveBytes
+from autofit.sources.hardware import parse_cluster
+from autofit.sources.script import job_from_discovery
 from autofit.spec.configuration import Lora
+from autofit.spec.discovered import Discovered, FoundLengths
 from autofit.spec.profile import ON_HOST, RegimeProfile
 from tests.profile.tiny import CONFIGS, a_regime
 
@@ -300,6 +303,31 @@ def test_ligers_own_head_allocates_what_its_stand_in_does():
 
 
 @needs_liger
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_ligers_own_layers_and_head(checkpoints, monkeypatch):
+    """Liger's own code on a CPU with real tensors, only its launches left out, is predicted within 0.01 %."""
+    from transformers.models.llama import modeling_llama
+
+    monkeypatch.setattr(losses, "_refuse_a_cpu", lambda _regime: None)
+    monkeypatch.setattr(losses, "_writes_in_place", lambda *_tensors: False)
+    monkeypatch.setattr(losses, "MOST_MULTIPROCESSORS", 1)
+    model = real_model("llama")
+    if checkpoints:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    liger, _, _ = losses._import_liger()
+    library = dict(vars(modeling_llama))
+    try:
+        with losses._triton_or_stand_in(), losses._without_launches():
+            liger._apply_liger_kernel_to_instance(model=model)
+            real = measured(model, equal, num_items_in_batch=torch.tensor(BATCH * TOKENS))
+    finally:
+        vars(modeling_llama).update(library)
+    profile = traced("llama", loss="liger", flash_kernel=False, gradient_checkpointing=checkpoints)
+    assert predicted(profile) == pytest.approx(real, rel=1e-4)
+
+
+@needs_liger
 def test_liger_shrinks_layers_and_head():
     """Its norms, rotation and MLP save less than transformers', and logits are gone; nothing is left patched."""
     from transformers.models.llama import modeling_llama
@@ -325,6 +353,30 @@ def test_liger_is_refused_on_a_cpu():
     """Its kernels run on GPUs."""
     with pytest.raises(InputError, match="GPU"):
         traced("llama", loss="liger")
+
+
+def found(**arguments: Any) -> Discovered:
+    """Return what discovery hands back of a script with these training arguments."""
+    return Discovered(
+        model_name="tiny",
+        config=CONFIGS["llama"],
+        weights_dtype="bfloat16",
+        attention="sdpa",
+        adapter=None,
+        quantization=None,
+        trainer="Trainer",
+        lengths=FoundLengths(sequence_tokens=64, num_samples_seen=1, num_samples=1),
+        arguments={"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, **arguments},
+    )
+
+
+def test_a_compiled_script_is_refused_and_ligers_is_planned_as_such():
+    """`torch_compile` is not guessed at, and `use_liger_kernel` is the loss liger."""
+    cluster = parse_cluster("1xCPU-8G")
+    with pytest.raises(InputError, match="torch_compile"):
+        job_from_discovery(found(torch_compile=True), cluster)
+    assert job_from_discovery(found(use_liger_kernel=True), cluster).restrictions.loss == "liger"
+    assert job_from_discovery(found(), cluster).restrictions.loss == "stock"
 
 
 def evaluate(*, keeps_logits: bool, num_batches: int, mixed: bool, folder: str) -> int:
