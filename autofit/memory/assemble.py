@@ -12,7 +12,7 @@ from autofit.memory.fsdp import FsdpModel
 from autofit.memory.limits import refuse_unmodelled
 from autofit.memory.overheads import context_bytes, workspace_bytes, workspace_sizes
 from autofit.memory.phases import Run, stages
-from autofit.memory.replay import MAX_MICRO_STEPS, Replayed, replay_step
+from autofit.memory.replay import MAX_MICRO_STEPS, Replayed, replay_fsdp_step, replay_step
 from autofit.memory.static import StaticBytes, static_bytes
 from autofit.memory.tape import PhasePeak, kept_outputs_bytes, offloaded_bytes, phase_peaks
 from autofit.memory.tensors import Tensor, tensors
@@ -171,9 +171,18 @@ class MemoryModel:
         return micro * (num_tensors * configuration.gradient_accumulation_steps - num_traced)
 
     def _replay(self, plan: Layout, configuration: Configuration, cluster: Cluster) -> Replayed | None:
-        if cluster.device.kind != "cuda" or configuration.uses_fsdp:
+        if cluster.device.kind != "cuda":
             return None
         context = context_bytes(cluster.device, cluster.num_devices) or 0
+        if configuration.uses_fsdp:
+            return replay_fsdp_step(
+                self.profile,
+                configuration,
+                self.sequence_tokens,
+                self._fsdp,
+                workspace_sizes(cluster.device),
+                capacity_bytes=cluster.device.memory_bytes - context,
+            )
         return replay_step(
             self.profile,
             configuration,

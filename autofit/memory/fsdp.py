@@ -89,6 +89,16 @@ class Units:
         """Every unit, in the order of the model."""
         yield from (unit for unit in (self.root, self.embedding, *self.layers, self.tail) if unit is not None)
 
+    def named(self) -> Iterator[tuple[str, Unit]]:
+        """Every unit with the name that a script's keys have for it."""
+        yield "root", self.root
+        if self.embedding is not None:
+            yield "embedding", self.embedding
+        for index, unit in enumerate(self.layers):
+            yield f"layer {index}", unit
+        if self.tail is not None:
+            yield "tail", self.tail
+
     def total(self, name: str) -> int:
         """Add up one figure of all parts."""
         return sum(unit.total(name) for unit in self.all())
@@ -430,20 +440,11 @@ class _Script:
         self._forward()
         self._backward(is_first=is_first, is_last=is_last)
 
-    def _named(self) -> Iterator[tuple[str, Unit]]:
-        yield "root", self._units.root
-        if self._units.embedding is not None:
-            yield "embedding", self._units.embedding
-        for index, unit in enumerate(self._units.layers):
-            yield f"layer {index}", unit
-        if self._units.tail is not None:
-            yield "tail", self._units.tail
-
     def _unit(self, name: str) -> Unit:
-        return dict(self._named())[name]
+        return dict(self._units.named())[name]
 
     def _forward(self) -> None:
-        units = dict(self._named())
+        units = dict(self._units.named())
         self._operations.append(Enter("embedding"))
         self._unshard("root", units["root"])
         seen_layers = False
@@ -508,7 +509,7 @@ class _Script:
             self._unsharded.discard(name)
 
     def _backward(self, *, is_first: bool, is_last: bool) -> None:
-        units = dict(self._named())
+        units = dict(self._units.named())
         order = [name for name in units if name not in {"root", "tail"}]
         is_outermost = True
         frozen: str | None = None
@@ -751,7 +752,7 @@ class StepCurves:
         key = (traced, play.part)
         if key not in self._known:
             segment = self._profile.segments[traced]
-            split = _logits_gradient(self._profile, segment) if play.part != "whole" else 0
+            split = logits_gradient(self._profile, segment) if play.part != "whole" else 0
             events = segment.events[:split] if play.part == "loss" else segment.events[split:]
             self._known[key] = self._curve(segment, events)
         return self._known[key]
@@ -787,7 +788,7 @@ class StepCurves:
         return 1 if born_in.layer is None else self._profile.repeats(born_in)
 
 
-def _logits_gradient(profile: RegimeProfile, segment: Segment) -> int:
+def logits_gradient(profile: RegimeProfile, segment: Segment) -> int:
     """Find where the gradient of the logits is complete: the first birth after the last tensor as large as them."""
     per_token = MONOMIALS.index((1, 1))
     births = [n for n, event in enumerate(segment.events) if len(event) == BIRTH_FIELDS and event[1] != GRADIENT]
@@ -871,6 +872,10 @@ class FsdpModel:
     def layout(self, configuration: Configuration) -> Layout:
         """Return what is held around the step."""
         return self._make(configuration).layout
+
+    def units(self, configuration: Configuration) -> Units:
+        """Return what is gathered together."""
+        return self._make(configuration).units
 
     def between_steps(self, configuration: Configuration) -> Terms:
         """Return what is held between two steps alone."""

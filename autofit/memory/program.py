@@ -8,6 +8,8 @@ from autofit.memory.allocator import Block, CachingAllocator
 
 EMPTY_CACHE = -1
 """Stands in place of a size: torch.cuda.empty_cache is called."""
+_STREAM = 1 << 48
+"""A size beyond this is that of an allocation on another stream: so many times this is the stream's number."""
 
 
 class Program:
@@ -24,10 +26,10 @@ class Program:
         """Allocate every size but zeros, in order, and return their numbers."""
         return [self.allocate(size) for size in sizes if size]
 
-    def allocate(self, num_bytes: int) -> int:
-        """Allocate and return the number to release it by."""
+    def allocate(self, num_bytes: int, stream: int = 0) -> int:
+        """Allocate on a stream, 0 being the one that computes, and return the number to release it by."""
         self._count += 1
-        self._events.append((max(1, num_bytes), self._count))
+        self._events.append((max(1, num_bytes) + stream * _STREAM, self._count))
         return self._count
 
     def release(self, number: int) -> None:
@@ -51,7 +53,9 @@ class Program:
         blocks: dict[int, Block] = allocator.blocks
         allocate, release, take = allocator.allocate, allocator.release, blocks.pop
         for size, number in self._events[begin:end]:
-            if size > 0:
+            if size >= _STREAM:
+                blocks[number] = allocate(size % _STREAM, size // _STREAM)
+            elif size > 0:
                 blocks[number] = allocate(size)
             elif size == 0:
                 release(take(number))

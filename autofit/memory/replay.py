@@ -13,9 +13,11 @@ from autofit.memory.allocator import (
     OutOfMemoryInSimulationError,
 )
 from autofit.memory.engines import Layout, Terms
+from autofit.memory.fsdp import FsdpModel
 from autofit.memory.loading import buckets, write_broadcast, write_loading
 from autofit.memory.optimizers import OPTIMIZERS
 from autofit.memory.program import Program
+from autofit.memory.replay_fsdp import FsdpWriter
 from autofit.memory.static import optimizer_bytes
 from autofit.memory.tape import StepEvent, bucket_gradient_bytes, unroll
 from autofit.memory.tensors import Tensor
@@ -80,8 +82,36 @@ def replay_step(
             first matrix product.
         capacity_bytes: what can be reserved on the device; None: no bound.
     """
-    settings = allocator_settings(configuration)
     written = _Writer(profile, configuration, plan, model, workspaces).write(sequence_tokens, capacity_bytes)
+    return _settle(written, allocator_settings(configuration), capacity_bytes)
+
+
+def replay_fsdp_step(
+    profile: RegimeProfile,
+    configuration: Configuration,
+    sequence_tokens: int,
+    model: FsdpModel,
+    workspaces: Sequence[int],
+    *,
+    capacity_bytes: int | None,
+) -> Replayed:
+    """Replay two optimizer steps of an FSDP run, from its shards on; see `replay_step`.
+
+    Args:
+        profile: the traced step.
+        configuration: what runs.
+        sequence_tokens: tokens of every sequence.
+        model: the configuration's units and script.
+        workspaces: of the two threads that multiply.
+        capacity_bytes: what can be reserved on the device; None: no bound.
+    """
+    writer = FsdpWriter(profile, configuration, model, sequence_tokens, workspaces)
+    program, end_of_loading = writer.write(NUM_STEPS)
+    return _settle(_Written(program, end_of_loading), allocator_settings(configuration), capacity_bytes)
+
+
+def _settle(written: _Written, settings: AllocatorSettings, capacity_bytes: int | None) -> Replayed:
+    """Run with room, and where the device has less than would be kept, as tightly as it goes."""
     roomy = _run(written, settings, None)
     assert roomy is not None, "an allocator without a bound does not run out of memory"
     if capacity_bytes is None or roomy.most_reserved_bytes <= capacity_bytes:
