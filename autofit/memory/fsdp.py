@@ -485,13 +485,19 @@ class _Script:
     def _gather(self, name: str, unit: Unit) -> None:
         if name in self._gathered or name in self._unsharded or not unit.parts:
             return
-        self._take(("cast", name), "gathered_weights", unit.total("shard" if self._offloads else "cast"))
+        self._take(("cast", name), "gathered_weights", self._copied(unit))
         self._take(("gathered" if self._is_second else "whole", name), "gathered_weights", unit.total("whole"))
         self._give(("cast", name))
         if self._is_second:
             self._gathered.add(name)
         else:
             self._unsharded.add(name)
+
+    def _copied(self, unit: Unit) -> int:
+        """This rank's shards in the dtype that computes; an offloaded one is copied to the device as it is stored."""
+        if not self._offloads:
+            return unit.total("cast")
+        return unit.total("cast") + max((part.shard for part in unit.parts), default=0)
 
     def _copy_out(self, name: str, unit: Unit) -> None:
         self._take(("whole", name), "gathered_weights", unit.total("whole"))
