@@ -359,7 +359,7 @@ def found(**arguments: Any) -> Discovered:
     """Return what discovery hands back of a script with these training arguments."""
     return Discovered(
         model_name="tiny",
-        config=CONFIGS["llama"],
+        config={**CONFIGS["llama"], "architectures": ["LlamaForCausalLM"]},
         weights_dtype="bfloat16",
         attention="sdpa",
         adapter=None,
