@@ -36,8 +36,8 @@ SMALL: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 2048,
-    "head_dim": 32,
 }
+WIDE_HEADS: dict[str, Any] = {**SMALL, "head_dim": 32}
 EXPERTS: dict[str, Any] = {**SMALL, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 GPT: dict[str, Any] = {"vocab_size": 1000, "n_embd": 128, "n_layer": 8, "n_head": 4, "n_positions": 2048}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -58,18 +58,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "qk_nope_head_dim": 16,
         "v_head_dim": 32,
     },
-    "falcon": {**SMALL, "new_decoder_architecture": False, "num_ln_in_parallel_attn": None},
-    "gemma2": {**SMALL, "num_hidden_layers": 14, "sliding_window": 128, "query_pre_attn_scalar": 32},
-    "gemma3_text": {**SMALL, "num_hidden_layers": 26, "sliding_window": 128},
+    "falcon": SMALL,
+    "gemma2": {**WIDE_HEADS, "num_hidden_layers": 14, "sliding_window": 128, "query_pre_attn_scalar": 32},
+    "gemma3_text": {**WIDE_HEADS, "num_hidden_layers": 26, "sliding_window": 128},
     "gpt_bigcode": GPT,
     "gpt_neox": SMALL,
-    "gpt_oss": {**EXPERTS, "num_hidden_layers": 12, "num_local_experts": 4, "sliding_window": 128},
+    "gpt_oss": {**EXPERTS, "head_dim": 32, "num_hidden_layers": 12, "num_local_experts": 4, "sliding_window": 128},
     "granite": SMALL,
     "mixtral": {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2},
     "olmo2": SMALL,
     "opt": {**SMALL, "ffn_dim": 256, "word_embed_proj_dim": 128, "dropout": 0.0},
     "phi": SMALL,
-    "qwen3_moe": {**EXPERTS, "num_experts": 4},
+    "qwen3_moe": {**EXPERTS, "head_dim": 32, "num_experts": 4},
     "t5": {
         "vocab_size": 1000,
         "d_model": 128,
