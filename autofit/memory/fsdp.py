@@ -15,6 +15,7 @@ from typing import Literal
 
 import numpy as np
 
+from autofit.errors import InputError
 from autofit.memory.engines import Layout, Terms
 from autofit.memory.static import optimizer_bytes, rounded
 from autofit.memory.tape import BIRTH_FIELDS, Bytes, size_table
@@ -29,6 +30,11 @@ MASTER_BYTES = 4
 
 Source: accelerate/utils/fsdp_utils.py 1.15, fsdp2_prepare_model ("Upcast to fp32 master weights");
 accelerate/accelerator.py, prepare_model (`_flat_param`, "upcasting")."""
+INNER_CHECKPOINTS_RELEASE = (4, 50)
+"""Up to 4.48 a model checkpoints the call of a layer, and so of the unit around it; in 5 the layer checkpoints itself.
+
+Source: transformers 4.48 models/llama/modeling_llama.py, `_gradient_checkpointing_func(decoder_layer.__call__, ...)`;
+transformers 5.23 modeling_layers.py, GradientCheckpointingLayer."""
 MAX_MICRO_STEPS = 3
 """The first makes gradients, one in the middle finds them and keeps them, the last reduces them."""
 
@@ -900,10 +906,25 @@ class FsdpModel:
         micro_steps = min(configuration.gradient_accumulation_steps, MAX_MICRO_STEPS)
         same = replace(configuration, per_device_train_batch_size=1, gradient_accumulation_steps=micro_steps)
         if same not in self._made:
+            _refuse_inner_reentry(same, self._profile)
             units = make_units(same, self._profile)
             layout = lay_out(same, self._profile, units)
             self._made[same] = _Made(units, layout, script(same, self._profile, units))
         return self._made[same]
+
+
+def _refuse_inner_reentry(configuration: Configuration, profile: RegimeProfile) -> None:
+    """Refuse reentrant checkpoints where transformers puts them inside the unit: what is then kept was not looked into.
+
+    Raises:
+        InputError: the profile's transformers does.
+    """
+    release = tuple(int(part) for part in profile.versions.get("transformers", "0").split(".")[:2] if part.isdigit())
+    if configuration.gradient_checkpointing and configuration.use_reentrant and release >= INNER_CHECKPOINTS_RELEASE:
+        raise InputError(
+            f"reentrant checkpointing under FSDP with transformers {profile.versions['transformers']} is not modelled.",
+            to_fix="leave use_reentrant off",
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -208,9 +208,11 @@ def test_layers_that_stay_gathered_cost_their_bytes(sharding: str) -> None:
 
 
 def test_what_was_not_looked_into_is_refused() -> None:
-    """Reentrant checkpoints under FSDP2, and a shard of one process."""
+    """Reentrant checkpoints, where they lie inside the unit, and a shard of one process."""
     with pytest.raises(InputError, match="reentrant checkpointing under FSDP2"):
         estimate(a_configuration(sharding="fsdp2", gradient_checkpointing=True, use_reentrant=True))
+    with pytest.raises(InputError, match="under FSDP with transformers"):
+        estimate(a_configuration(sharding="fsdp1", gradient_checkpointing=True, use_reentrant=True))
     with pytest.raises(InputError, match="each held by one process"):
         estimate(a_configuration(sharding="fsdp2", num_replicas=2))
 
