@@ -131,16 +131,18 @@ def kept_outputs_bytes(profile: RegimeProfile, micro_batches: npt.ArrayLike, seq
 def offloaded_bytes(profile: RegimeProfile, micro_batches: npt.ArrayLike, sequence_tokens: int) -> Bytes:
     """Return the most bytes that one micro-step keeps in host memory: the activations that checkpoints offload.
 
-    They are born in forward and die in backward, so the most is their sum. Host memory has no 512-byte blocks.
+    They are born in forward and die in backward, so the most is their sum. For a GPU they are pinned, and each takes
+    the next power of two. Source: torch v2.13 aten/src/ATen/core/CachingHostAllocator.h (`PowerOf2Ceil`).
     """
     counts = np.zeros(len(profile.sizes))
     for segment in profile.segments:
         for event in segment.events:
             if len(event) == BIRTH_FIELDS and event[1] == ON_HOST:
                 counts[event[0]] += profile.repeats(segment)
-    kept: Bytes = counts @ (
-        np.asarray(profile.sizes, dtype=np.float64) @ _powers(profile, micro_batches, sequence_tokens)
-    )
+    sizes = np.asarray(profile.sizes, dtype=np.float64) @ _powers(profile, micro_batches, sequence_tokens)
+    if profile.regime.device == "cuda":
+        sizes = 2 ** np.ceil(np.log2(np.maximum(sizes, 1)))
+    kept: Bytes = counts @ sizes
     return kept
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.util
 from collections.abc import Callable
@@ -90,6 +91,7 @@ def measured(model: Any, make_batch: Callable[[], Batch], **arguments: Any) -> i
     return peak
 
 
+@functools.cache
 def traced(name: str, **regime: Any) -> RegimeProfile:
     """Trace a tiny model on a CPU rank in bf16."""
     return trace(name, CONFIGS[name], a_regime(**regime))
@@ -137,6 +139,9 @@ def test_offloaded_checkpoints_are_the_hosts(monkeypatch):
     profile = traced("llama", gradient_checkpointing=True, checkpoint_offload=True)
     assert predicted(profile) == pytest.approx(measured(model, equal), abs=8 * BATCH * TOKENS)
     assert NUM_STEPS * offloaded_bytes(profile, [BATCH], TOKENS)[0] == host.peak_bytes > 0
+    pinned = replace(profile, regime=replace(profile.regime, device="cuda"))
+    each = BATCH * TOKENS * CONFIGS["llama"]["hidden_size"] * 2
+    assert offloaded_bytes(pinned, [BATCH], TOKENS)[0] == profile.num_layers * 2 ** (each - 1).bit_length() > each
 
 
 def test_no_offloaded_activation_reaches_the_devices_allocator():
