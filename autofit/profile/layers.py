@@ -195,28 +195,29 @@ def shallow_depth(kinds: Sequence[Signature]) -> Depth | None:
 
     Its first layers must be the model's first, as a config is cut to them; two layers stand at each end.
     """
-    total = len(kinds)
+    number_of = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
+    numbers = [number_of[kind] for kind in kinds]
     found = [
         depth
-        for period in range(1, min(LONGEST_PERIOD, total // 2) + 1)
-        if (depth := _depth_with(kinds, period)) is not None
+        for period in range(1, min(LONGEST_PERIOD, len(kinds) // 2) + 1)
+        if (depth := _depth_with(numbers, period)) is not None
     ]
     return min(found, key=lambda depth: depth.num_traced, default=None)
 
 
-def _depth_with(kinds: Sequence[Signature], period: int) -> Depth | None:
+def _depth_with(kinds: list[int], period: int) -> Depth | None:
     total, ends = len(kinds), 2
     for traced in range(ends + 2 * period + ends, total):
         if (total - traced) % period:
             continue
         for start in range(ends, traced - 2 * period - ends + 1):
             depth = Depth(num_layers=total, num_traced=traced, start=start, period=period)
-            if [kinds[layer] for layer in depth.real_order()] == list(kinds) and _twins(kinds, depth):
+            if [kinds[layer] for layer in depth.real_order()] == kinds and _twins(kinds, depth):
                 return depth
     return None
 
 
-def _twins(kinds: Sequence[Signature], depth: Depth) -> bool:
+def _twins(kinds: list[int], depth: Depth) -> bool:
     """Whether the next period is like the repeated one, and so are the layers beside each."""
     order = depth.real_order()
     traced = [kinds[order.index(layer)] for layer in range(depth.num_traced)]
