@@ -20,6 +20,8 @@ pytestmark = pytest.mark.slow
 
 PRETENDING_GPUS = Path(__file__).parent / "cpu_fsdp"
 NUM_TOKENS = 128
+HELD_BY_THE_LOOP_BYTES = 2**14
+"""Token ids, labels and losses of the last step, which the loop still names when the step is over."""
 LLAMA = TINY_LLAMA | {"hidden_size": 128, "intermediate_size": 352, "vocab_size": 2000, "num_hidden_layers": 4}
 SCRIPT = TRAIN_SCRIPT.replace("(32,)", f"({NUM_TOKENS},)")
 SCRIPT_WITHOUT_SAVING = SCRIPT.replace("trainer.save_model()", "")
@@ -72,7 +74,7 @@ def test_a_plan_is_in_effect_and_holds_what_was_predicted(
     assert len(ranks) == 2
     assert predicted.peak_allocated_bytes == pytest.approx(max(rank["peak_bytes"] for rank in ranks), rel=0.01)
     after = max(rank["after_step_bytes"] for rank in ranks)
-    assert predicted.after_step_allocated_bytes == pytest.approx(after, rel=0.01)
+    assert predicted.after_step_allocated_bytes == pytest.approx(after, rel=0.01, abs=HELD_BY_THE_LOOP_BYTES)
     assert not saves or saved_parameters(tmp_path / "out") > 0
 
 
