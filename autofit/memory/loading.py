@@ -20,6 +20,10 @@ KEPT_FREE_BYTES = int(1.2 * GIB)
 Source: transformers/modeling_utils.py 5.23, caching_allocator_warmup."""
 FIRST_PEFT_THAT_EMPTIES = (0, 20)
 """peft's `prepare_model_for_kbit_training` empties the cache from this release on. Source: peft/utils/other.py."""
+EIGHT = 8
+"""Bits of LLM.int8()."""
+NF4_BLOCK_ELEMENTS = 64
+"""Weights that share a scale. Source: bitsandbytes 0.50 functional.py, quantize_4bit."""
 BROADCAST_BUCKET_BYTES = 250 * 2**20
 """DDP copies parameters together into buffers of this size to send them. Source: torch/nn/parallel/distributed.py."""
 NUM_BROADCASTS_IN_FLIGHT = 2
@@ -100,7 +104,8 @@ def _load_quantized(program: Program, profile: RegimeProfile, named: list[_Named
 
     What is not packed becomes fp32 afterwards where peft's `prepare_model_for_kbit_training` runs.
     Source: transformers 5.23 modeling_utils.py (caching_allocator_warmup), core_model_loading.py, and
-    integrations/bitsandbytes.py; bitsandbytes 0.50 functional.py, quantize_4bit; peft/utils/other.py.
+    integrations/bitsandbytes.py (Bnb4bitQuantize, Bnb8bitQuantize); bitsandbytes 0.50 functional.py, quantize_4bit;
+    peft/utils/other.py.
     """
     quantization = profile.regime.quantization
     assert quantization is not None, "only a quantised model is loaded so"
@@ -122,9 +127,11 @@ def _load_quantized(program: Program, profile: RegimeProfile, named: list[_Named
             held[id(each)] = program.allocate(halves[id(each)])
             continue
         packed_elements = each.num_bytes * (8 // quantization.bits)
-        source = program.hold([packed_elements * element])
+        # In eight bits the weight goes to the host and back before it is packed, and both copies are there.
+        source = program.hold([packed_elements * element] * (2 if quantization.bits == EIGHT else 1))
         kept = states.get((each.parent, each.layer), [])
-        scales = program.hold([4 * packed_elements // 64]) if quantization.double_quant else []
+        is_nested = quantization.double_quant and quantization.bits != EIGHT
+        scales = program.hold([4 * packed_elements // NF4_BLOCK_ELEMENTS]) if is_nested else []
         program.hold([*(state.num_bytes for state in kept[:1]), each.num_bytes])
         program.hold(state.num_bytes for state in kept[1:])
         program.drop([*scales, *source])
