@@ -16,8 +16,10 @@ from autofit.memory.tensors import Tensor
 from autofit.runtime.live_bytes import LiveBytes
 from autofit.spec.configuration import Optim
 
-SHAPES = [(512, 256), (63,), (64, 64), (4095,), (1000, 100), (300, 333), (8, 30, 40)]
-"""Below, at and above the bounds of 4,096 and 100,000 elements, some that 256 does not divide, and one of experts."""
+SHAPES = [(512, 256), (64, 64), (1000, 100), (300, 333), (8, 30, 40), (63,), (4095,)]
+"""Below, at and above the bounds of 4,096 and 100,000 elements, some that 256 does not divide, and one of experts.
+
+Vectors last, as the Trainer's groups have them."""
 QMAP = "qmap"
 """bitsandbytes' code tables: made once and shared by every tensor."""
 DTYPES = [torch.float32, torch.bfloat16]
@@ -66,6 +68,11 @@ def unrounded(name: Optim, made: Parameters, device: Any) -> int:
     return sum(step_frame(name, [described(p) for p in made], device).at_peak)
 
 
+def as_trainer_groups(made: Parameters) -> Any:
+    """Put vectors in a second group, as the Trainer does with norms and biases."""
+    return [{"params": [p for p in made if p.dim() > 1]}, {"params": [p for p in made if p.dim() == 1]}]
+
+
 def assert_state_is_as_said(name: Optim, optimizer: Any, made: Parameters) -> None:
     """Compare the state of every tensor, wherever it lives."""
     for parameter in made:
@@ -104,6 +111,15 @@ def test_state_and_step_are_those_of_the_real_optimizer(name, device, make, dtyp
     assert step_temporary(optimizer) == unrounded(name, made, device)
     if name != "sgd":  # keeps a None
         assert_state_is_as_said(name, optimizer, made)
+
+
+@pytest.mark.parametrize("case", [("adamw_torch", "cpu"), ("rmsprop", "cpu"), ("adagrad", "cpu"), ("adafactor", "cpu")])
+def test_neighbours_are_those_of_the_trainers_groups(case):
+    """What is left of the tensor before is of a matrix, though vectors lie between in the model."""
+    make = next(make for name, device, make in TORCH if (name, device) == case)
+    made = parameters(shapes=[(100, 90), (50,), (300, 333), (50,), (100, 100), (50,), (400, 300), (50,), (2, 2)])
+    name, device = case
+    assert step_temporary(make(as_trainer_groups(made))) == unrounded(name, made, device)
 
 
 def test_a_gpu_holds_no_step_counts_but_fused_ones():
