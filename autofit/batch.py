@@ -90,7 +90,7 @@ def _read(row: Row | InputError, *, allow_hub: bool) -> Case | bytes:
     try:
         case = read_case(row, allow_hub=allow_hub)
         _refuse_impossible(case)
-    except AutofitError as error:
+    except Exception as error:  # noqa: BLE001 - a row of the wrong kinds must not lose the others
         return _refused(row.get("id"), error)
     return case
 
@@ -103,8 +103,9 @@ def _refuse_impossible(case: Case) -> None:
         raise InputError(f"{rule.reason} ({rule.name}: {rule.library} {rule.releases}).", to_fix="correct the row")
 
 
-def _refused(row_id: Any, error: AutofitError) -> bytes:
-    return msgspec.json.encode({"id": row_id, "refused": error.message})
+def _refused(row_id: Any, error: Exception) -> bytes:
+    reason = error.message if isinstance(error, AutofitError) else f"{type(error).__name__}: {error}"
+    return msgspec.json.encode({"id": row_id, "refused": reason})
 
 
 def _key(model: Model) -> str:
@@ -158,16 +159,19 @@ def _estimate(task: _Task) -> dict[int, bytes]:
     cases = task.cases.values()
     tokens = next(iter(cases)).workload.sequence_tokens
     batches = sorted({case.configuration.per_device_train_batch_size for case in cases})
-    model = MemoryModel(task.profile, tokens, batches)
+    try:
+        refuse_length(task.profile, tokens)
+        model = MemoryModel(task.profile, tokens, batches)
+    except Exception as error:  # noqa: BLE001 - as below
+        return {number: _refused(case.id, error) for number, case in task.cases.items()}
     return {number: _answer(case, model, task) for number, case in task.cases.items()}
 
 
 def _answer(case: Case, model: MemoryModel, task: _Task) -> bytes:
     try:
-        refuse_length(task.profile, case.workload.sequence_tokens)
         memory = model.estimate(case.configuration, case.cluster, replays=task.replays)
         time = TimeModel(task.profile, case.cluster, case.workload).time(case.configuration)
-    except AutofitError as error:
+    except Exception as error:  # noqa: BLE001 - what goes wrong with one row must not lose the others
         return _refused(case.id, error)
     return msgspec.json.encode({"id": case.id, "memory": memory, "time": time})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -280,7 +281,7 @@ def print_batch(path: Path, *, replay: bool, allow_hub: bool) -> None:
     rows = read_rows(text.splitlines())
     with tracing() as progress:
         for line in estimate_rows(rows, replays=replay, allow_hub=allow_hub, progress=progress):
-            sys.stdout.write(line.decode() + "\n")
+            typer.echo(line)
 
 
 @app.command(cls=SectionedCommand)
@@ -480,7 +481,13 @@ def print_json(document: Plan | Explanation | InferenceEstimate | dict[str, Any]
 def main() -> None:
     """Run the command line and end the process with its exit code."""
     gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS)
-    sys.exit(run(sys.argv[1:]))
+    try:
+        code = run(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has enough; what is still buffered must not be written at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:

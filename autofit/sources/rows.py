@@ -76,6 +76,9 @@ def read_case(row: Row, *, allow_hub: bool = False) -> Case:
     for name in REQUIRED:
         if row.get(name) is None:
             raise InputError(f"the row has no {name}.", to_fix=f"give {', '.join(REQUIRED)}")
+    for name in ("model", "gpus"):
+        if not isinstance(row[name], str):
+            raise InputError(f"the row's {name} is {row[name]!r}.", to_fix="give a text")
     cluster, model = _cluster(row["gpus"]), _model(row["model"], allow_hub)
     restrictions = read_restrictions(row, cluster)
     accumulation = _number(row, "gradient_accumulation_steps", 1)

@@ -43,10 +43,11 @@ def answers(result):
 
 def test_every_row_is_answered_in_order(autofit, rows_file):
     """What cannot be estimated is refused in its place with the reason; the rest of the file is not lost."""
-    path = rows_file(ROW | {"id": "a", "gpus": "1xH900"}, "{", "", "[1]", ROW | {"id": "b", "optimizer": "sgdd"})
+    bad = (ROW | {"id": "a", "gpus": "1xH900"}, "{", "", "[1]", ROW | {"id": "b", "optimizer": "sgdd"})
+    path = rows_file(*bad, ROW | {"id": ["c"], "model": {}})
     found = answers(autofit("estimate", "--batch", path))
-    assert [answer["id"] for answer in found] == ["a", None, None, "b"]
-    reasons = ("H900", "line 2 is not JSON", "line 4 is not a JSON object", "sgdd")
+    assert [answer["id"] for answer in found] == ["a", None, None, "b", ["c"]]
+    reasons = ("H900", "line 2 is not JSON", "line 4 is not a JSON object", "sgdd", "model is {}")
     assert all(reason in answer["refused"] for answer, reason in zip(found, reasons, strict=True))
 
 
