@@ -230,11 +230,20 @@ def _partition_elements(run: Run) -> int:
 
 def _in_first_step(phase: Phase, run: Run) -> int:
     if phase.name == "optimizer_step":
-        return phase.bytes
-    without = phase.bytes - phase.terms.get("optimizer_state", 0) - phase.terms.get("gathered_weights", 0)
+        return _first_update(phase, run)
+    missing = ("optimizer_state", "gathered_weights", "outputs")
+    without = phase.bytes - sum(phase.terms.get(term, 0) for term in missing)
     if "gathered_weights" not in phase.terms or phase.name == "loss_backward":
         return without
     return without + max((t.num_bytes for t in run.parameters), default=0)
+
+
+def _first_update(phase: Phase, run: Run) -> int:
+    """The last of the step's moments is the update, which makes the state; those before it have none."""
+    state = run.plan.resident.get("optimizer_state", 0)
+    inputs = phase.terms.get("batch", 0) + phase.terms.get("outputs", 0)
+    *before, update = (sum(held.values()) for held in run.plan.step)
+    return run.always_bytes + inputs + max(update, *(held - state for held in before), -state)
 
 
 def evaluation(run: Run) -> Stage:

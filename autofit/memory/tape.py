@@ -123,7 +123,7 @@ def kept_outputs_bytes(profile: RegimeProfile, micro_batches: npt.ArrayLike, seq
     kept: Bytes = np.zeros(sizes.shape[1])
     if profile.regime.keeps_outputs:
         for event in profile.segments[-1].events:
-            if len(event) > BIRTH_FIELDS and event[1] != ON_HOST:
+            if len(event) > BIRTH_FIELDS and event[1] not in {ON_HOST, GRADIENT}:
                 kept = kept + sizes[event[0]] * _num_meant(profile, profile.segments[-1], event)
     return kept
 

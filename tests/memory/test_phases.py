@@ -65,7 +65,8 @@ def a_run(configuration: Configuration, *, on_cpu: bool = False) -> Run:
 
 def a_choice(sharding: str = "ddp", **changes: object) -> Configuration:
     """Eight processes that load bf16."""
-    return a_configuration(sharding=sharding, num_processes=8, weights_dtype="bfloat16", optim="adamw_torch", **changes)
+    values = {"optim": "adamw_torch", **changes}
+    return a_configuration(sharding=sharding, num_processes=8, weights_dtype="bfloat16", **values)
 
 
 def test_every_process_of_a_node_loads_its_own_copy():
@@ -96,17 +97,28 @@ def test_deepspeed_flattens_weights_beside_themselves():
 def test_the_first_step_finds_no_state():
     """Its forward and backward lack the optimizer's state and, before DeepSpeed knows the order, gathered weights."""
     run = a_run(a_choice("zero3"))
-    assert first_step(run).device_bytes == PEAK
     backward = replace(run, phases=run.phases[:1])
     assert first_step(backward).device_bytes == PEAK - 40 - 900_000
+
+
+def test_the_first_update_makes_the_state():
+    """What the step takes before it, gradients copied and cast, meets none yet."""
+    run = a_run(a_choice("zero3", optim="adamw_torch_fused"))
+    update = replace(run, phases=run.phases[1:])
+    *before, last = (sum(held.values()) for held in run.plan.step)
+    assert max(before) > last
+    state = run.plan.resident["optimizer_state"]
+    expected = run.always_bytes + max(last, max(before) - state)
+    assert first_step(update).device_bytes == expected < run.always_bytes + max(before)
 
 
 def test_offloaded_moments_are_made_in_the_first_step():
     """On a CPU rank, where the host counts, backward comes before them."""
     run = a_run(a_choice("zero2", offload="optimizer"), on_cpu=True)
-    backward = replace(run, phases=run.phases[:1])
+    backward, update = (replace(run, phases=(phase,)) for phase in run.phases)
     moments = 8 * NUM_PARAMS // 8
-    assert first_step(run).device_bytes - first_step(backward).device_bytes == moments + 40 + 900_000
+    assert first_step(update).device_bytes == run.always_bytes + run.plan.host
+    assert first_step(backward).device_bytes == PEAK - 40 - 900_000 + run.plan.host - moments
 
 
 def test_stages_1_and_2_copy_the_model_in_every_process_to_save_it():
