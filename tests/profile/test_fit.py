@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -11,9 +12,11 @@ from hypothesis import strategies as st
 from autofit.profile.fit import StructureDiffersError, evaluate, fit, inverse
 from autofit.profile.recorder import RawSegment
 from autofit.profile.trace import fold, trace_points
+from autofit.profile.windows import lengths_to_trace
 
 COEFFICIENTS = st.lists(st.integers(0, 2**40), min_size=6, max_size=6)
-POINTS = trace_points(None)
+LENGTHS = (256, 512, 1024)
+POINTS = trace_points(LENGTHS)
 
 
 def bytes_at(coefficients: list[int], point: tuple[int, int]) -> int:
@@ -30,10 +33,20 @@ def test_a_polynomial_is_recovered_from_its_values(coefficients, batch, tokens):
     assert evaluate(found, (batch, tokens)) == pytest.approx(bytes_at(coefficients, (batch, tokens)), rel=1e-12)
 
 
+@given(st.lists(st.integers(0, 2**40), min_size=3, max_size=3), st.integers(1, 8192))
+def test_three_lengths_of_one_row_determine_what_only_the_length_does(coefficients, tokens):
+    """A packed row is traced at three lengths: its terms in 1, s and s² come back, and none in b."""
+    constant, linear, square = coefficients
+    points = trace_points(LENGTHS, one_row=True)
+    found = fit(inverse(points), [constant + linear * s + square * s * s for _, s in points])
+    assert found == (constant, 0, linear, 0, square, 0)
+    assert evaluate(found, (1, tokens)) == pytest.approx(constant + linear * tokens + square * tokens**2, rel=1e-12)
+
+
 @pytest.mark.parametrize("max_tokens", [None, 131072, 2048, 1024, 512, 128])
 def test_the_traced_sizes_determine_a_polynomial_and_fit_the_model(max_tokens):
     """Whatever the model's longest sequence is, the sizes determine six coefficients and none is longer."""
-    points = trace_points(max_tokens)
+    points = trace_points(lengths_to_trace(SimpleNamespace(max_position_embeddings=max_tokens), None).traced)
     inverse(points)
     assert max(tokens for _, tokens in points) <= (max_tokens or 1024)
 
