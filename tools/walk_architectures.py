@@ -2,11 +2,12 @@
 
     python tools/walk_architectures.py                    every type of every task, to docs/architectures.md
     python tools/walk_architectures.py --only llama,bert  a few, printed
+    python tools/walk_architectures.py --rows FILE        goes on where an earlier walk with that file stopped
 
 Configs are each config class's defaults with a few layers: fake tensors have no memory, so that widths, vocabularies
 and experts stay what they are. A type is traced where a training step (full fine-tuning in bf16 on a GPU, two lengths)
 runs and has the same operators at both; attention is sdpa, or eager where the class has no sdpa.
-"""
+"""  # noqa: INP001 - a script, not a module
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ from autofit.spec.profile import Regime
 
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
 BEGIN, END = "<!-- walk: begin -->", "<!-- walk: end -->"
-NUM_LAYERS = 4
+NUM_LAYERS = 2
 NUM_SEQUENCES = 2
 SHORT_POINTS = ((2, 8), (2, 16))
 MISSING: dict[str, dict[str, Any]] = {
@@ -130,19 +131,21 @@ def page(rows: Sequence[Row]) -> str:
     lines = [
         f"transformers {transformers.__version__}.",
         "",
-        "| head | types registered | traced | share |",
-        "| --- | --- | --- | --- |",
+        "| head | types registered | tried | traced | share of those tried |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for head in heads:
         mine = [row for row in rows if row.head == head]
         traced = sum(row.traced for row in mine)
-        lines.append(f"| {head} | {len(mine)} | {traced} | {traced / len(mine):.0%} |")
+        lines.append(f"| {head} | {len(registered(head))} | {len(mine)} | {traced} | {traced / len(mine):.0%} |")
     for head in heads:
         mine = [row for row in rows if row.head == head]
         lines += ["", f"### {head}", ""]
         for attention in ("sdpa", "eager"):
             names = [f"`{row.model_type}`" for row in mine if row.traced and row.attention == attention]
             lines += [f"Traced with {attention} attention: {', '.join(names)}.", ""] if names else []
+        untried = [f"`{name}`" for name in registered(head) if name not in {row.model_type for row in mine}]
+        lines += [f"Not tried: {', '.join(untried)}.", ""] if untried else []
         refused = [row for row in mine if not row.traced]
         if refused:
             lines += ["| refused | why |", "| --- | --- |"]
@@ -168,22 +171,27 @@ def main() -> int:
     parser.add_argument("--only", help="model types, separated by commas: print them, and write no page")
     parser.add_argument("--heads", help="heads, separated by commas; by default all")
     parser.add_argument("--rows", type=Path, help="file of rows: those in it are not walked again")
+    parser.add_argument("--page-only", action="store_true", help="write the page from the file of rows; walk nothing")
     given = parser.parse_args()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     known = [Row(**json.loads(line)) for line in given.rows.read_text().splitlines()] if _exists(given.rows) else []
     rows = list(known)
+    if given.page_only:
+        write_page(sorted(rows, key=lambda row: row.model_type))
+        return 0
     done = {(row.head, row.model_type) for row in known}
     for head in given.heads.split(",") if given.heads else get_args(Head):
         types = given.only.split(",") if given.only else registered(head)
         for row in walk(head, [name for name in types if (head, name) not in done]):
             rows.append(row)
-            print(f"{row.head:24} {row.model_type:28} {row.attention:6} {row.reason or 'traced'}", flush=True)
+            sys.stdout.write(f"{row.head:24} {row.model_type:28} {row.attention:6} {row.reason or 'traced'}\n")
+            sys.stdout.flush()
             if given.rows:
                 with given.rows.open("a") as file:
                     file.write(json.dumps(asdict(row)) + "\n")
     if not given.only:
-        write_page(rows)
+        write_page(sorted(rows, key=lambda row: row.model_type))
     return 0
 
 

@@ -292,10 +292,12 @@ def the_walk() -> Any:
 
 @pytest.mark.slow
 def test_the_page_says_what_a_walk_finds():
-    """Every twelfth causal type is traced or refused as docs/architectures.md says."""
+    """Every twelfth causal type is traced or refused as docs/architectures.md says, if it says anything of it."""
     tool = the_walk()
     page = tool.PAGE.read_text(encoding="utf-8").split("### causal-lm")[1].split("###")[0]
-    refused = page.partition("| refused | why |")[2]
-    for row in tool.walk("causal-lm", tool.registered("causal-lm")[::12]):
-        assert f"`{row.model_type}`" in page
-        assert row.traced == (f"`{row.model_type}`" not in refused), row
+    traced, _, refused = page.partition("| refused | why |")
+    traced, _, untried = traced.partition("Not tried:")
+    sample = [name for name in tool.registered("causal-lm")[::12] if f"`{name}`" not in untried]
+    assert sample
+    for row in tool.walk("causal-lm", sample):
+        assert f"`{row.model_type}`" in (traced if row.traced else refused), row
