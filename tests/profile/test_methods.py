@@ -27,6 +27,7 @@ FEW_TOKENS = (2, 16)
 """So few that weights and gradients matter more than activations."""
 TIED = {**CONFIGS["qwen3"], "num_hidden_layers": 3}
 APART = {**CONFIGS["llama"], "num_hidden_layers": 3}
+SMALL_TABLES = {**APART, "num_hidden_layers": 4, "vocab_size": 64}
 TOLERANCE = 0.003
 """Scalars and masks that libraries make beside the step."""
 
@@ -271,8 +272,8 @@ def test_lomo_never_holds_all_gradients():
     """
     lomo = pytest.importorskip("lomo_optim")
     regime = a_regime()
-    profile = trace("a small model", APART, regime)
-    model = real_model(APART, regime, Path())
+    profile = trace("a small model", SMALL_TABLES, regime)
+    model = real_model(SMALL_TABLES, regime, Path())
     model.train()
     optimizer = lomo.Lomo(model)
     with LiveBytes() as live:
@@ -286,7 +287,7 @@ def test_lomo_never_holds_all_gradients():
             del loss
     real = held(model) + live.peak_bytes - live.now_bytes
     assert real <= estimate(profile, "lomo") <= 1.15 * real
-    assert 1.2 * real < estimate(profile, "sgd")
+    assert 1.1 * real < estimate(profile, "sgd")
 
 
 def estimate(profile: RegimeProfile, optim: Optim) -> int:
