@@ -14,7 +14,7 @@ MAX_RUNGS = 5
 MIN_DESCENT_FRACTION = 0.05
 """How much less a rung needs than the one before, unless it is the only one: a smaller step would not be worth the
 minutes that loading the model again takes."""
-SIMPLEST_FIRST: tuple[Sharding, ...] = ("none", "ddp", "zero1", "zero2", "zero3", "fsdp2")
+SIMPLEST_FIRST: tuple[Sharding, ...] = ("none", "ddp", "zero1", "zero2", "zero3", "fsdp2", "fsdp1")
 PLAINEST_FIRST: tuple[Optim, ...] = (
     "adamw_torch_fused",
     "adamw_torch",

@@ -39,5 +39,6 @@ def step_traffic_bytes(totals: ParameterTotals, configuration: Configuration) ->
         "zero1": 2 * shard,
         "zero2": (num_micro_steps + 1) * shard,
         "zero3": num_micro_steps * (2 * whole + shard),
+        "fsdp1": num_micro_steps * (2 * whole + shard),
         "fsdp2": num_micro_steps * (2 * whole + shard),
     }[configuration.sharding]
