@@ -206,8 +206,8 @@ def _preparing_zero3(run: Run) -> Stage:
 def first_step(run: Run) -> Stage:
     """The first optimizer step: its forward and backward find no optimizer state.
 
-    Under stage 3 DeepSpeed does not know the order of layers yet: it gathers one module's weights at a time, and frees
-    all after use, those that it will keep whole as well.
+    Under stage 3 DeepSpeed does not know the order of layers yet: in the first micro-step it gathers one module's
+    weights at a time, and frees all after use, those that it will keep whole as well.
     Source: deepspeed/runtime/zero/partitioned_param_coordinator.py 0.19.8 (`is_complete_trace`).
     """
     moments = _offloaded_moments(run)
@@ -231,8 +231,10 @@ def _partition_elements(run: Run) -> int:
 def _in_first_step(phase: Phase, run: Run) -> int:
     if phase.name == "optimizer_step":
         return _first_update(phase, run)
-    missing = ("optimizer_state", "gathered_weights", "outputs")
-    without = phase.bytes - sum(phase.terms.get(term, 0) for term in missing)
+    without = phase.bytes - phase.terms.get("optimizer_state", 0) - phase.terms.get("outputs", 0)
+    if run.configuration.gradient_accumulation_steps > 1:
+        return without
+    without -= phase.terms.get("gathered_weights", 0)
     if "gathered_weights" not in phase.terms or phase.name == "loss_backward":
         return without
     return without + max((t.num_bytes for t in run.parameters), default=0)

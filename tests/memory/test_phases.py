@@ -96,9 +96,9 @@ def test_deepspeed_flattens_weights_beside_themselves():
 
 def test_the_first_step_finds_no_state():
     """Its forward and backward lack the optimizer's state and, before DeepSpeed knows the order, gathered weights."""
-    run = a_run(a_choice("zero3"))
-    backward = replace(run, phases=run.phases[:1])
-    assert first_step(backward).device_bytes == PEAK - 40 - 900_000
+    once, twice = (a_run(a_choice("zero3", gradient_accumulation_steps=steps)) for steps in (1, 2))
+    assert first_step(replace(once, phases=once.phases[:1])).device_bytes == PEAK - 40 - 900_000
+    assert first_step(replace(twice, phases=twice.phases[:1])).device_bytes == PEAK - 40
 
 
 def test_the_first_update_makes_the_state():
@@ -114,7 +114,7 @@ def test_the_first_update_makes_the_state():
 
 def test_offloaded_moments_are_made_in_the_first_step():
     """On a CPU rank, where the host counts, backward comes before them."""
-    run = a_run(a_choice("zero2", offload="optimizer"), on_cpu=True)
+    run = a_run(a_choice("zero2", offload="optimizer", gradient_accumulation_steps=1), on_cpu=True)
     backward, update = (replace(run, phases=(phase,)) for phase in run.phases)
     moments = 8 * NUM_PARAMS // 8
     assert first_step(update).device_bytes == run.always_bytes + run.plan.host
