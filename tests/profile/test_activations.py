@@ -157,7 +157,7 @@ def test_checkpoints_of_a_kind_that_the_release_lacks_are_refused(monkeypatch):
     """A transformers that knows only `gradient_checkpointing_enable` cannot skip layers."""
     monkeypatch.delattr(transformers.PreTrainedModel, "activation_checkpointing_enable")
     with pytest.raises(InputError, match="every_n_layers"):
-        traced("llama", gradient_checkpointing=True, checkpoint_every_n_layers=2)
+        traced.__wrapped__("llama", gradient_checkpointing=True, checkpoint_every_n_layers=2)
 
 
 def test_dropout_keeps_its_masks():
@@ -412,7 +412,12 @@ def evaluate(*, keeps_logits: bool, num_batches: int, mixed: bool, folder: str) 
 
 
 @pytest.mark.parametrize(
-    ("mixed", "keeps_logits", "num_batches"), [(True, True, 5), (False, False, 3), (False, True, 2)]
+    ("mixed", "keeps_logits", "num_batches"),
+    [
+        (True, True, 5),
+        pytest.param(False, False, 3, marks=pytest.mark.slow),
+        pytest.param(False, True, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_an_evaluation_takes_what_trainers_takes(mixed, keeps_logits, num_batches, tmp_path):
     """The real Trainer's evaluation is predicted within 1 %, and bounded from a training step's tape."""
