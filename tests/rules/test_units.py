@@ -44,7 +44,7 @@ AS_THE_FIELD_SPELLS_IT = {
     "checkpoint_every_n_layers",
     "compute_capability",
 }
-WITHOUT_A_UNIT = {"schema_version", "rank", "layer", "rows", "zero_stage"}
+WITHOUT_A_UNIT = {"schema_version", "rank", "layer", "columns", "rows", "zero_stage"}
 CONTAINERS_WITH_THEIR_OWN_KEYS = {"terms", "sizes", "events"}
 SPELT_AS_DEEPSPEED_DOES = {"DeepSpeedSettings"}
 
