@@ -145,6 +145,10 @@ class Addition:
 ADDITIONS: dict[str, tuple[Addition, ...]] = {
     "foundation-model-stack/fms-acceleration": (
         Addition(
+            fields={"use_reentrant": True},
+            because="transformers 4.45 and 4.48 modeling_utils.py, gradient_checkpointing_enable, without arguments",
+        ),
+        Addition(
             fields={"lora_dropout": 0.1, "lora_alpha": 16},
             applies=lambda row: row["method"] != "full",
             because="scripts/benchmarks/scenarios*.yaml",
