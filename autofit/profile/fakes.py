@@ -107,17 +107,25 @@ def _yes(*_args: Any, **_kwargs: Any) -> bool:
 
 @contextmanager
 def masks_without_holes() -> Iterator[None]:
-    """Let transformers find every mask full, as it does where all sequences are of one length: it reads the values."""
-    module = sys.modules.get("transformers.masking_utils")
-    if not hasattr(module, "fast_all"):
-        yield
-        return
-    real = module.fast_all  # type: ignore[union-attr]
-    module.fast_all = _yes  # type: ignore[union-attr]
+    """Let transformers find every mask full, as it does where all sequences are of one length: it reads the values.
+
+    Source: transformers/masking_utils.py 5.23, fast_all and _ignore_bidirectional_mask_sdpa.
+    """
+    module: Any = sys.modules.get("transformers.masking_utils")
+    names = [name for name in ("fast_all", "_ignore_bidirectional_mask_sdpa") if hasattr(module, name)]
+    real = {name: getattr(module, name) for name in names}
+
+    def ignored(_mask: Any, *args: Any, **kwargs: Any) -> bool:
+        return bool(real["_ignore_bidirectional_mask_sdpa"](None, *args, **kwargs))
+
+    for name, new in (("fast_all", _yes), ("_ignore_bidirectional_mask_sdpa", ignored)):
+        if name in real:
+            setattr(module, name, new)
     try:
         yield
     finally:
-        module.fast_all = real  # type: ignore[union-attr]
+        for name, old in real.items():
+            setattr(module, name, old)
 
 
 @contextmanager
