@@ -8,7 +8,7 @@ from typing import Any
 
 USUAL_LENGTHS = (256, 512, 1024)
 _CHUNK = re.compile(r"^(?!attention).*chunk_size")
-_WINDOW = re.compile(r"window|attention_chunk|local_attention")
+_WINDOW = re.compile(r"^(?!.*(?:pattern|layers)).*(?:window|attention_chunk|local_attention)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,9 +57,8 @@ def _three(low: int, high: int | None, longest: int | None) -> tuple[int, ...]:
     if not low and high:
         quarter = (high + 1) // 4  # of a window of a power of two a whole number of kernels' blocks
         return (quarter, 2 * quarter, high if high % quarter == 0 else 3 * quarter)
-    top = max(high or 0, low + 3) if high and high < 4 * low else 4 * low
-    if longest and longest > low:
-        top = min(top, longest)
+    limits = [limit for limit in (high, longest) if limit is not None and limit >= low + len(USUAL_LENGTHS)]
+    top = min([max(4 * low, USUAL_LENGTHS[-1]), *limits])
     return (low + (top - low) // 4, low + (top - low) // 2, top)
 
 

@@ -21,7 +21,7 @@ from autofit.profile.layers import Depth, shallow_depth
 from autofit.profile.recorder import Recorder
 from autofit.profile.tasks import task_of
 from autofit.profile.trace import trace
-from autofit.profile.windows import lengths_to_trace
+from autofit.profile.windows import lengths_to_trace, windows
 from autofit.spec.configuration import Lora, Quantization
 from tests.profile.tiny import a_regime, every_layer_traced, highest_alive
 
@@ -190,6 +190,15 @@ def test_each_side_of_a_window_is_traced_for_itself():
     assert max(above.traced) <= 32768
     narrow = AutoConfig.for_model("gemma3_text", sliding_window=512)
     assert lengths_to_trace(narrow, 511).traced == (128, 256, 384)
+    assert lengths_to_trace(narrow, 511).min_sequence_tokens == 1
+    assert min(lengths_to_trace(narrow, 512).traced) >= 512
+
+
+def test_what_counts_layers_is_no_window():
+    """Qwen2's `max_window_layers` and Gemma's `sliding_window_pattern` are numbers of layers."""
+    for model_type in ("qwen2", "gemma3_text"):
+        config = AutoConfig.for_model(model_type)
+        assert all(length >= 1024 for length in windows(config)), model_type
 
 
 def test_a_model_without_windows_is_traced_for_every_length():
