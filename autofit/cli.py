@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from autofit.api import Explanation, InferenceEstimate, Progress
     from autofit.plan import Plan
     from autofit.sources.script import Overrides
+    from autofit.spec.job import Job
 
 
 OBJECTS_BETWEEN_COLLECTIONS = 200_000
@@ -162,7 +164,27 @@ def plan_for_script(script: Path, arguments: Sequence[str], gpus: str, said: Ove
     with discovery_display(side_console(), script):
         discovered = discover(script, arguments, allow_hub=allow_hub)
     job = job_from_discovery(discovered, cluster, said, script=script, arguments=arguments)
-    return solve_job(job, cluster, tracing)
+    return solve_job(with_allocator_of(os.environ, job), cluster, tracing)
+
+
+def with_allocator_of(environment: Mapping[str, str], job: Job) -> Job:
+    """Plan with the allocator's options that the user's environment sets, and name them among what was found.
+
+    Raises:
+        InputError: the environment contradicts itself, or sets an option that is not modelled.
+    """
+    from autofit.memory.alloc_conf import user_setting
+
+    setting = user_setting(environment)
+    if setting is None:
+        return job
+    restrictions = replace(
+        job.restrictions,
+        expandable_segments=setting.expandable_segments,
+        max_split_size_mb=setting.max_split_size_mb,
+    )
+    said = f"{setting.text} (the environment's {setting.variable})"
+    return replace(job, restrictions=restrictions, found={**job.found, "allocator": said})
 
 
 def new_run_folder(script: Path) -> Path:

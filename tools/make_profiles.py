@@ -1,8 +1,8 @@
 """Makes the profiles that are shipped: `python tools/make_profiles.py [MODEL ...]`, with the pinned libraries.
 
 For the models people ask for most, every regime that an unrestricted plan needs on one and on eight bf16 GPUs, on an
-fp16 GPU and on two CPU ranks; for the rest of the catalogue, what one bf16 GPU needs. A second for each regime and core:
-about half an hour for all on two cores.
+fp16 GPU and on two CPU ranks; for the rest of the catalogue, what one bf16 GPU needs. Seconds for each regime:
+about an hour for all on two cores.
 """  # noqa: INP001 - a script, not a module
 
 from __future__ import annotations

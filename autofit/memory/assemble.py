@@ -27,7 +27,9 @@ PHASE_NAMES = {"layer": "layer_forward", "head": "head_and_loss"}
 FORWARD_NAMES = ("embedding", "layer", "head")
 TOKEN_ID_BYTES = 8
 NUM_INPUT_TENSORS = {"equal": (2, 1), "padded": (3, 2), "packed": (3, 2)}
-"""Ids, labels, and a mask or positions; of these, as many as the trace makes itself (ids are its labels). Trainer moves those of all micro-steps to the device before the first.
+"""Ids, labels, and a mask or positions; of these, as many as the trace makes itself (ids are its labels).
+
+Trainer moves those of all micro-steps to the device before the first.
 Source: transformers/trainer.py, get_batch_samples."""
 
 

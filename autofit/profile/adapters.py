@@ -12,6 +12,7 @@ from autofit.errors import InputError
 from autofit.profile.dtypes import DTYPES
 from autofit.profile.layers import layer_stacks
 from autofit.profile.quantized import quantize, unpacking_as_an_operator
+from autofit.profile.tasks import Head, task_of
 from autofit.spec.configuration import Freeze, Lora
 from autofit.spec.profile import Regime
 
@@ -32,7 +33,7 @@ def apply_method(model: nn.Module, regime: Regime) -> nn.Module:
         )
     if regime.lora is not None:
         with unpacking_as_an_operator():
-            return adapt(model, regime.lora, DTYPES[regime.adapter_dtype])
+            return adapt(model, regime.lora, DTYPES[regime.adapter_dtype], task_of(model.config, regime.task))
     if regime.freeze is not None:
         freeze(model, regime.freeze, checkpoints_reentrantly=regime.gradient_checkpointing and regime.use_reentrant)
     return model
@@ -59,9 +60,20 @@ def _is_int8(regime: Regime) -> bool:
     return regime.quantization is not None and regime.quantization.bits == 8
 
 
-def adapt(model: nn.Module, lora: Lora, dtype: torch.dtype) -> nn.Module:
+_PEFT_TASKS: dict[Head, str | None] = {
+    "causal-lm": "CAUSAL_LM",
+    "image-text-to-text": "CAUSAL_LM",
+    "seq2seq-lm": "SEQ_2_SEQ_LM",
+    "sequence-classification": "SEQ_CLS",
+    "masked-lm": None,
+}
+"""peft/utils/peft_types.py, TaskType; it has none for masked language."""
+
+
+def adapt(model: nn.Module, lora: Lora, dtype: torch.dtype, task: Head = "causal-lm") -> nn.Module:
     """Put peft's own LoRA modules on the model.
 
+    peft trains the head of a classifier whole, as it does for the task type that such scripts name.
     What is trained whole beside them (`modules_to_save`) is a copy in the dtype of the original, which stays.
     Source: peft/utils/other.py, ModulesToSaveWrapper.
 
@@ -80,7 +92,7 @@ def adapt(model: nn.Module, lora: Lora, dtype: torch.dtype) -> nn.Module:
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         modules_to_save=list(lora.modules_to_save) or None,
-        task_type="CAUSAL_LM",
+        task_type=_PEFT_TASKS[task],
     )
     try:
         adapted: nn.Module = get_peft_model(model, config)

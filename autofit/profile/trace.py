@@ -71,7 +71,8 @@ def trace(
         InputError: the installed libraries cannot build or run the model, or its step is no tape of fixed structure.
     """
     whole = load_config(config, None, regime)
-    lengths = lengths_to_trace(text_config(whole), sequence_tokens)
+    masks_windows = regime.attention != "flash_attention_2"
+    lengths = lengths_to_trace(text_config(whole), sequence_tokens, masks_windows=masks_windows)
     points = trace_points(lengths.traced, one_row=regime.masks_one_row)
     tape = _shallow_tape(config, whole, regime, points, progress) or _whole_tape(whole, regime, points, progress)
     return RegimeProfile(

@@ -20,7 +20,7 @@ class Lengths:
     max_sequence_tokens: int | None
 
 
-def lengths_to_trace(config: Any, sequence_tokens: int | None) -> Lengths:
+def lengths_to_trace(config: Any, sequence_tokens: int | None, *, masks_windows: bool = True) -> Lengths:
     """Choose three lengths on the same side of each of a config's windows as the sequences that are planned.
 
     A sequence as long as a window is masked by it (transformers/masking_utils.py 5.23, _ignore_causal_mask_sdpa).
@@ -30,12 +30,13 @@ def lengths_to_trace(config: Any, sequence_tokens: int | None) -> Lengths:
     Args:
         config: of the language model.
         sequence_tokens: what is planned; None: the lengths around 1,024.
+        masks_windows: whether attention builds a mask for a window; flash-attn takes the window's width instead.
     """
     longest = getattr(config, "max_position_embeddings", None)
     chunk = max(_lengths(config, _CHUNK), default=0)
     longest = longest if isinstance(longest, int) and longest > 0 else None
     planned = sequence_tokens or min(USUAL_LENGTHS[-1], longest or USUAL_LENGTHS[-1])
-    limits = windows(config)
+    limits = windows(config) if masks_windows else []
     low = max([limit for limit in limits if limit <= planned], default=0)
     if chunk >= USUAL_LENGTHS[0] and not limits:
         return Lengths(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import platform
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from autofit.errors import InputError
+from autofit.memory.alloc_conf import expandable_segments_problem
 from autofit.memory.assemble import MemoryModel
 from autofit.spec.configuration import Configuration
 from autofit.spec.estimate import MemoryEstimate, TimeEstimate
@@ -116,6 +119,13 @@ class Evaluator:
         self._times: dict[Regime, TimeModel] = {}
         self._memories: dict[Regime, MemoryModel] = {}
         self._replays: dict[Configuration, MemoryEstimate] = {}
+
+    @property
+    def can_grow_segments(self) -> bool:
+        """Whether the devices can have `expandable_segments`, as far as this machine tells."""
+        is_wsl = "microsoft" in platform.release().lower()
+        problem = expandable_segments_problem(self._cluster.device, is_linux=sys.platform == "linux", is_wsl=is_wsl)
+        return problem is None
 
     def profile(self, configuration: Configuration) -> RegimeProfile | None:
         """Return the profile of a configuration's code path, None where it was not traced."""

@@ -17,6 +17,7 @@ from autofit.search.rank import Cost, cheapest, cost_of, ladder
 from autofit.search.rules import RULES, Rule, broken_rule
 from autofit.search.space import METHODS, candidates
 from autofit.search.words import (
+    allocator_reasons,
     count_reasons,
     describe,
     knob_reasons,
@@ -101,6 +102,7 @@ def solve(job: Job, cluster: Cluster, profiles: ProfileSet, *, estimate_memory: 
             *count_reasons(evaluated, allowed.fallen, len(allowed.configurations) - len(evaluated)),
             *knob_reasons(chosen, evaluated, cost),
             precision_reason(job, chosen.configuration, cluster),
+            *allocator_reasons(job, chosen.configuration, evaluator),
         ),
     )
 
@@ -222,10 +224,22 @@ def _settled(
     """
     while fitting := [each for each in evaluated if each.fits and method in {None, each.configuration.method}]:
         best = cheapest(fitting, cost)
-        if has_ample_room(best.memory) or evaluator.replay(best.configuration).fits:
-            return evaluated, best
+        settled = _as_it_fits(best, evaluator)
+        if settled is not None:
+            return evaluated, settled
         evaluated = [replace(e, misfit="fragmentation") if _fares_no_better(e, best) else e for e in evaluated]
     return evaluated, None
+
+
+def _as_it_fits(best: Evaluated, evaluator: Evaluator) -> Evaluated | None:
+    """Return a configuration as it fits when replayed: as it is, or with segments that grow; None if neither does."""
+    if has_ample_room(best.memory) or evaluator.replay(best.configuration).fits:
+        return best
+    if evaluator.can_grow_segments:
+        grown = replace(best, configuration=replace(best.configuration, expandable_segments=True))
+        if evaluator.replay(grown.configuration).fits:
+            return grown
+    return None
 
 
 def _fares_no_better(each: Evaluated, failed: Evaluated) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
-from autofit.search.evaluate import HEADROOM_FRACTION, Evaluated, usable_bytes
+from autofit.search.evaluate import HEADROOM_FRACTION, Evaluated, Evaluator, usable_bytes
 from autofit.search.rank import Cost, cheapest
 from autofit.search.rules import Rule
 from autofit.spec.configuration import Configuration
@@ -54,6 +55,14 @@ def objective_reason(job: Job, cluster: Cluster, chosen: Evaluated, missing: Seq
         return f"{chosen.configuration.method} is the cheapest per trained token {among}; ties go to the simpler setup."
     least = f"{chosen.configuration.method} is the least work per trained token {among}; ties go to the simpler setup."
     return f"{least} {no_time_reason(cluster, missing)}"
+
+
+def allocator_reasons(job: Job, configuration: Configuration, evaluator: Evaluator) -> tuple[str, ...]:
+    """Say why segments grow where nobody asked for it."""
+    if not configuration.expandable_segments or job.restrictions.expandable_segments:
+        return ()
+    needed = evaluator.replay(replace(configuration, expandable_segments=False)).needed_bytes
+    return (f"allocator expandable_segments: without it fragmentation would need {format_bytes(needed)}.",)
 
 
 def no_time_reason(cluster: Cluster, missing: Sequence[str]) -> str:
