@@ -231,3 +231,28 @@ def test_an_estimate_may_use_what_is_only_avoided():
     given = a_configuration(optim="adamw_8bit", mixed_precision="no", per_device_train_batch_size=2)
     plan = estimate(job, cluster, profiles_for(job, cluster), given, estimate_memory=PlausibleMemory(10**9))
     assert plan.configuration == given
+
+
+class FragmentingMemory:
+    """Needs little by its tensors and too much as the allocator lays them out, unless its segments grow."""
+
+    def __call__(self, profile, configuration, cluster, workload, *, replays=False):
+        """Estimate three quarters of the device, or more than it has when replayed."""
+        budget = cluster.device.memory_bytes
+        bursts = replays and not configuration.expandable_segments
+        return an_estimate(budget * (11 if bursts else 7) // 10, budget)
+
+
+def test_segments_grow_where_a_plan_fits_only_so():
+    """What fragmentation alone keeps from fitting is planned with expandable_segments, and the plan says why."""
+    job, cluster = a_job(), a_cluster(1)
+    plan = solve(job, cluster, profiles_for(job, cluster), estimate_memory=FragmentingMemory())
+    assert plan.configuration.expandable_segments
+    assert any(reason.startswith("allocator expandable_segments") for reason in plan.reasons)
+
+
+def test_segments_do_not_grow_unasked_where_a_plan_fits():
+    """The default allocator is the choice wherever it is enough."""
+    job, cluster = a_job(), a_cluster(1)
+    plan = solve(job, cluster, profiles_for(job, cluster), estimate_memory=PlausibleMemory(10**8))
+    assert not plan.configuration.expandable_segments
