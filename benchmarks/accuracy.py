@@ -126,6 +126,8 @@ def compare(row: Row, profiles: dict[tuple[str, Regime], RegimeProfile]) -> Comp
         return replace(bare, refused=f"cannot be traced: {type(error).__name__}: {first_line}")
     figures = {name: getattr(predicted, f"{name}_bytes") for name in FIGURES}
     known = {name: figure for name, figure in figures.items() if figure is not None}
+    if row["outputs_kept"]:  # and so alive after the step, which the figure leaves out
+        del known["after_step_allocated"]
     full = replace(bare, predicted_bytes=known)
     return replace(full, contradicts=contradiction(full))
 

@@ -22,7 +22,7 @@ LEVEL = 0.9
 """Share of runs that an interval is to hold."""
 MIN_RUNS = 5
 """Of fewer runs of one kind nothing is said: less than two thirds of further runs would lie between the extremes."""
-MIN_SOURCES = 2
+MIN_SOURCES = 3
 """Runs of one source share machine, driver and releases, and say nothing about another's."""
 
 

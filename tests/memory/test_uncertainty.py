@@ -25,8 +25,8 @@ from tests.plans import A100, a_configuration
 KIND = RunKind(method="qlora", attention="eager", is_sharded=False)
 
 
-def residuals(ratios: list[float], kind: RunKind = KIND, sources: tuple[str, ...] = ("a", "b")) -> list[Residual]:
-    """Return residuals of one kind, from two sources in turn."""
+def residuals(ratios: list[float], kind: RunKind = KIND, sources: tuple[str, ...] = ("a", "b", "c")) -> list[Residual]:
+    """Return residuals of one kind, from three sources in turn."""
     return [
         Residual(source=source, kind=kind, figure="peak_reserved", ratio=ratio)
         for ratio, source in zip(ratios, itertools.cycle(sources), strict=False)
