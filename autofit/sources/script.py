@@ -16,6 +16,7 @@ from typing import Literal, get_args
 import msgspec
 
 from autofit.errors import InputError
+from autofit.memory.optimizers import OPTIMIZERS
 from autofit.spec.configuration import Attention, Lora, Method, Optim
 from autofit.spec.discovered import Discovered, FoundAdapter
 from autofit.spec.hardware import Cluster
@@ -231,10 +232,10 @@ def _optims(said: str | None) -> tuple[Optim, ...]:
         return ()
     known = {"adamw_bnb_8bit": "adamw_8bit", "paged_adamw": "paged_adamw_32bit"}
     optim = known.get(said, said)
-    if optim not in get_args(Optim):
+    if optim not in OPTIMIZERS:
         raise InputError(
             f"the script trains with optim={said!r}, which is not planned for.",
-            to_fix=f"use one of {', '.join(get_args(Optim))}, or give --optim",
+            to_fix=f"use one of {', '.join(OPTIMIZERS)}, or give --optim",
         )
     return (optim,)  # type: ignore[return-value]
 

@@ -23,8 +23,8 @@ SCRIPT = the_script()
 
 
 def written(row):
-    """Return the cells of a row of the page, by what its first cell begins with."""
-    (line,) = [line for line in PAGE.splitlines() if line.startswith(f"| {row} |")]
+    """Return the cells of the first row of the page whose first cell is `row`."""
+    line = next(line for line in PAGE.splitlines() if line.startswith(f"| {row} |"))
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
 

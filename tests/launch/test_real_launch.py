@@ -218,7 +218,7 @@ def test_a_setting_that_is_not_in_effect_stops_the_training_before_its_first_ste
 ) -> None:
     """A script that makes its own optimizer cannot have the planned one: both are named, and no step is taken."""
     text = TRAIN_SCRIPT.replace("model=model,", "model=model, optimizers=(torch.optim.SGD(model.parameters()), None),")
-    with pytest.raises(TrainingFailedError, match="optim planned adamw_torch_fused, in effect SGD") as caught:
+    with pytest.raises(TrainingFailedError, match="optim planned adamw_torch_fused, in effect sgd") as caught:
         launch_script(tmp_path, model_folder, text=text)
     assert caught.value.exit_code == 1
     assert "<- not in effect" in (tmp_path / "run" / "log.txt").read_text()
