@@ -237,7 +237,7 @@ def _optims(said: str | None) -> tuple[Optim, ...]:
             f"the script trains with optim={said!r}, which is not planned for.",
             to_fix=f"use one of {', '.join(OPTIMIZERS)}, or give --optim",
         )
-    return (optim,)  # type: ignore[return-value]
+    return (optim,)
 
 
 def _attention(discovered: Discovered) -> Attention:
