@@ -12,7 +12,6 @@ from rich.console import Console
 
 from autofit.memory.assemble import MemoryModel
 from autofit.memory.explain import explain_phases, symbols_of
-from autofit.memory.limits import unmodelled
 from autofit.memory.terms import TERM_SOURCES
 from autofit.profile.trace import trace
 from autofit.report.explain import stage_bar, tensors_table
@@ -64,8 +63,6 @@ def test_the_tensors_that_are_named_are_the_activations(name):
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_the_terms_of_a_phase_are_its_bytes(name):
     """Every phase is the sum of its terms, and each of them has a meaning, a formula and a source."""
-    if unmodelled(CONFIGURATIONS[name]):
-        pytest.skip("not modelled")
     memory, phases, _ = explained(name)
     for phase, estimated in zip(phases, memory.phases, strict=True):
         assert {term.name: term.bytes for term in phase.terms} == estimated.terms
