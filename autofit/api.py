@@ -14,6 +14,7 @@ from autofit.options import EveryWish, Wishes, for_inference, one_of_each, restr
 if TYPE_CHECKING:
     from autofit.memory.explain import ExplainedPhase, Symbols
     from autofit.plan import Plan
+    from autofit.search.compare import Offer
     from autofit.spec.configuration import Configuration, Sharding
     from autofit.spec.hardware import Cluster
     from autofit.spec.job import Job, Model
@@ -276,18 +277,24 @@ def infer(
 def planned_job(
     *, model: str | Path, gpus: str, seq_len: int, global_batch: int, wishes: Wishes, allow_hub: bool
 ) -> tuple[Job, Cluster]:
-    """Read what is to be planned."""
+    """Read what is to be planned, and on what."""
     from autofit.sources.hardware import parse_cluster
+
+    cluster = parse_cluster(gpus)
+    job = job_of(model=model, seq_len=seq_len, global_batch=global_batch, wishes=wishes, allow_hub=allow_hub)
+    return job, cluster
+
+
+def job_of(*, model: str | Path, seq_len: int, global_batch: int, wishes: Wishes, allow_hub: bool) -> Job:
+    """Read what is to be planned."""
     from autofit.sources.models import resolve_model
     from autofit.spec.job import Job, Workload
 
-    cluster = parse_cluster(gpus)
-    job = Job(
+    return Job(
         model=resolve_model(str(model), allow_hub=allow_hub),
         workload=Workload(sequence_tokens=seq_len, global_batch_sequences=global_batch),
         restrictions=restrictions(wishes),
     )
-    return job, cluster
 
 
 def estimated_job(
@@ -368,6 +375,54 @@ def _estimated(job: Job, cluster: Cluster, configuration: Configuration, display
     regime = regime_of(configuration, cluster.device)
     profiles = profiles_of(job.model, (regime,), job.workload.sequence_tokens, display)
     return estimate_one(job, cluster, profiles, configuration), profiles
+
+
+def compare(
+    *,
+    model: str | Path,
+    gpus: Sequence[str],
+    seq_len: int,
+    global_batch: int,
+    max_dollars_per_hour: float | None = None,
+    allow_hub: bool = False,
+    **wishes: Any,
+) -> tuple[Offer, ...]:
+    """Plan one job on several kinds of hardware, as `autofit compare` does: the cheapest per token first.
+
+    Args:
+        model: see `make_plan`.
+        gpus: hardware as `--gpus` takes it, or `any`.
+        seq_len: see `make_plan`.
+        global_batch: see `make_plan`.
+        max_dollars_per_hour: of all devices of one hardware together; needed for `any`.
+        allow_hub: see `make_plan`.
+        wishes: the other options of `autofit compare`, with underscores.
+
+    Raises:
+        InputError: something given cannot be used; `message` says what, `to_fix` what to do.
+    """
+    from autofit.sources.market import hardware
+
+    clusters = hardware(gpus, max_dollars_per_hour)
+    job = job_of(
+        model=model,
+        seq_len=seq_len,
+        global_batch=global_batch,
+        wishes=wishes_of(Wishes, wishes),
+        allow_hub=allow_hub,
+    )
+    return compare_job(job, clusters)
+
+
+def compare_job(
+    job: Job, clusters: Sequence[Cluster], display: Display = silent, planning: Display = silent
+) -> tuple[Offer, ...]:
+    """Plan a job on each of several clusters; what is traced is traced once for all."""
+    from autofit.search.compare import offers, regimes_of_all
+
+    profiles = profiles_of(job.model, regimes_of_all(job, clusters), job.workload.sequence_tokens, display)
+    with planning() as progress:
+        return offers(job, clusters, profiles, progress)
 
 
 def profiles_of(model: Model, regimes: Sequence[Regime], sequence_tokens: int, display: Display = silent) -> ProfileSet:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from autofit.api import Explanation, InferenceEstimate, Progress
     from autofit.plan import Plan
+    from autofit.search.compare import Offer
     from autofit.sources.script import Overrides
     from autofit.spec.job import Job
 
@@ -379,6 +380,62 @@ def print_stages(plans: Sequence[Plan], *, as_json: bool) -> None:
     console.print(stages_report(plans, width=console.width))
 
 
+@app.command(cls=SectionedCommand)
+@takes_wishes(Wishes)
+def compare(
+    model: Annotated[str, MODEL],
+    seq_len: Annotated[int, SEQ_LEN],
+    global_batch: Annotated[int, GLOBAL_BATCH],
+    gpus: Annotated[
+        list[str],
+        typer.Option(
+            "--gpus",
+            metavar="GPUS",
+            help="Hardware to compare, as plan takes it; repeatable. any: 1 to 8 of every GPU with a price.",
+            show_default=False,
+        ),
+    ],
+    wishes: Wishes,
+    max_dollars_per_hour: Annotated[
+        float | None,
+        typer.Option(
+            "--max-dollars-per-hour",
+            metavar="DOLLARS",
+            min=0,
+            help="Leave out what costs more, all its devices together.",
+            show_default=False,
+        ),
+    ] = None,
+    *,
+    allow_hub: AllowHubOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Plan the same job on several kinds of hardware: which is cheapest, which is fastest."""
+    from autofit.api import compare_job, job_of
+    from autofit.sources.market import hardware
+
+    clusters = hardware(gpus, max_dollars_per_hour)
+    job = job_of(model=model, seq_len=seq_len, global_batch=global_batch, wishes=wishes, allow_hub=allow_hub)
+    found = compare_job(job, clusters, tracing, planning)
+    print_comparison(found, as_json=as_json)
+
+
+def print_comparison(found: Sequence[Offer], *, as_json: bool) -> None:
+    """Print a comparison for a program or for a person."""
+    from autofit.search.compare import unbeaten
+
+    best = unbeaten(found)
+    if as_json:
+        places = {id(offer): number for number, offer in enumerate(found)}
+        print_json({"offers": found, "unbeaten": [places[id(offer)] for offer in best]})
+        return
+    from autofit.report.compare import comparison_report
+    from autofit.report.console import result_console
+
+    console = result_console()
+    console.print(comparison_report(found, best, width=console.width))
+
+
 @app.command()
 def devices(*, as_json: JsonOption = False) -> None:
     """List the GPUs that --gpus knows by name."""
@@ -443,6 +500,16 @@ def tracing() -> Iterator[Progress]:
     from autofit.report.progress import tracing_display
 
     with tracing_display(side_console()) as report:
+        yield report
+
+
+@contextmanager
+def planning() -> Iterator[Progress]:
+    """Show on stderr which hardware is planned for."""
+    from autofit.report.console import side_console
+    from autofit.report.progress import planning_display
+
+    with planning_display(side_console()) as report:
         yield report
 
 

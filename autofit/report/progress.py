@@ -27,14 +27,30 @@ def discovery_display(console: Console, script: Path) -> Iterator[None]:
 @contextmanager
 def tracing_display(console: Console) -> Iterator[Report]:
     """Show the tracing of a model that has no stored profile; show nothing where nothing is traced."""
-    if not console.is_terminal:
+    if console.is_terminal:
+        with _bar("Tracing", console) as report:
+            yield report
+    else:
         yield _announce_once(console)
-        return
+
+
+@contextmanager
+def planning_display(console: Console) -> Iterator[Report]:
+    """Show which of several kinds of hardware is planned for; in a pipe say nothing, it takes seconds."""
+    if console.is_terminal:
+        with _bar("Planning", console) as report:
+            yield report
+    else:
+        yield lambda _name, _done, _total: None
+
+
+@contextmanager
+def _bar(verb: str, console: Console) -> Iterator[Report]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     bar = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     name_column = TextColumn("{task.description}")
-    with Progress(TextColumn("Tracing"), *bar, name_column, console=console, transient=True) as progress:
+    with Progress(TextColumn(verb), *bar, name_column, console=console, transient=True) as progress:
         task = progress.add_task("", total=None, visible=False)
 
         def report(name: str, num_done: int, num_total: int) -> None:
