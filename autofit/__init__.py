@@ -1,8 +1,8 @@
 """Finds the cheapest training configuration that fits the GPUs, writes its files, and launches the script with them.
 
-From Python: `autofit.estimate(model=..., gpus=..., seq_len=..., method="lora")`; likewise `make_plan`, `explain` and
-`estimate_inference`. Keywords are the options of the command line; a refusal is an `autofit.AutofitError` with
-`message` and `to_fix`.
+From Python: `autofit.estimate(model=..., gpus=..., seq_len=..., method="lora")`; likewise `make_plan`, `explain`,
+`estimate_inference` and `measure_data`. Keywords are the options of the command line; a refusal is an
+`autofit.AutofitError` with `message` and `to_fix`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from autofit.errors import AutofitError
 
 if TYPE_CHECKING:
-    from autofit.api import estimate, estimate_inference, explain, make_plan
+    from autofit.api import estimate, estimate_inference, explain, make_plan, measure_data
 
-__all__ = ["AutofitError", "estimate", "estimate_inference", "explain", "make_plan"]
+__all__ = ["AutofitError", "estimate", "estimate_inference", "explain", "make_plan", "measure_data"]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from autofit.spec.configuration import Configuration, Sharding
     from autofit.spec.hardware import Cluster
     from autofit.spec.job import Job, Model
+    from autofit.spec.lengths import Cut, LengthDistribution
     from autofit.spec.profile import ProfileSet, Regime
 
 Progress = Callable[[str, int, int], None]
@@ -56,6 +57,14 @@ class InferenceEstimate:
     def fits(self) -> bool:
         """Whether the widest figure is within the budget."""
         return (self.process_bytes or self.total_bytes) <= self.budget_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredData:
+    """How long a data set's sequences are, and what cutting them would lose."""
+
+    lengths: LengthDistribution
+    cuts: tuple[Cut, ...]
 
 
 @contextmanager
@@ -272,6 +281,73 @@ def infer(
         process_bytes=None if context is None else context + workspace_bytes(device) + memory.total_bytes,
         budget_bytes=device.memory_bytes,
     )
+
+
+def measure_data(
+    data: str | Path,
+    *,
+    model: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    text_column: str | Sequence[str] = (),
+    data_all: bool = False,
+    allow_hub: bool = False,
+) -> MeasuredData:
+    """Measure how long a data set's sequences are, as `autofit data` does.
+
+    Args:
+        data: a file of JSON lines, JSON or Parquet, a folder of them, or one that `datasets` saved.
+        model: whose tokenizer counts; as `--model` takes it.
+        tokenizer: another tokenizer: a folder, a tokenizer.json, a GGUF file, or a Hub id.
+        text_column: the column that holds text, messages, token ids or lengths; several are joined.
+        data_all: whether a large data set is tokenised whole.
+        allow_hub: whether a tokenizer may be downloaded.
+
+    Raises:
+        InputError: the data cannot be read, or something that is needed for it is not here.
+    """
+    from autofit.sources.models import resolve_model
+
+    columns = (text_column,) if isinstance(text_column, str) else tuple(text_column)
+    resolved = None if model is None else resolve_model(str(model), allow_hub=allow_hub)
+    wish = DataWish(
+        path=str(data), tokenizer=None if tokenizer is None else str(tokenizer), text_columns=columns, all=data_all
+    )
+    return with_cuts(lengths_of(wish, resolved, allow_hub=allow_hub))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataWish:
+    """What is to be measured, and with what."""
+
+    path: str
+    tokenizer: str | None = None
+    text_columns: tuple[str, ...] = ()
+    all: bool = False
+
+
+def lengths_of(
+    wish: DataWish, model: Model | None, *, allow_hub: bool, display: Display = silent
+) -> LengthDistribution:
+    """Measure a data set."""
+    from autofit.sources.lengths import read_lengths
+
+    with display() as progress:
+        return read_lengths(
+            wish.path,
+            model=model,
+            tokenizer=wish.tokenizer,
+            text_columns=wish.text_columns,
+            measures_all=wish.all,
+            allow_hub=allow_hub,
+            progress=progress,
+        )
+
+
+def with_cuts(lengths: LengthDistribution) -> MeasuredData:
+    """Add what cutting at the usual lengths would lose."""
+    from autofit.timing.batches import cut_at, usual_cuts
+
+    return MeasuredData(lengths=lengths, cuts=tuple(cut_at(lengths, tokens) for tokens in usual_cuts(lengths)))
 
 
 def planned_job(

@@ -21,10 +21,13 @@ from autofit.options import (
     MODEL,
     SEQ_LEN,
     AllowHubOption,
+    DataAllOption,
     EveryWish,
     JsonOption,
     OutputOption,
     SectionedCommand,
+    TextColumnOption,
+    TokenizerOption,
     Wishes,
     restrictions,
     takes_wishes,
@@ -33,7 +36,7 @@ from autofit.options import (
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from autofit.api import Explanation, InferenceEstimate, Progress
+    from autofit.api import Explanation, InferenceEstimate, MeasuredData, Progress
     from autofit.plan import Plan
     from autofit.search.compare import Offer
     from autofit.sources.script import Overrides
@@ -437,6 +440,33 @@ def print_comparison(found: Sequence[Offer], *, as_json: bool) -> None:
 
 
 @app.command()
+def data(
+    path: Annotated[
+        str, typer.Argument(metavar="DATA", help="File or folder of JSON lines or Parquet, or a saved data set.")
+    ],
+    model: Annotated[str | None, MODEL] = None,
+    tokenizer: TokenizerOption = None,
+    text_column: TextColumnOption = None,
+    *,
+    data_all: DataAllOption = False,
+    allow_hub: AllowHubOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Say how long a data set's sequences are in tokens, and what cutting them would lose."""
+    from autofit.api import DataWish, lengths_of, with_cuts
+    from autofit.report.lengths import lengths_report
+    from autofit.sources.models import resolve_model
+
+    wish = DataWish(path=path, tokenizer=tokenizer, text_columns=tuple(text_column or ()), all=data_all)
+    resolved = None if model is None else resolve_model(model, allow_hub=allow_hub)
+    measured = with_cuts(lengths_of(wish, resolved, allow_hub=allow_hub, display=measuring))
+    if as_json:
+        print_json(measured)
+    else:
+        show(lengths_report(measured.lengths, measured.cuts), {}, as_json=False)
+
+
+@app.command()
 def devices(*, as_json: JsonOption = False) -> None:
     """List the GPUs that --gpus knows by name."""
     from autofit.report.tables import devices_table
@@ -491,6 +521,16 @@ def installed_version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+@contextmanager
+def measuring() -> Iterator[Progress]:
+    """Show on stderr how much of a data set was measured."""
+    from autofit.report.console import side_console
+    from autofit.report.progress import measuring_display
+
+    with measuring_display(side_console()) as report:
+        yield report
 
 
 @contextmanager
@@ -560,7 +600,7 @@ def show(renderable: RenderableType, document: dict[str, Any], *, as_json: bool)
     result_console().print(renderable)
 
 
-def print_json(document: Plan | Explanation | InferenceEstimate | dict[str, Any]) -> None:
+def print_json(document: Plan | Explanation | InferenceEstimate | MeasuredData | dict[str, Any]) -> None:
     """Print one JSON object, the only thing on stdout."""
     from autofit.plan import to_json
 

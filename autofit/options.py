@@ -55,6 +55,27 @@ OutputOption = Annotated[
 AllowHubOption = Annotated[
     bool, typer.Option("--allow-hub", help="Download a config.json, and what the script asks for, if it is not here.")
 ]
+TextColumnOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text-column",
+        metavar="NAME",
+        help="Column of text, messages, token ids or lengths (default: what trainers read); several are joined.",
+        show_default=False,
+    ),
+]
+TokenizerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--tokenizer",
+        metavar="NAME",
+        help="Folder, tokenizer.json, GGUF file or Hub id (default: the model's own, where it is on this machine).",
+        show_default=False,
+    ),
+]
+DataAllOption = Annotated[
+    bool, typer.Option("--data-all", help="Tokenise a large data set whole, instead of a sample.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
 

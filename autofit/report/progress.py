@@ -25,13 +25,23 @@ def discovery_display(console: Console, script: Path) -> Iterator[None]:
 
 
 @contextmanager
+def measuring_display(console: Console) -> Iterator[Report]:
+    """Show how much of a data set has been read and tokenised."""
+    if console.is_terminal:
+        with _bar("Measuring", console, counts_bytes=True) as report:
+            yield report
+    else:
+        yield _announce_once(console, lambda name, _done, _total: f"Measuring the sequences of {name} ...")
+
+
+@contextmanager
 def tracing_display(console: Console) -> Iterator[Report]:
     """Show the tracing of a model that has no stored profile; show nothing where nothing is traced."""
     if console.is_terminal:
         with _bar("Tracing", console) as report:
             yield report
     else:
-        yield _announce_once(console)
+        yield _announce_once(console, _tracing_words)
 
 
 @contextmanager
@@ -45,10 +55,10 @@ def planning_display(console: Console) -> Iterator[Report]:
 
 
 @contextmanager
-def _bar(verb: str, console: Console) -> Iterator[Report]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+def _bar(verb: str, console: Console, *, counts_bytes: bool = False) -> Iterator[Report]:
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    bar = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    bar = (BarColumn(), DownloadColumn(True) if counts_bytes else MofNCompleteColumn(), TimeElapsedColumn())
     name_column = TextColumn("{task.description}")
     with Progress(TextColumn(verb), *bar, name_column, console=console, transient=True) as progress:
         task = progress.add_task("", total=None, visible=False)
@@ -59,14 +69,16 @@ def _bar(verb: str, console: Console) -> Iterator[Report]:
         yield report
 
 
-def _announce_once(console: Console) -> Report:
+def _tracing_words(_name: str, num_done: int, num_total: int) -> str:
+    return f"No stored profile: tracing {num_total - num_done} variants of the training step, some seconds each."
+
+
+def _announce_once(console: Console, words: Callable[[str, int, int], str]) -> Report:
     announced: list[str] = []
 
     def report(name: str, num_done: int, num_total: int) -> None:
         if not announced:
             announced.append(name)
-            console.print(
-                f"No stored profile: tracing {num_total - num_done} variants of the training step, some seconds each."
-            )
+            console.print(words(name, num_done, num_total))
 
     return report

@@ -24,9 +24,10 @@ class Requirement:
 
 REQUIREMENTS = (
     Requirement(package="torch", min_version="2.4", needed_for="tracing a model without a stored profile; launching"),
-    Requirement(package="transformers", min_version="4.45", needed_for="tracing; launching"),
+    Requirement(package="transformers", min_version="4.45", needed_for="tracing; measuring text; launching"),
     Requirement(package="peft", min_version="0.12", needed_for="LoRA and QLoRA"),
     Requirement(package="bitsandbytes", min_version="0.43", needed_for="QLoRA, 8-bit and paged optimizers"),
+    Requirement(package="pyarrow", min_version="15", needed_for="measuring Parquet files and saved data sets"),
     Requirement(package="accelerate", min_version="1.3", needed_for="launching"),
     Requirement(package="deepspeed", min_version="0.16", needed_for="launching with ZeRO-1, 2 and 3"),
 )

@@ -99,6 +99,13 @@ def tokens_words(num_tokens: float) -> str:
     return f"{num_tokens:,.0f}" if num_tokens >= 10 else f"{num_tokens:.2g}"
 
 
+def share_words(fraction: float) -> str:
+    """Write a share in per cent, with a decimal where that is all there is of it."""
+    if 0 < fraction < 0.0005:
+        return "<0.1%"
+    return f"{fraction:.1%}" if 0 < fraction < 0.1 else f"{fraction:.0%}"
+
+
 def model_words(name: str) -> str:
     """Name a model by its Hub id, or a path by its last two parts: a site-packages folder tells nobody anything."""
     path = Path(name)

@@ -19,6 +19,7 @@ from autofit.spec.configuration import (
     Sharding,
     Task,
 )
+from autofit.spec.lengths import LengthDistribution
 
 Precision = Literal["bf16", "fp16", "tf32", "fp32", "pure-bf16", "pure-fp16"]
 """`bf16`/`fp16`: mixed precision; `pure-...`: weights, gradients and optimizer state all in it, without autocast."""
@@ -46,9 +47,11 @@ class Workload:
     """Tokens of one optimizer step. The planner never changes either number."""
 
     sequence_tokens: int
-    """Tokens in every sequence of a micro-batch, padding included."""
+    """Tokens of the longest sequence that can occur, longer ones being cut; without `lengths`, of every sequence."""
     global_batch_sequences: int
-    """Sequences in one optimizer step over all devices."""
+    """Sequences in one optimizer step over all devices. Of packed data, what a trainer counts: rows."""
+    lengths: LengthDistribution | None = None
+    """Of the data set; None: all sequences are as long as the longest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

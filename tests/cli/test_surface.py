@@ -89,6 +89,7 @@ SURFACE = {
     | {"--model", "--seq-len", "--gpus", "--gradient-accumulation-steps", "--by-stage", "--allow-hub", "--json"},
     "compare": SHARED
     | {"--model", "--seq-len", "--global-batch", "--gpus", "--max-dollars-per-hour", "--allow-hub", "--json"},
+    "data": {"--model", "--tokenizer", "--text-column", "--data-all", "--allow-hub", "--json"},
     "devices": {"--json"},
     "models": {"--json"},
     "templates": {"--json"},
@@ -230,7 +231,7 @@ def test_doctor_asks_for_the_releases_that_the_package_declares():
     """What doctor calls too old is what the extras of pyproject.toml forbid."""
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    declared = dict(line.split(">=") for line in (*extras["trace"], *extras["launch"]) if ">=" in line)
+    declared = dict(line.split(">=") for name in ("trace", "data", "launch") for line in extras[name] if ">=" in line)
     assert {requirement.package: requirement.min_version for requirement in REQUIREMENTS} == declared
 
 

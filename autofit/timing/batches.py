@@ -1,0 +1,161 @@
+"""Batches of a data set: how long they are on average, what they hold, and how many make an epoch.
+
+Memory is planned for the longest batch that can occur, and needs none of this.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from statistics import NormalDist
+
+from autofit.spec.configuration import Configuration
+from autofit.spec.job import Workload
+from autofit.spec.lengths import Cut, LengthDistribution, PackedRows
+
+PACKED_AT_A_TIME = 1000
+"""Sequences that trl packs together: rows of `datasets.Dataset.map`, whose batches have that many.
+
+Source: trl/data_utils.py 1.16, pack_dataset; datasets/arrow_dataset.py 5.2, Dataset.map (`batch_size`)."""
+RARELY_LONGER = (0.95, 0.99)
+MAX_CUTS = 8
+IN_STEP = frozenset({"zero2", "zero3", "fsdp1", "fsdp2"})
+"""Shardings whose ranks communicate in every micro-step, so that each waits for the slowest; the others wait once a
+step. Source: as in autofit.timing.collectives."""
+
+
+def mean_sample_tokens(workload: Workload, configuration: Configuration) -> float:
+    """Return the tokens, without padding, of what the trainer counts as one sequence; a packed row is one."""
+    lengths, cut = workload.lengths, workload.sequence_tokens
+    if lengths is None:
+        return float(cut)
+    return packed_rows(lengths, cut).mean_tokens if configuration.batching == "packed" else lengths.mean_cut(cut)
+
+
+def step_tokens(workload: Workload, configuration: Configuration) -> float:
+    """Return the tokens, without padding, that one optimizer step trains on average."""
+    return workload.global_batch_sequences * mean_sample_tokens(workload, configuration)
+
+
+def micro_batch_shape(workload: Workload, configuration: Configuration) -> tuple[float, float]:
+    """Return how many sequences of how many tokens take as long as an average micro-batch of the slowest rank.
+
+    Padded, they are as many as they are and as long as the longest of them. Without padding they are as long as makes
+    both their tokens and the pairs within them what they are: the mean of squares over the mean.
+    """
+    num, lengths, cut = configuration.per_device_train_batch_size, workload.lengths, workload.sequence_tokens
+    if lengths is None or configuration.batching == "equal":
+        return num, cut
+    num_ranks = configuration.num_processes // configuration.sequence_parallel_size
+    num_averaged = 1 if configuration.sharding in IN_STEP else configuration.gradient_accumulation_steps
+    means = lengths.means(cut)
+    if configuration.batching == "padded":
+        return num, expected_slowest(means, _steps(lengths.shares_up_to(num)), num_averaged, num_ranks)
+    if configuration.batching == "packed":
+        tokens = num * packed_rows(lengths, cut).mean_tokens
+    else:
+        tokens = num * expected_slowest(means, lengths.shares(), num * num_averaged, num_ranks)
+    squares = math.fsum(share * mean**2 for share, mean in zip(lengths.shares(), means, strict=True))
+    alike_tokens = squares / lengths.mean_cut(cut)
+    return tokens / alike_tokens, alike_tokens
+
+
+def padding_share(workload: Workload, configuration: Configuration) -> float:
+    """Return the share of padding among the tokens that an average micro-batch computes."""
+    num, tokens = micro_batch_shape(workload, configuration)
+    useful = configuration.per_device_train_batch_size * mean_sample_tokens(workload, configuration)
+    return max(0.0, 1 - useful / (num * tokens))
+
+
+def expected_slowest(values: Sequence[float], shares: Sequence[float], num_averaged: int, num_ranks: int) -> float:
+    """Return the mean of the largest among ranks that each average some draws from a distribution.
+
+    Exact for one draw; for more as if the averages were normal, and never more than for one.
+    """
+    mean = math.fsum(value * share for value, share in zip(values, shares, strict=True))
+    if num_ranks == 1:
+        return mean
+    reached = [min(1.0, math.fsum(shares[: end + 1])) ** num_ranks for end in range(len(shares))]
+    largest = math.fsum(value * share for value, share in zip(values, _steps(reached), strict=True))
+    if num_averaged == 1:
+        return largest
+    variance = math.fsum(share * (value - mean) ** 2 for value, share in zip(values, shares, strict=True))
+    return min(largest, mean + math.sqrt(variance / num_averaged) * _largest_normal(num_ranks))
+
+
+def _steps(reached: Sequence[float]) -> list[float]:
+    return [to - low for low, to in zip([0.0, *reached[:-1]], reached, strict=True)]
+
+
+@lru_cache
+def _largest_normal(num_drawn: int) -> float:
+    """Mean of the largest of so many standard normal numbers, by quadrature of one minus its distribution."""
+    normal, step = NormalDist(), 0.05
+    grid = [step * (index + 0.5) for index in range(160)]
+    return step * math.fsum(1 - normal.cdf(x) ** num_drawn - normal.cdf(-x) ** num_drawn for x in grid)
+
+
+@lru_cache
+def packed_rows(lengths: LengthDistribution, row_tokens: int) -> PackedRows:
+    """Pack sequences, cut at the length of a row, as trl's `packing_strategy="bfd"` does.
+
+    So many at a time, with the lengths of the whole distribution among them.
+    Source: trl/data_utils.py 1.16, _pack_bfd.
+    """
+    num_at_a_time = min(PACKED_AT_A_TIME, lengths.num_sequences)
+    drawn = [min(tokens, row_tokens) for tokens in _representatives(lengths, num_at_a_time)]
+    num_rows = best_fit_decreasing(drawn, row_tokens)
+    num_in_row = num_at_a_time / num_rows
+    return PackedRows(
+        row_tokens=row_tokens,
+        num_rows=math.ceil(lengths.num_sequences / num_in_row),
+        mean_sequences=num_in_row,
+        mean_tokens=min(float(row_tokens), lengths.mean_cut(row_tokens) * num_in_row),
+    )
+
+
+def usual_cuts(lengths: LengthDistribution, num_cuts: int = MAX_CUTS) -> tuple[int, ...]:
+    """Return lengths that are worth cutting at: where few sequences are longer, and the powers of two that are usual.
+
+    Of too many, those are left out that lose most.
+    """
+    rare = {each.tokens for each in lengths.percentiles if each.fraction in RARELY_LONGER}
+    powers = {2**power for power in range(7, lengths.max_tokens.bit_length()) if 2**power < lengths.max_tokens}
+    return tuple(sorted({*rare, *powers, lengths.max_tokens})[-num_cuts:])
+
+
+def cut_at(lengths: LengthDistribution, tokens: int) -> Cut:
+    """Say what cutting at a length loses, and what packing then makes."""
+    return Cut(
+        sequence_tokens=tokens,
+        sequences_cut_fraction=lengths.share_above(tokens),
+        tokens_lost_fraction=lengths.share_lost(tokens),
+        packed=packed_rows(lengths, tokens),
+    )
+
+
+def best_fit_decreasing(lengths: Iterable[int], row_tokens: int) -> int:
+    """Return how many rows sequences fill, each put, the longest first, where the least room is left for it."""
+    num_rows, rooms = 0, list[int]()
+    for length in sorted(lengths, reverse=True):
+        at = bisect_left(rooms, length)
+        if at < len(rooms):
+            room = rooms.pop(at)
+        else:
+            room, num_rows = row_tokens, num_rows + 1
+        insort(rooms, room - length)
+    return num_rows
+
+
+def _representatives(lengths: LengthDistribution, num: int) -> list[int]:
+    """Return so many lengths that are distributed as all are: the middles of as many equal parts."""
+    found, reached, total = list[int](), 0, lengths.num_measured_sequences
+    for each in lengths.bins:
+        begin, end = (math.ceil(edge * num / total - 0.5) for edge in (reached, reached + each.num_sequences))
+        width = each.max_tokens - each.min_tokens
+        parts = ((index + 0.5) / (end - begin) for index in range(end - begin))
+        found += [round(each.min_tokens + part * width) for part in parts]
+        reached += each.num_sequences
+    return found
