@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from autofit.memory.explain import ExplainedPhase, Symbols
     from autofit.plan import Plan
     from autofit.search.compare import Offer
+    from autofit.search.nothing_fits import Change
+    from autofit.search.whatif import Answer
     from autofit.spec.configuration import Configuration, Sharding
     from autofit.spec.hardware import Cluster
     from autofit.spec.job import Job, Model
@@ -204,6 +206,69 @@ def _explained(job: Job, cluster: Cluster, configuration: Configuration, display
         symbols=symbols_of(profile, configuration, tokens),
         phases=explain_phases(made.memory, profile, configuration, tokens),
     )
+
+
+def why_not(plan: str | Path, changes: Sequence[str], display: Display = silent) -> tuple[Plan, tuple[Answer, ...]]:
+    """Say what a plan would be with other options, as `autofit explain PLAN --why-not NAME=VALUE` does.
+
+    Args:
+        plan: a plan.json.
+        changes: options of `autofit plan`, each as NAME=VALUE.
+        display: shows what is traced.
+
+    Returns:
+        The plan, made anew, and an answer for each change.
+
+    Raises:
+        InputError: the file is no plan, or a change is none.
+    """
+    from autofit.options import with_option
+    from autofit.plan import load_plan
+    from autofit.search.nothing_fits import Change
+
+    inputs = load_plan(Path(plan)).inputs
+    asked = [
+        Change(
+            words=text,
+            kind=text,
+            job=lambda job, text=text: replace(job, restrictions=with_option(job.restrictions, text)),  # type: ignore[misc]
+        )
+        for text in changes
+    ]
+    for change in asked:  # a misspelt option is said before anything is searched
+        change.job(inputs.job)
+    return _answered(inputs.job, inputs.cluster, lambda _: asked, display)
+
+
+def what_if(plan: str | Path, display: Display = silent) -> tuple[Plan, tuple[Answer, ...]]:
+    """Say what a plan would be on other hardware and for other lengths, as `autofit explain PLAN --what-if` does.
+
+    Args:
+        plan: a plan.json.
+        display: shows what is traced.
+
+    Raises:
+        InputError: the file is no plan.
+    """
+    from autofit.plan import load_plan
+    from autofit.search.whatif import counterfactuals
+    from autofit.sources.market import other_sizes
+
+    inputs = load_plan(Path(plan)).inputs
+    sizes = other_sizes(inputs.cluster.device)
+    return _answered(inputs.job, inputs.cluster, lambda made: tuple(counterfactuals(made, sizes)), display)
+
+
+def _answered(
+    job: Job, cluster: Cluster, changes_of: Callable[[Plan], Sequence[Change]], display: Display
+) -> tuple[Plan, tuple[Answer, ...]]:
+    from autofit.search.whatif import answers
+
+    def plan_anew(job: Job, cluster: Cluster) -> Plan:
+        return solve_job(job, cluster, display)
+
+    made = plan_anew(job, cluster)
+    return made, answers(job, cluster, changes_of(made), plan_anew)
 
 
 def estimate_stages(job: Job, cluster: Cluster, display: Display = silent) -> tuple[Plan, ...]:

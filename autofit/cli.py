@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from autofit.api import Explanation, InferenceEstimate, MeasuredData, Progress
     from autofit.plan import Plan
     from autofit.search.compare import Offer
+    from autofit.search.whatif import Answer
     from autofit.sources.script import Overrides
     from autofit.spec.job import Job
 
@@ -325,12 +326,34 @@ def explain(
     by_stage: Annotated[
         bool, typer.Option("--by-stage", help="Draw memory under DDP and under ZeRO 1, 2 and 3 instead.")
     ] = False,
+    why_not: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--why-not",
+            metavar="NAME=VALUE",
+            help="Of a plan.json: what it would be with another option of plan, for instance zero_stage=3; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    what_if: Annotated[
+        bool,
+        typer.Option("--what-if", help="Of a plan.json: more devices, other lengths, a larger adapter, other memory."),
+    ] = False,
     allow_hub: AllowHubOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Say of each term of the memory what it is, by which formula and from where."""
+    from autofit import api
     from autofit.api import estimate_stages, estimated_job, explain_job, explain_plan
 
+    if plan_file is None and (why_not or what_if):
+        raise InputError("--why-not and --what-if ask about a plan.", to_fix="give a plan.json; plan -o writes one")
+    if plan_file is not None and (why_not or what_if):
+        if why_not:
+            print_answers(*api.why_not(plan_file, why_not, tracing), as_json=as_json)
+        if what_if:
+            print_answers(*api.what_if(plan_file, tracing), as_json=as_json)
+        return
     if plan_file is not None:
         if (model, seq_len, gpus, wishes, by_stage) != (None, None, None, EveryWish(), False):
             raise InputError("explain takes a plan.json or options, not both.", to_fix="leave one of them out")
@@ -350,6 +373,18 @@ def explain(
         print_stages(estimate_stages(job, cluster, tracing), as_json=as_json)
     else:
         print_explanation(explain_job(job, cluster, tracing), as_json=as_json)
+
+
+def print_answers(made: Plan, found: Sequence[Answer], *, as_json: bool) -> None:
+    """Print a plan beside what it would be, for a program or for a person."""
+    if as_json:
+        print_json({"plan": made, "answers": found})
+        return
+    from autofit.report.console import result_console
+    from autofit.report.whatif import whatif_report
+
+    console = result_console()
+    console.print(whatif_report(made, found, width=console.width))
 
 
 def print_explanation(explained: Explanation, *, as_json: bool) -> None:

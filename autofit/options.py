@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, fields, replace
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
 
@@ -536,6 +536,65 @@ def _in_bounds(name: str, value: Any, kinds: tuple[Any, ...], option: Any) -> An
     if is_number and not (option.min is None or value >= option.min) & (option.max is None or value <= option.max):
         raise InputError(f"{name}={value!r} is out of bounds.", to_fix=f"at least {option.min}, at most {option.max}")
     return value
+
+
+ALIASES = {
+    "zero_stage": "zero",
+    "per_device_train_batch_size": "micro_batch",
+    "attn_implementation": "attention",
+}
+"""Other words for an option: a field of a plan, or a second spelling on the command line."""
+SWITCHES = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}
+
+
+def with_option(restrictions_now: Restrictions, text: str) -> Restrictions:
+    """Set one option of `autofit plan`, written NAME=VALUE, in restrictions that are there; all others stay.
+
+    Raises:
+        InputError: there is no such option, or it does not take the value.
+    """
+    name, equals, value = text.partition("=")
+    name = name.strip().lstrip("-").replace("-", "_").casefold()
+    name = ALIASES.get(name, name)
+    if not equals or not value.strip():
+        raise InputError(f"{text!r} is not NAME=VALUE.", to_fix="write for instance zero_stage=3 or method=full")
+    hints = get_type_hints(Wishes, include_extras=True)
+    if name not in hints:
+        raise InputError(f"{name!r} is no option of plan.", to_fix=f"the nearest are {nearest(name, hints)}")
+    wish = wishes_of(Wishes, {name: _from_text(value.strip(), hints[name])})
+    plain, wanted = restrictions(Wishes()), restrictions(wish)
+    changed = {
+        field.name: _merged(getattr(restrictions_now, field.name), getattr(plain, field.name), new)
+        for field in fields(wanted)
+        if (new := getattr(wanted, field.name)) != getattr(plain, field.name)
+    }
+    return replace(restrictions_now, **changed)
+
+
+def _from_text(text: str, hint: Any) -> Any:
+    """Read a value as the command line would; what it does not take is left as it is, to be refused with the rest."""
+    wanted = get_args(hint)[0]
+    kinds = get_args(wanted) or (wanted,)
+    if list[str] in kinds:
+        return text.split(",")
+    if bool in kinds:
+        return SWITCHES.get(text.casefold(), text)
+    if {int, list[int]} & {*kinds}:
+        return int(text) if text.lstrip("-").isdigit() else text
+    if float in kinds:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+    return text
+
+
+def _merged(now: Any, plain: Any, wanted: Any) -> Any:
+    """Of a group of settings change only what was asked for."""
+    if not is_dataclass(wanted) or isinstance(wanted, type) or not is_dataclass(now):
+        return wanted
+    changed = {f.name: new for f in fields(wanted) if (new := getattr(wanted, f.name)) != getattr(plain, f.name)}
+    return replace(now, **changed)  # type: ignore[type-var]
 
 
 def restrictions(wishes: Wishes) -> Restrictions:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from autofit.search.evaluate import Evaluated
-from autofit.spec.configuration import Optim, Sharding
+from autofit.spec.configuration import Method, Optim, Sharding
 
 TIE_FRACTION = 0.01
 """Configurations this close in cost count as equal, and the simpler one is taken: no time model tells them apart."""
@@ -14,6 +14,7 @@ MAX_RUNGS = 5
 MIN_DESCENT_FRACTION = 0.05
 """How much less a rung needs than the one before, unless it is the only one: a smaller step would not be worth the
 minutes that loading the model again takes."""
+METHODS_FIRST: tuple[Method, ...] = ("full", "freeze", "lora", "qlora")
 SIMPLEST_FIRST: tuple[Sharding, ...] = ("none", "ddp", "zero1", "zero2", "zero3", "fsdp2", "fsdp1")
 PLAINEST_FIRST: tuple[Optim, ...] = (
     "adamw_torch_fused",
@@ -46,13 +47,18 @@ def complexity(each: Evaluated) -> tuple[int, ...]:
     """Order configurations by what can go wrong in them; last comes the memory that is left."""
     configuration = each.configuration
     return (
-        ("full", "lora", "qlora").index(configuration.method),
-        SIMPLEST_FIRST.index(configuration.sharding),
+        _place(configuration.method, METHODS_FIRST),
+        _place(configuration.sharding, SIMPLEST_FIRST),
         int(configuration.gradient_checkpointing),
-        PLAINEST_FIRST.index(configuration.optim),
+        _place(configuration.optim, PLAINEST_FIRST),
         each.needed_bytes,
         configuration.gradient_accumulation_steps,
     )
+
+
+def _place(value: str, order: Sequence[str]) -> int:
+    """Return a value's place in an order; what is not in it was asked for, and comes after all that is."""
+    return order.index(value) if value in order else len(order)
 
 
 def ladder(chosen: Evaluated, evaluated: Sequence[Evaluated], cost: Cost) -> tuple[Evaluated, ...]:

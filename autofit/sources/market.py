@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from autofit.errors import InputError
 from autofit.sources.gpus import catalogue, device
 from autofit.sources.hardware import parse_cluster
-from autofit.spec.hardware import Cluster
+from autofit.spec.hardware import Cluster, Device
 
 ANY = "any"
 NUM_DEVICES_OFFERED = (1, 2, 4, 8)
@@ -46,6 +46,15 @@ def every_priced() -> tuple[Cluster, ...]:
     """Return 1, 2, 4 and 8 of every CUDA GPU that the catalogue has a price for."""
     priced = [gpu for gpu in catalogue().gpus if gpu.platform == "cuda" and gpu.figures.dollars_per_hour is not None]
     return tuple(Cluster(device=device(gpu), num_devices_per_node=n) for gpu in priced for n in NUM_DEVICES_OFFERED)
+
+
+def other_sizes(of: Device) -> tuple[Device, ...]:
+    """Return the same device with other amounts of memory, as far as the catalogue has them."""
+    known = catalogue()
+    named = next((gpu for gpu in known.gpus if gpu.name == of.name), None)
+    if named is None or named.platform != "cuda":
+        return ()
+    return tuple(device(gpu) for gpu in known.sizes(named.name) if gpu.name != named.name)
 
 
 def dollars_per_hour(cluster: Cluster) -> float | None:

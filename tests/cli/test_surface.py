@@ -86,7 +86,8 @@ SURFACE = {
     | {"--model", "--seq-len", "--gpus", "--gradient-accumulation-steps", "--batch", "--replay", "--no-replay"}
     | {"--inference", "--allow-hub", "--json"},
     "explain": ESTIMATED
-    | {"--model", "--seq-len", "--gpus", "--gradient-accumulation-steps", "--by-stage", "--allow-hub", "--json"},
+    | {"--model", "--seq-len", "--gpus", "--gradient-accumulation-steps", "--by-stage"}
+    | {"--why-not", "--what-if", "--allow-hub", "--json"},
     "compare": SHARED
     | {"--model", "--seq-len", "--global-batch", "--gpus", "--max-dollars-per-hour", "--allow-hub", "--json"},
     "data": {"--model", "--tokenizer", "--text-column", "--data-all", "--allow-hub", "--json"},

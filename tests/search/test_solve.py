@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from autofit.errors import InputError, NothingFitsError
+from autofit.memory.optimizers import OPTIMIZERS
 from autofit.plan import from_json, to_json
 from autofit.search import candidates, estimate, required_regimes, solve
 from autofit.search.evaluate import HEADROOM_FRACTION
@@ -38,6 +39,14 @@ jobs = st.builds(
     st.sampled_from([(), ("adamw_torch_fused",), ("adamw_torch", "adamw_8bit")]),
 )
 devices = st.sampled_from([GPU, OLD_GPU, CPU])
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_every_modelled_optimizer_can_be_asked_for(optim):
+    """A search restricted to any optimizer that is modelled ends in a plan with it, or in a refusal in words."""
+    job, cluster = a_job(optims=(optim, "adamw_torch_fused")), a_cluster(1)
+    made = solve(job, cluster, profiles_for(job, cluster), estimate_memory=PlausibleMemory(1_000_000_000))
+    assert made.configuration.optim in {optim, "adamw_torch_fused"}
 
 
 def brute_force(job, cluster, memory):

@@ -1,0 +1,127 @@
+"""What a plan would be if one thing about it were another, and what holds it back as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from autofit.errors import InputError, NothingFitsError
+from autofit.plan import Plan
+from autofit.search.evaluate import HEADROOM_FRACTION
+from autofit.search.nothing_fits import Change
+from autofit.spec.hardware import Cluster, Device
+from autofit.spec.job import Job
+from autofit.units import format_bytes
+
+LARGER_RANK = 64
+SMALLEST_SHARE = 0.05
+"""Of a step's time; what takes less is not named."""
+TERM_WORDS = {
+    "matmul": "matrix products",
+    "memory": "kernels bound by memory bandwidth",
+    "dequantization": "unpacking quantised weights",
+    "launch": "issuing kernels",
+    "optimizer": "the optimizer's step",
+    "paging": "pages to and from the host",
+    "offload": "offloaded state to and from the host",
+    "communication": "communication",
+}
+
+Solve = Callable[[Job, Cluster], Plan]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """The best plan after a change, or why there is none."""
+
+    words: str
+    """What was changed."""
+    plan: Plan | None
+    refused: str | None
+
+
+def answers(job: Job, cluster: Cluster, changes: Iterable[Change], solve: Solve) -> tuple[Answer, ...]:
+    """Plan anew after each change, everything else that was left open chosen best for it."""
+    return tuple(_answer(job, cluster, change, solve) for change in changes)
+
+
+def _answer(job: Job, cluster: Cluster, change: Change, solve: Solve) -> Answer:
+    try:
+        plan = solve(change.job(job), change.cluster(cluster))
+    except (InputError, NothingFitsError) as error:
+        return Answer(words=change.words, plan=None, refused=error.message)
+    return Answer(words=change.words, plan=plan, refused=None)
+
+
+def counterfactuals(made: Plan, other_sizes: Sequence[Device] = ()) -> Iterator[Change]:
+    """Yield what is worth asking of any plan: more devices, other lengths, a larger adapter, the device's other sizes.
+
+    Args:
+        made: the plan.
+        other_sizes: the same device with other amounts of memory.
+    """
+    job, cluster = made.inputs.job, made.inputs.cluster
+    yield from _other_counts(job, cluster)
+    tokens = job.workload.sequence_tokens
+    for other in (tokens // 2, tokens * 2):
+        if other:
+            yield Change(words=f"sequences of {other:,} tokens", kind="length", job=_of_length(other))
+    if made.configuration.lora is not None and made.configuration.lora.r != LARGER_RANK:
+        yield Change(words=f"LoRA rank {LARGER_RANK}", kind="rank", job=_of_rank(LARGER_RANK))
+    for device in other_sizes:
+        yield Change(
+            words=f"{cluster.num_devices} x {device.name}",
+            kind="device",
+            cluster=lambda on, device=device: replace(on, device=device),  # type: ignore[misc]
+        )
+
+
+def _other_counts(job: Job, cluster: Cluster) -> Iterator[Change]:
+    """Yield the next number of devices that the global batch divides over, and the one before."""
+    now, batch = cluster.num_devices_per_node, job.workload.global_batch_sequences
+    divides = [n for n in range(1, batch // cluster.num_nodes + 1) if batch % (n * cluster.num_nodes) == 0]
+    fewer, more = [n for n in divides if n < now], [n for n in divides if n > now]
+    for number in (*more[:1], *fewer[-1:]):
+        nodes = f"{cluster.num_nodes} nodes of " if cluster.num_nodes > 1 else ""
+        yield Change(
+            words=f"{nodes}{number} {'devices' if number > 1 else 'device'}",
+            kind="devices",
+            cluster=lambda on, number=number: replace(on, num_devices_per_node=number),  # type: ignore[misc]
+        )
+
+
+def _of_length(tokens: int) -> Callable[[Job], Job]:
+    return lambda job: replace(job, workload=replace(job.workload, sequence_tokens=tokens))
+
+
+def _of_rank(rank: int) -> Callable[[Job], Job]:
+    return lambda job: replace(job, restrictions=replace(job.restrictions, lora=replace(job.restrictions.lora, r=rank)))
+
+
+def binding_reasons(made: Plan) -> tuple[str, ...]:
+    """Say what takes the step's time and what decides its memory."""
+    return tuple(reason for reason in (_time_reason(made), _memory_reason(made)) if reason)
+
+
+def _time_reason(made: Plan) -> str:
+    total = sum(made.time.terms.values())
+    if not total:
+        return ""
+    shares = sorted(((seconds / total, name) for name, seconds in made.time.terms.items()), reverse=True)
+    named = [f"{share:.0%} {TERM_WORDS.get(name, name)}" for share, name in shares if share >= SMALLEST_SHARE]
+    return f"time, nothing overlapped: {', '.join(named)}."
+
+
+def _memory_reason(made: Plan) -> str:
+    memory = made.memory
+    usable = int(memory.budget_bytes * (1 - HEADROOM_FRACTION))
+    peak = max(memory.phases, key=lambda phase: phase.bytes, default=None)
+    if peak is None or not peak.terms:
+        return ""
+    term, num_bytes = max(peak.terms.items(), key=lambda item: item[1])
+    left = usable - memory.needed_bytes
+    room = f"{format_bytes(left)} are left" if left >= 0 else f"{format_bytes(-left)} too much"
+    return (
+        f"memory: highest in {peak.name.replace('_', ' ')}, where {term.replace('_', ' ')} are the most with "
+        f"{format_bytes(num_bytes)}; of {format_bytes(usable)} that a plan may use {room}."
+    )
