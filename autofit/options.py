@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from autofit.spec.job import Restrictions
 
 METHODS, OPTIMS, SHARDINGS = get_args(Method), get_args(Optim), get_args(Sharding)
+BATCHINGS = get_args(Batching)
 PRECISIONS = ("auto", *get_args(Precision))
 LAUNCHED_METHODS = ("auto", "full", "lora", "qlora")
 """What a run can be started with: nothing freezes layers for a script."""
@@ -252,6 +253,15 @@ class Wishes:
             help="Sequences a device takes at a time; repeatable.",
         ),
     ] = None
+    batching: Annotated[
+        list[str] | None,
+        _option(
+            "--batching",
+            section=_BATCH,
+            metavar=_any_of(BATCHINGS),
+            help="How sequences share a micro-batch (default: padded with --data, else equal); repeatable.",
+        ),
+    ] = None
     gradient_checkpointing: Annotated[
         bool | None,
         _option(
@@ -369,12 +379,6 @@ class EveryWish(Wishes):
             help="Processes that share each sequence, Ulysses (default: 1).",
         ),
     ] = None
-    padding: Annotated[
-        bool, _option("--padding", section=_BATCH, help="Sequences of other lengths, padded, with a mask.")
-    ] = False
-    packing: Annotated[
-        bool, _option("--packing", section=_BATCH, help="Sequences packed into rows without padding.")
-    ] = False
     checkpoint_every_n_layers: Annotated[
         int | None,
         _option(
@@ -617,6 +621,7 @@ def restrictions(wishes: Wishes) -> Restrictions:
         "shardings": _shardings(wishes),
         "offload": _offload(wishes),
         "micro_batch_sequences": wishes.micro_batch or [],
+        "batchings": [_one_of("batching", batching, BATCHINGS) for batching in wishes.batching or ()],
         "gradient_checkpointing": wishes.gradient_checkpointing,
         "use_reentrant": wishes.use_reentrant,
         "attention": _one_of("attention", wishes.attention, get_args(Attention)),
@@ -633,7 +638,7 @@ def one_of_each(wishes: EveryWish) -> EveryWish:
     Raises:
         InputError: a dimension is given more than one value, or an option would be without effect.
     """
-    for name in ("method", "optim", "sharding", "micro_batch"):
+    for name in ("method", "optim", "sharding", "micro_batch", "batching"):
         values = getattr(wishes, name) or ()
         if len(values) > 1 or "auto" in values:
             raise InputError(
@@ -854,7 +859,6 @@ def _further(wishes: EveryWish) -> dict[str, Any]:
             "checkpoint_offload": wishes.checkpoint_offload,
             "sdpa_kernel": _one_of("sdpa-kernel", wishes.sdpa_kernel, get_args(SdpaKernel)),
             "loss": _loss(wishes),
-            "batching": _batching(wishes),
             "task": _one_of("task", wishes.task, get_args(Task)),
             "image_tokens": wishes.image_tokens,
             "keeps_outputs": wishes.keeps_outputs,
@@ -869,12 +873,6 @@ def _loss(wishes: EveryWish) -> str | None:
     if wishes.use_liger_kernel and loss not in {None, "liger"}:
         raise InputError(f"--use-liger-kernel is given with --loss {loss}.", to_fix="leave one of them out")
     return "liger" if wishes.use_liger_kernel else loss
-
-
-def _batching(wishes: EveryWish) -> Batching:
-    if wishes.padding and wishes.packing:
-        raise InputError("--padding and --packing are both given.", to_fix="leave one of them out")
-    return "padded" if wishes.padding else "packed" if wishes.packing else "equal"
 
 
 def _names(option: str, text: str | None) -> list[str] | None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from autofit.plan import Inputs, Plan, Rung
+from autofit.sources.lengths import length_bins
 from autofit.spec.configuration import Configuration, Lora, Quantization
 from autofit.spec.estimate import CostEstimate, MemoryEstimate, TimeEstimate
 from autofit.spec.hardware import Cluster, Device
 from autofit.spec.job import Job, Model, Restrictions, Workload
+from autofit.spec.lengths import LengthDistribution, LengthPercentile
 from autofit.units import GIB
 
 TINY_LLAMA: dict[str, Any] = {
@@ -117,3 +122,24 @@ def with_script(plan: Plan, script: str) -> Plan:
     """Return the plan of the same job started from a script."""
     job = replace(plan.inputs.job, script=script)
     return replace(plan, inputs=replace(plan.inputs, job=job))
+
+
+def a_distribution(lengths: Iterable[int], **changes: Any) -> LengthDistribution:
+    """Return the distribution of lengths, all of them measured."""
+    measured = np.array(sorted(lengths))
+    values: dict[str, Any] = {
+        "path": "data.jsonl",
+        "read_as": "column length",
+        "tokenizer": None,
+        "num_sequences": len(measured),
+        "num_measured_sequences": len(measured),
+        "mean_tokens": float(measured.mean()),
+        "mean_interval_tokens": None,
+        "max_tokens": int(measured.max()),
+        "percentiles": tuple(
+            LengthPercentile(fraction=share, tokens=int(np.quantile(measured, share, method="inverted_cdf")))
+            for share in (0.5, 0.95, 0.99)
+        ),
+        "bins": length_bins(measured),
+    }
+    return LengthDistribution(**values | changes)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import get_args
 
 from autofit.search.evaluate import Evaluated
-from autofit.spec.configuration import Method, Optim, Sharding
+from autofit.spec.configuration import Batching, Method, Optim, Sharding
 
 TIE_FRACTION = 0.01
 """Configurations this close in cost count as equal, and the simpler one is taken: no time model tells them apart."""
@@ -51,6 +52,7 @@ def complexity(each: Evaluated) -> tuple[int, ...]:
         _place(configuration.sharding, SIMPLEST_FIRST),
         int(configuration.gradient_checkpointing),
         _place(configuration.optim, PLAINEST_FIRST),
+        _place(configuration.batching, get_args(Batching)),
         each.needed_bytes,
         configuration.gradient_accumulation_steps,
     )

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import get_args
 
 from autofit.errors import InputError
-from autofit.spec.configuration import Configuration, Dtype, Method, MixedPrecision, Optim, Quantization, Sharding
+from autofit.spec.configuration import (
+    Batching,
+    Configuration,
+    Dtype,
+    Method,
+    MixedPrecision,
+    Optim,
+    Quantization,
+    Sharding,
+)
 from autofit.spec.hardware import Cluster, Device
 from autofit.spec.job import Job, Precision, QuantizationWish, Restrictions, Workload
 
@@ -25,6 +34,7 @@ class BatchSplit:
 
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
+    batching: Batching = "equal"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +59,11 @@ def candidates(job: Job, cluster: Cluster) -> tuple[Configuration, ...]:
         shardings(restrictions, cluster),
         (False, True) if restrictions.gradient_checkpointing is None else (restrictions.gradient_checkpointing,),
         restrictions.optims or OPTIMS,
-        batch_splits(job.workload, cluster, restrictions),
+        [
+            replace(split, batching=batching)
+            for split in batch_splits(job.workload, cluster, restrictions)
+            for batching in batchings(job)
+        ],
     )
     return tuple(
         configuration(
@@ -107,7 +121,7 @@ def configuration(
         checkpoint_every_n_layers=restrictions.checkpoint_every_n_layers if gradient_checkpointing else 1,
         checkpoint_offload=gradient_checkpointing and restrictions.checkpoint_offload,
         loss=restrictions.loss,
-        batching=restrictions.batching,
+        batching=split.batching,
         task=restrictions.task,
         image_tokens=restrictions.image_tokens,
         keeps_outputs=restrictions.keeps_outputs,
@@ -115,6 +129,22 @@ def configuration(
         expandable_segments=restrictions.expandable_segments,
         max_split_size_mb=restrictions.max_split_size_mb,
     )
+
+
+def batchings(job: Job) -> tuple[Batching, ...]:
+    """Return the ways to batch: what the user allows, or what a trainer does unasked.
+
+    Raises:
+        InputError: packed rows are to be compared with sequences, of which a step would hold another number.
+    """
+    allowed = job.restrictions.batchings or (("padded",) if job.workload.lengths else ("equal",))
+    if "packed" in allowed and len(set(allowed)) > 1:
+        raise InputError(
+            "batching packed is allowed beside others, and a step of as many packed rows trains several times as many "
+            "sequences.",
+            to_fix="plan packed alone, with --global-batch in rows; padding_free wastes as little and keeps the step",
+        )
+    return tuple(dict.fromkeys(allowed))
 
 
 def resolved_precision(asked: str, device: Device) -> Precision:

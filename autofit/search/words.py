@@ -14,7 +14,7 @@ from autofit.spec.hardware import Cluster
 from autofit.spec.job import Job
 from autofit.units import format_bytes
 
-KNOBS = ("method", "sharding", "gradient_checkpointing", "optim", "per_device_train_batch_size")
+KNOBS = ("method", "sharding", "gradient_checkpointing", "optim", "batching", "per_device_train_batch_size")
 
 
 def describe(configuration: Configuration) -> str:
@@ -27,6 +27,7 @@ def describe(configuration: Configuration) -> str:
         *([f"{configuration.sharding} on {configuration.num_processes}"] if configuration.num_processes > 1 else []),
         *([f"{configuration.offload.replace('_', ' ')} on the host"] if configuration.offload != "none" else []),
         *(["checkpointing"] if configuration.gradient_checkpointing else []),
+        *([f"{configuration.batching} batches"] if configuration.batching != "equal" else []),
     ]
     return ", ".join(parts)
 

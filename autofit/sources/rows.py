@@ -118,6 +118,8 @@ def read_restrictions(row: Row, cluster: Cluster) -> Restrictions:
     if PINNED_IN_NOTES in (row.get("notes") or ""):
         given["sdpa_kernel"] = "efficient"
     given |= {name: read(row[name]) for name, read in FURTHER.items() if row.get(name) is not None}
+    if row.get("batching") is not None:
+        given["batchings"] = (row["batching"],)
     for whole, names in PARTS.items():
         parts = {part: row[name] for name, part in names.items() if row.get(name) is not None}
         if parts:
@@ -140,7 +142,6 @@ FURTHER: dict[str, Callable[[Any], Any]] = dict.fromkeys(
         "num_replicas",
         "reshard_after_forward",
         "sequence_parallel_size",
-        "batching",
         "task",
         "image_tokens",
         "expandable_segments",
@@ -173,6 +174,7 @@ READ = frozenset(
         "optimizer",
         "gradient_checkpointing",
         "attention",
+        "batching",
         "loss",
         "outputs_kept",
         "sharding",

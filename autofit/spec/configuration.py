@@ -52,7 +52,7 @@ Attention = Literal["sdpa", "eager", "flash_attention_2", "flex_attention"]
 SdpaKernel = Literal["auto", "efficient"]
 Offload = Literal["none", "optimizer", "optimizer_and_parameters"]
 Loss = Literal["stock", "liger", "chunked"]
-Batching = Literal["equal", "padded", "packed"]
+Batching = Literal["equal", "padded", "padding_free", "packed"]
 Task = Literal["auto", "causal-lm", "masked-lm", "seq2seq-lm", "sequence-classification", "image-text-to-text"]
 
 ZERO_STAGES: dict[str, int] = {"zero1": 1, "zero2": 2, "zero3": 3}
@@ -142,7 +142,9 @@ class Configuration:
     loss: Loss = "stock"
     """`liger`: transformers' `use_liger_kernel`, fused with the head; `chunked`: TRL's fused head."""
     batching: Batching = "equal"
-    """How sequences share a micro-batch: all of one length; padded, with a mask; or packed into one row."""
+    """How sequences share a micro-batch: all of one length; padded to the longest of them, with a mask; one after the
+    other in one row (`DataCollatorWithFlattening`, trl's `padding_free`); or so, and each a row that was packed with
+    several before (trl's `packing`): then a row is what a micro-batch counts."""
     task: Task = "auto"
     """Which head is trained; `auto`: the one that the config's `architectures` names."""
     image_tokens: int = 0

@@ -100,7 +100,8 @@ class Restrictions:
     freeze: Freeze = field(default_factory=Freeze)
     quantization: QuantizationWish = field(default_factory=QuantizationWish)
     loss: Loss = "stock"
-    batching: Batching = "equal"
+    batchings: tuple[Batching, ...] = ()
+    """Empty: `padded` where the lengths of the data are known, else `equal`."""
     task: Task = "auto"
     image_tokens: int = 0
     keeps_outputs: bool = False

@@ -16,22 +16,34 @@ class LengthBin:
     mean_tokens: float
 
     def share_above(self, tokens: int) -> float:
-        """Share of the bin's sequences that are longer, as if its lengths occurred equally often."""
-        if tokens >= self.max_tokens:
-            return 0.0
-        return min(1.0, (self.max_tokens - tokens) / (self.max_tokens - self.min_tokens + 1))
+        """Share of the bin's sequences that are longer."""
+        if tokens < self.min_tokens:
+            return 1.0
+        num = max(0, self.max_tokens - tokens)
+        first, slope = self._density_after(tokens)
+        return num * first + slope * num * (num + 1) / 2
 
     def mean_cut(self, tokens: int) -> float:
-        """Mean length of the bin's sequences, each cut at so many tokens.
-
-        Of lengths that occur equally often, those above the cut lose from one token to what the longest loses.
-        """
-        if tokens >= self.max_tokens:
-            return self.mean_tokens
+        """Mean length of the bin's sequences, each cut at so many tokens."""
         if tokens <= self.min_tokens:
             return float(tokens)
-        lost = self.share_above(tokens) * (self.max_tokens - tokens + 1) / 2
-        return min(float(tokens), max(float(self.min_tokens), self.mean_tokens - lost))
+        num = max(0, self.max_tokens - tokens)
+        first, slope = self._density_after(tokens)
+        lost = first * num * (num + 1) / 2 + slope * num * (num + 1) * (2 * num + 1) / 6
+        return max(float(self.min_tokens), self.mean_tokens - lost)
+
+    def _density_after(self, tokens: int) -> tuple[float, float]:
+        """Share of the sequences that have a length, and how it changes with the next.
+
+        As if shares grew or fell evenly over the bin's lengths, which its mean decides; none is negative.
+        """
+        num = self.max_tokens - self.min_tokens + 1
+        if num == 1:
+            return 0.0, 0.0
+        middle = (self.min_tokens + self.max_tokens) / 2
+        steepest = 2 / (num - 1)
+        slope = max(-steepest, min(steepest, 12 * (self.mean_tokens - middle) / (num**2 - 1)))
+        return (1 + slope * (tokens - middle)) / num, slope / num
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -84,7 +84,7 @@ class Regime:
         """Whether a micro-batch is one packed row with a mask over all of it: its size is in (b s)², no b matters."""
         return self.batching == "packed" and self.attention != "flash_attention_2"
 
-    def rows(self, num_sequences: int, sequence_tokens: int) -> tuple[int, int]:
+    def rows(self, num_sequences: float, sequence_tokens: float) -> tuple[float, float]:
         """Return the b and s that the tape's polynomials mean by so many sequences of so many tokens."""
         return (1, num_sequences * sequence_tokens) if self.masks_one_row else (num_sequences, sequence_tokens)
 

@@ -28,6 +28,9 @@ def regime_of(configuration: Configuration, device: Device) -> Regime:
     Source: accelerate/accelerator.py 1.15 (`prepare_model`), accelerate/utils/dataclasses.py (`set_mixed_precision`);
     peft/utils/other.py 0.21 (`fsdp_auto_wrap_policy`).
 
+    Packed rows are put one after the other like sequences that nobody packed: one row in both cases.
+    Source: trl/trainer/sft_trainer.py 1.16 (`padding_free` follows from packing with "bfd").
+
     Stage 3 replaces torch's linear function. Where every weight trains that keeps what torch's own keeps.
     """
     half = _HALF.get(configuration.mixed_precision)
@@ -52,7 +55,7 @@ def regime_of(configuration: Configuration, device: Device) -> Regime:
         flash_kernel=_runs_flash(device),
         sdpa_kernel=configuration.sdpa_kernel if configuration.attention == "sdpa" else "auto",
         loss=configuration.loss,
-        batching=configuration.batching,
+        batching="packed" if configuration.batching == "padding_free" else configuration.batching,
         task=configuration.task,
         image_tokens=configuration.image_tokens,
         device=device.kind,

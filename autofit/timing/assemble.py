@@ -10,6 +10,7 @@ from autofit.spec.estimate import CostEstimate, TimeEstimate
 from autofit.spec.hardware import Cluster
 from autofit.spec.job import Workload
 from autofit.spec.profile import RegimeProfile
+from autofit.timing.batches import micro_batch_shape, step_tokens
 from autofit.timing.collectives import step_traffic_bytes
 from autofit.timing.kernels import MicroStepTime, micro_step_time
 from autofit.timing.optimizer import paged_bytes, update_bytes
@@ -39,7 +40,7 @@ def estimate_cost(
 ) -> CostEstimate:
     """Price the tokens of a step by the hours of all devices that make it."""
     dollars = cluster.device.dollars_per_hour
-    tokens = workload.global_batch_sequences * workload.sequence_tokens
+    tokens = step_tokens(workload, configuration)
     if time.step_seconds is None:
         return CostEstimate(
             dollars_per_million_tokens=None, device_hours_per_million_tokens=None, dollars_per_device_hour=dollars
@@ -61,7 +62,7 @@ class TimeModel:
     workload: Workload
     _rates: Rates = field(init=False)
     _totals: ParameterTotals = field(init=False)
-    _micro_steps: dict[tuple[Rates, int], MicroStepTime] = field(init=False, default_factory=dict)
+    _micro_steps: dict[tuple[Rates, float, float], MicroStepTime] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self._rates = rates_of(self.profile.regime, self.cluster)
@@ -71,7 +72,7 @@ class TimeModel:
         """Estimate one configuration."""
         if self.missing(configuration):
             return UNKNOWN
-        tokens = self.workload.global_batch_sequences * self.workload.sequence_tokens
+        tokens = step_tokens(self.workload, configuration)
         step = self._step(configuration, self._rates)
         return TimeEstimate(
             step_seconds=step.expected_seconds,
@@ -97,19 +98,14 @@ class TimeModel:
         return step.expected_seconds + step.hidden_communication_seconds
 
     def _step(self, configuration: Configuration, rates: Rates) -> StepTime:
-        micro_step = self._micro_step(configuration.per_device_train_batch_size, rates)
+        micro_step = self._micro_step(*micro_batch_shape(self.workload, configuration), rates)
         overlaps = bucket_settings(configuration, self.profile.hidden_size).overlap_comm
         return step_time(self._totals, configuration, rates, micro_step, overlaps_collectives=overlaps)
 
-    def _micro_step(self, micro_batch_sequences: int, rates: Rates) -> MicroStepTime:
-        key = (rates, micro_batch_sequences)
+    def _micro_step(self, num_sequences: float, sequence_tokens: float, rates: Rates) -> MicroStepTime:
+        key = (rates, num_sequences, sequence_tokens)
         if key not in self._micro_steps:
-            self._micro_steps[key] = micro_step_time(
-                self.profile,
-                micro_batch_sequences,
-                self.workload.sequence_tokens,
-                rates,
-            )
+            self._micro_steps[key] = micro_step_time(self.profile, num_sequences, sequence_tokens, rates)
         return self._micro_steps[key]
 
 

@@ -9,7 +9,8 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from statistics import NormalDist
+
+import numpy as np
 
 from autofit.spec.configuration import Configuration
 from autofit.spec.job import Workload
@@ -19,6 +20,8 @@ PACKED_AT_A_TIME = 1000
 """Sequences that trl packs together: rows of `datasets.Dataset.map`, whose batches have that many.
 
 Source: trl/data_utils.py 1.16, pack_dataset; datasets/arrow_dataset.py 5.2, Dataset.map (`batch_size`)."""
+MIN_CELLS, MAX_GRID = 64, 2**12
+"""Of the grid that sums of lengths are counted on: cells for one length, and for a sum."""
 RARELY_LONGER = (0.95, 0.99)
 MAX_CUTS = 8
 IN_STEP = frozenset({"zero2", "zero3", "fsdp1", "fsdp2"})
@@ -72,29 +75,25 @@ def padding_share(workload: Workload, configuration: Configuration) -> float:
 def expected_slowest(values: Sequence[float], shares: Sequence[float], num_averaged: int, num_ranks: int) -> float:
     """Return the mean of the largest among ranks that each average some draws from a distribution.
 
-    Exact for one draw; for more as if the averages were normal, and never more than for one.
+    The distribution of a sum is the convolution of those of its parts, taken over a grid that keeps the mean.
     """
     mean = math.fsum(value * share for value, share in zip(values, shares, strict=True))
-    if num_ranks == 1:
+    if num_ranks == 1 or not mean:
         return mean
-    reached = [min(1.0, math.fsum(shares[: end + 1])) ** num_ranks for end in range(len(shares))]
-    largest = math.fsum(value * share for value, share in zip(values, _steps(reached), strict=True))
-    if num_averaged == 1:
-        return largest
-    variance = math.fsum(share * (value - mean) ** 2 for value, share in zip(values, shares, strict=True))
-    return min(largest, mean + math.sqrt(variance / num_averaged) * _largest_normal(num_ranks))
+    num_cells = max(MIN_CELLS, MAX_GRID // num_averaged)
+    width = max(values) / num_cells
+    cells, rest = np.divmod(np.array(values) / width, 1)
+    size = num_cells + 2
+    one = np.bincount(cells.astype(int), np.array(shares) * (1 - rest), size)
+    one += np.bincount(cells.astype(int) + 1, np.array(shares) * rest, size)
+    total = 1 << (size * num_averaged - 1).bit_length()
+    chances = np.clip(np.fft.irfft(np.fft.rfft(one, total) ** num_averaged, total), 0, None)
+    reached = np.clip(np.cumsum(chances), 0, 1) ** num_ranks
+    return float(np.diff(reached, prepend=0) @ np.arange(total)) * width / num_averaged
 
 
 def _steps(reached: Sequence[float]) -> list[float]:
     return [to - low for low, to in zip([0.0, *reached[:-1]], reached, strict=True)]
-
-
-@lru_cache
-def _largest_normal(num_drawn: int) -> float:
-    """Mean of the largest of so many standard normal numbers, by quadrature of one minus its distribution."""
-    normal, step = NormalDist(), 0.05
-    grid = [step * (index + 0.5) for index in range(160)]
-    return step * math.fsum(1 - normal.cdf(x) ** num_drawn - normal.cdf(-x) ** num_drawn for x in grid)
 
 
 @lru_cache

@@ -45,10 +45,10 @@ class _SegmentTime:
 
 
 def micro_step_time(
-    profile: RegimeProfile, micro_batch_sequences: int, sequence_tokens: int, rates: Rates
+    profile: RegimeProfile, num_sequences: float, sequence_tokens: float, rates: Rates
 ) -> MicroStepTime:
     """Add up the segments of one micro-step, each as often as the real model has it."""
-    powers = _powers(*profile.regime.rows(micro_batch_sequences, sequence_tokens))
+    powers = _powers(*profile.regime.rows(num_sequences, sequence_tokens))
     times = [(segment, _segment_time(profile, segment, powers, rates)) for segment in profile.segments]
     return MicroStepTime(
         matmul_seconds=sum(time.matmul_seconds for _, time in times),
@@ -59,7 +59,7 @@ def micro_step_time(
     )
 
 
-def _segment_time(profile: RegimeProfile, segment: Segment, powers: tuple[int, ...], rates: Rates) -> _SegmentTime:
+def _segment_time(profile: RegimeProfile, segment: Segment, powers: tuple[float, ...], rates: Rates) -> _SegmentTime:
     """Time a segment as a roofline: a product takes as long as its FLOPs or its bytes, whichever is longer.
 
     Source: Williams et al. 2009 (roofline).
@@ -91,9 +91,9 @@ def _unpacked_bytes_per_element(profile: RegimeProfile) -> int:
     return BYTES_PER_ELEMENT[quantization.compute_dtype] if quantization else 0
 
 
-def _powers(micro_batch_sequences: int, sequence_tokens: int) -> tuple[int, ...]:
-    return tuple(micro_batch_sequences**b * sequence_tokens**s for b, s in MONOMIALS)
+def _powers(num_sequences: float, sequence_tokens: float) -> tuple[float, ...]:
+    return tuple(num_sequences**b * sequence_tokens**s for b, s in MONOMIALS)
 
 
-def _value(polynomial: Polynomial, powers: tuple[int, ...]) -> float:
+def _value(polynomial: Polynomial, powers: tuple[float, ...]) -> float:
     return sum(coefficient * power for coefficient, power in zip(polynomial, powers, strict=True))

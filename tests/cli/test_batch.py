@@ -73,7 +73,7 @@ def test_a_missing_batch_is_refused(autofit, tmp_path):
         ({"method": "lora", "lora_r": "8"}, "lora_r='8'"),
         ({"lora_r": 8}, "--lora-r has no effect"),
         ({"load_in_4bit": True, "load_in_8bit": True}, "both"),
-        ({"padding": True, "packing": True}, "both"),
+        ({"batching": ["padded", "packed"]}, "--batching leaves several"),
         ({"method": "lora", "load_in_4bit": True}, "--load-in-4bit"),
         ({"checkpoint_offload": True}, "--checkpoint-offload has no effect"),
         ({"use_liger_kernel": True, "loss": "chunked"}, "--use-liger-kernel"),

@@ -127,6 +127,15 @@ def test_the_first_batch_may_be_shorter_but_not_larger(rows: int, tokens: int, h
     assert all(check.holds for check in check_first_batch(a_plan(), rows, tokens)) == holds
 
 
+@pytest.mark.parametrize(("rows", "tokens", "holds"), [(1, 64, True), (1, 40, True), (1, 65, False), (2, 32, False)])
+def test_without_padding_a_batch_is_one_row(rows: int, tokens: int, holds: bool) -> None:
+    """Where all sequences of a micro-batch were planned to be one row, a padded batch is not the plan."""
+    plan = a_plan()
+    for batching in ("padding_free", "packed"):
+        planned = dataclasses.replace(plan, configuration=dataclasses.replace(plan.configuration, batching=batching))
+        assert all(check.holds for check in check_first_batch(planned, rows, tokens)) == holds
+
+
 NAMED_OPTIMIZERS = [
     "adamw_torch",
     "adamw_torch_fused",
