@@ -1,15 +1,19 @@
 """Trains on this machine's CPU with the real Trainer, peft, bitsandbytes and DeepSpeed, and compares the peaks.
 
-    python benchmarks/real_stack.py [--cells CELL,CELL | --all] [--loop accelerate] [--json]
+    python benchmarks/real_stack.py [--cells CELL,CELL | --all] [--loop accelerate] [--measured FILE [--again]] [--json]
 
-A cell is `METHOD-SHARDING-PRECISION-OPTIM-bB-sS-gaN[-ckpt][-accelerate]`, for instance
+A cell is `METHOD-SHARDING-PRECISION-OPTIM-bB-sS-gaN[-ckpt[-reentrant]][-accelerate]`, for instance
 `lora-zero2-bf16-adamw_torch_fused-b2-s256-ga1-ckpt`. `zero2_offload` keeps the optimizer on the host,
-`zero3_offload_all` the weights as well. `-accelerate` runs a bare Accelerate loop, which keeps the model's output alive
-through backward, in place of the Trainer.
+`zero3_offload_all` the weights as well; `qlora_bf16` stores packed weights in bf16, which FSDP shards. `-accelerate`
+runs a bare Accelerate loop, which keeps the model's output alive through backward, in place of the Trainer.
 
-Sharded cells run on two gloo ranks. Measured is the most bytes that tensor storages held at one time, on the rank that
-held most: from the first step to the last, and in each phase by itself. A CPU rank's device is the host, so what is
-offloaded counts as what is not: predicted is the sum of both.
+Sharded cells run on two gloo ranks; under FSDP, `cpu_fsdp/` makes accelerate take them for GPUs. Measured is the most
+bytes that tensor storages held at one time, on the rank that held most: from the first step to the last, and in each
+phase by itself. A CPU rank's device is the host, so what is offloaded counts as what is not: predicted is the sum of
+both.
+
+FILE keeps what was measured, one line a run, and cells that it has are not run again: an interrupted benchmark goes on,
+and predictions, which are always made anew, can be compared without training again. Two runs of a cell are two rows.
 """
 
 from __future__ import annotations
@@ -23,8 +27,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +41,10 @@ from autofit.spec.estimate import MemoryEstimate
 from autofit.spec.hardware import Cluster, Device
 from autofit.spec.regimes import regime_of
 from autofit.units import GIB, MIB
+from autofit.writers.accelerate_config import launcher_keys
 
+Ranks = list[dict[str, Any]]
+"""What each rank of a run wrote down."""
 HIDDEN_SIZE, VOCAB_SIZE = 256, 8000
 MODEL: dict[str, Any] = {
     "model_type": "llama",
@@ -51,9 +59,16 @@ MODEL: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 RANK_SCRIPT = Path(__file__).with_name("real_training.py")
+PRETENDING_GPUS = Path(__file__).with_name("cpu_fsdp")
+CPU_RANK = Device(name="CPU-8G", kind="cpu", memory_bytes=8 * GIB)
 MOST_SECONDS = 600
 OFFLOADS: dict[str, Offload] = {"_offload": "optimizer", "_offload_all": "optimizer_and_parameters"}
 METHODS = ("full", "lora", "qlora")
+QUANTIZED: dict[str, dict[str, Any]] = {
+    "qlora": {"bits": 4},
+    "qlora_bf16": {"bits": 4, "storage_dtype": "bfloat16"},
+    "int8": {"bits": 8},
+}
 SHARDINGS = ("none", "ddp", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_offload_all")
 OPTIMS = ("adamw_torch_fused", "adamw_torch", "adamw_8bit")
 PHASES: dict[str, tuple[str, ...]] = {
@@ -104,6 +119,22 @@ DEFAULT_CELLS = (
         "lora-zero3-bf16-adamw_torch_fused",
         "qlora-ddp-bf16-adamw_torch_fused",
         "qlora-zero2-bf16-adamw_torch_fused",
+        "freeze-none-fp32-adamw_torch_fused",
+        "freeze-ddp-bf16-adamw_torch_fused",
+        "freeze-zero2-bf16-adamw_torch_fused",
+        "freeze-zero3-bf16-adamw_torch_fused",
+        "freeze-fsdp2-bf16-adamw_torch_fused",
+        "full-fsdp1-bf16-adamw_torch_fused",
+        "full-fsdp2-bf16-adamw_torch_fused",
+        "full-fsdp2-fp32-adamw_torch_fused",
+        "lora-fsdp1-bf16-adamw_torch_fused",
+        "lora-fsdp2-bf16-adamw_torch_fused",
+        "qlora_bf16-fsdp2-bf16-adamw_torch_fused",
+    ),
+    *_cells(
+        "b2-s256-ga1-ckpt-reentrant",
+        "int8-none-bf16-adamw_torch_fused",
+        "int8-ddp-bf16-adamw_torch_fused",
     ),
     *_cells(
         "b2-s256-ga1-ckpt",
@@ -118,6 +149,10 @@ DEFAULT_CELLS = (
         "qlora-zero2-bf16-adamw_torch_fused",
         "qlora-zero3-bf16-adamw_torch_fused",
         "qlora-zero3_offload-bf16-adamw_torch",
+        "freeze-zero2-bf16-adamw_torch_fused",
+        "full-fsdp1-bf16-adamw_torch_fused",
+        "lora-fsdp2-bf16-adamw_torch_fused",
+        "qlora_bf16-fsdp2-bf16-adamw_torch_fused",
     ),
     *_cells(
         "b2-s256-ga2-ckpt",
@@ -131,6 +166,9 @@ DEFAULT_CELLS = (
         "lora-zero2-bf16-adamw_torch_fused",
         "lora-zero3-bf16-adamw_torch_fused",
         "qlora-ddp-bf16-adamw_torch_fused",
+        "freeze-ddp-fp32-adamw_torch_fused",
+        "full-fsdp1-bf16-adamw_torch_fused",
+        "full-fsdp2-bf16-adamw_torch_fused",
     ),
     # Weights, gradients and the optimizer's step dominate.
     *_cells(
@@ -152,6 +190,22 @@ DEFAULT_CELLS = (
         "full-zero3_offload-bf16-adamw_torch",
         "full-zero3_offload_all-bf16-adamw_torch",
         "qlora-zero3-bf16-adamw_torch_fused",
+        "full-none-fp32-sgd",
+        "full-none-fp32-adafactor",
+        "full-none-fp32-lion_8bit",
+        "full-none-fp32-paged_adamw_8bit",
+        "full-none-fp32-apollo_adamw",
+        "full-none-fp32-galore_adamw",
+        "full-none-bf16-galore_adamw_layerwise",
+        "full-ddp-fp32-adafactor",
+        "full-ddp-fp32-paged_adamw_8bit",
+        "full-zero1-bf16-adafactor",
+        "full-zero2-bf16-lion_8bit",
+        "full-zero2-bf16-sgd",
+        "full-zero3-bf16-adamw_8bit",
+        "full-fsdp1-bf16-adamw_torch_fused",
+        "full-fsdp1-bf16-adamw_8bit",
+        "full-fsdp2-bf16-adamw_torch",
     ),
     # A bare loop keeps the model's output.
     *_cells(
@@ -207,16 +261,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cells", help="separated by commas")
     parser.add_argument("--all", action="store_true", help="every combination at b=2, s=256 (hours)")
     parser.add_argument("--loop", choices=("trainer", "accelerate"), default="trainer", help="what runs the cells")
+    parser.add_argument("--measured", type=Path, metavar="FILE", help="where measurements are kept, and read from")
+    parser.add_argument("--again", action="store_true", help="measure once more what FILE has")
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of a table")
     options = parser.parse_args(arguments)
     cells = options.cells.split(",") if options.cells else list(every_cell()) if options.all else DEFAULT_CELLS
     if options.loop == "accelerate":
         cells = [cell if cell.endswith("-accelerate") else f"{cell}-accelerate" for cell in cells]
+    measurements = Measurements(options.measured, again=options.again)
     if options.json:
-        print(json.dumps([as_json(result) for result in run(cells)], indent=1))
+        print(json.dumps([as_json(result) for result in run(cells, measurements)], indent=1))
     else:
-        print_tables(run(cells))
+        print_tables(run(cells, measurements))
     return 0
+
+
+class Measurements:
+    """What ranks measured, for each run of each cell; kept in a file of JSON lines if one is named.
+
+    Args:
+        file: where to keep them.
+        again: whether a cell that the file has is to be measured once more.
+    """
+
+    def __init__(self, file: Path | None = None, *, again: bool = False) -> None:
+        self._file = file
+        self._again = again
+        self._kept: dict[str, list[Ranks]] = {}
+        if file is not None and file.exists():
+            for line in file.read_text(encoding="utf-8").splitlines():
+                kept = json.loads(line)
+                self._kept.setdefault(kept["cell"], []).append(kept["ranks"])
+
+    def of(self, cell: str, train: Callable[[], Ranks]) -> list[Ranks]:
+        """Return every measurement of a cell; train it if there is none, or if another is wanted."""
+        if self._again or cell not in self._kept:
+            ranks = train()
+            self._kept.setdefault(cell, []).append(ranks)
+            if self._file is not None:
+                with self._file.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"cell": cell, "ranks": ranks}) + "\n")
+        return self._kept[cell]
 
 
 def as_json(result: Result) -> dict[str, Any]:
@@ -239,11 +324,11 @@ def parse_cell(cell: str) -> tuple[Configuration, int]:
     """Read a cell's name as a configuration and a sequence length."""
     method, place, precision, optim, batch, tokens, accumulation, *rest = cell.split("-")
     sharding = place.partition("_")[0]
-    adapts = method in {"lora", "qlora", "int8"}
+    adapts = method not in {"full", "freeze"}
     loads_fp32 = precision == "fp32" or (not adapts and not sharding.startswith("zero"))
     dtype = "float32" if loads_fp32 else "bfloat16"
     content = {
-        "method": "qlora" if method == "int8" else method,
+        "method": "qlora" if method in QUANTIZED else method,
         "quantization": _quantization(method, dtype),
         "lora": Lora() if adapts else None,
         "freeze": Freeze() if method == "freeze" else None,
@@ -252,6 +337,7 @@ def parse_cell(cell: str) -> tuple[Configuration, int]:
         "gradient_accumulation_steps": int(accumulation.removeprefix("ga")),
         "num_processes": 1 if sharding == "none" else 2,
         "gradient_checkpointing": "ckpt" in rest,
+        "use_reentrant": "reentrant" in rest,
         "sharding": sharding,
         "offload": OFFLOADS.get(place.removeprefix(sharding), "none"),
         "weights_dtype": dtype,
@@ -262,12 +348,12 @@ def parse_cell(cell: str) -> tuple[Configuration, int]:
 
 
 def _quantization(method: str, dtype: str) -> Quantization | None:
-    if method not in {"qlora", "int8"}:
+    if method not in QUANTIZED:
         return None
-    return msgspec.convert({"bits": 8 if method == "int8" else 4, "compute_dtype": dtype}, Quantization)
+    return msgspec.convert({"compute_dtype": dtype, **QUANTIZED[method]}, Quantization)
 
 
-def run(cells: Sequence[str]) -> Iterator[Result]:
+def run(cells: Sequence[str], measurements: Measurements) -> Iterator[Result]:
     """Predict and measure each cell."""
     profiles: dict[Any, Any] = {}
     with tempfile.TemporaryDirectory(prefix="autofit-real-stack-") as folder:
@@ -277,10 +363,11 @@ def run(cells: Sequence[str]) -> Iterator[Result]:
             print(f"{cell} ...", file=sys.stderr, flush=True)
             with contextlib.redirect_stdout(sys.stderr):
                 predicted = predict(cell, profiles)
-            yield _result(cell, predicted, measure(cell, model_folders, Path(folder)))
+            for ranks in measurements.of(cell, partial(measure, cell, model_folders, Path(folder))):
+                yield _result(cell, predicted, ranks)
 
 
-def _result(cell: str, predicted: MemoryEstimate, ranks: list[dict[str, Any]]) -> Result:
+def _result(cell: str, predicted: MemoryEstimate, ranks: Ranks) -> Result:
     return Result(
         cell=cell,
         predicted_bytes=predicted.peak_allocated_bytes + _host_bytes(predicted),
@@ -296,7 +383,7 @@ def _host_bytes(predicted: MemoryEstimate) -> int:
     return predicted.host_bytes or 0
 
 
-def _measured(ranks: list[dict[str, Any]], *starts: str) -> int:
+def _measured(ranks: Ranks, *starts: str) -> int:
     """Return the highest peak of all ranks in the phases whose names begin so; 0 where none was entered."""
     return max(
         (peak for rank in ranks for name, peak in rank["peaks"].items() if name.startswith(starts)),
@@ -304,7 +391,7 @@ def _measured(ranks: list[dict[str, Any]], *starts: str) -> int:
     )
 
 
-def _figures(predicted: MemoryEstimate, ranks: list[dict[str, Any]]) -> Iterator[tuple[str, Figure]]:
+def _figures(predicted: MemoryEstimate, ranks: Ranks) -> Iterator[tuple[str, Figure]]:
     for name, held in PHASES.items():
         highest = max(phase.bytes for phase in predicted.phases if phase.name in held) + _host_bytes(predicted)
         yield name, Figure(predicted_bytes=highest, measured_bytes=_measured(ranks, f"steady {name}"))
@@ -319,12 +406,11 @@ def predict(cell: str, profiles: dict[Any, Any]) -> MemoryEstimate:
     from autofit.profile.trace import trace
 
     configuration, tokens = parse_cell(cell)
-    device = Device(name="CPU-8G", kind="cpu", memory_bytes=8 * GIB)
-    regime = replace(regime_of(configuration, device), keeps_outputs=cell.endswith("-accelerate"))
+    regime = replace(regime_of(configuration, CPU_RANK), keeps_outputs=cell.endswith("-accelerate"))
     if regime not in profiles:
         profiles[regime] = trace("a small Llama", MODEL, regime)
     # A rank is a node of its own, so that the host's bytes are those of one rank.
-    cluster = Cluster(device=device, num_devices_per_node=1, num_nodes=configuration.num_processes)
+    cluster = Cluster(device=CPU_RANK, num_devices_per_node=1, num_nodes=configuration.num_processes)
     model = MemoryModel(profiles[regime], tokens, (configuration.per_device_train_batch_size,))
     return model.estimate(configuration, cluster, replays=True)
 
@@ -340,7 +426,7 @@ def save_model(folder: Path, dtype: str) -> Path:
     return folder / dtype
 
 
-def measure(cell: str, model_folders: dict[str, Path], folder: Path) -> list[dict[str, Any]]:
+def measure(cell: str, model_folders: dict[str, Path], folder: Path) -> Ranks:
     """Train a cell in processes of its own, from weights stored as they are loaded; return what each rank measured.
 
     Raises:
@@ -357,10 +443,8 @@ def measure(cell: str, model_folders: dict[str, Path], folder: Path) -> list[dic
         "loop": "accelerate" if cell.endswith("-accelerate") else "trainer",
     }
     (run_folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
-    distributed = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    launcher = [sys.executable, *(distributed if configuration.num_processes > 1 else [])]
     child = subprocess.run(
-        [*launcher, str(RANK_SCRIPT), str(run_folder)],
+        [sys.executable, *_launcher(configuration, run_folder), str(RANK_SCRIPT), str(run_folder)],
         env=_environment(configuration),
         capture_output=True,
         text=True,
@@ -373,15 +457,39 @@ def measure(cell: str, model_folders: dict[str, Path], folder: Path) -> list[dic
     return [json.loads(path.read_text(encoding="utf-8")) for path in results]
 
 
+def _launcher(configuration: Configuration, run_folder: Path) -> list[str]:
+    """Start the ranks; FSDP is accelerate's, whose launcher reads the file that autofit writes."""
+    if configuration.num_processes == 1:
+        return []
+    if not configuration.uses_fsdp:
+        return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(configuration.num_processes)]
+    cluster = Cluster(device=CPU_RANK, num_devices_per_node=configuration.num_processes, num_nodes=1)
+    keys = launcher_keys(configuration, cluster, run_folder)
+    (run_folder / "accelerate.json").write_text(json.dumps({**keys, "main_process_port": 0}), encoding="utf-8")
+    return ["-m", "accelerate.commands.launch", "--config_file", str(run_folder / "accelerate.json")]
+
+
 def _environment(configuration: Configuration) -> dict[str, str]:
     """DDP on a CPU needs accelerate to be told so; under DeepSpeed the same variable would switch DeepSpeed off.
 
-    Weights are loaded by the main thread: the counter does not see what other threads make.
+    Weights are loaded by the main thread: the counter does not see what other threads make. DeepSpeed compiles its
+    operators again for every other `ninja` that it finds.
     """
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     environment = {**os.environ, **quiet, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+    environment["PATH"] = _with_first(Path(sys.executable).parent, "PATH")
+    if configuration.uses_fsdp:
+        return environment | {
+            "ACCELERATE_TORCH_DEVICE": "cpu",
+            "PYTHONPATH": _with_first(PRETENDING_GPUS, "PYTHONPATH"),
+        }
     return environment | ({"ACCELERATE_USE_CPU": "true"} if configuration.sharding == "ddp" else {})
+
+
+def _with_first(folder: Path, variable: str) -> str:
+    """Put a folder before those that a variable of the environment lists."""
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get(variable)]))
 
 
 def print_tables(results: Iterator[Result]) -> None:
@@ -398,7 +506,7 @@ def print_tables(results: Iterator[Result]) -> None:
             flush=True,
         )
     _print_figures(done)
-    print(f"\n{len(done)} cells: {_summary({result.cell: result.error for result in done})}")
+    print(f"\n{_summary([(result.cell, result.error) for result in done])}")
 
 
 def _print_figures(done: list[Result]) -> None:
@@ -411,8 +519,7 @@ def _print_figures(done: list[Result]) -> None:
         print(f"| {result.cell} | {' | '.join(shown)} |")
     print()
     for name in names:
-        errors = {result.cell: result.figures[name].error for result in done if name in result.figures}
-        print(f"- {name}: {len(errors)} cells, {_summary(errors)}")
+        print(f"- {name}: {_summary([(r.cell, r.figures[name].error) for r in done if name in r.figures])}")
 
 
 def _shown(figure: Figure | None) -> str:
@@ -421,9 +528,11 @@ def _shown(figure: Figure | None) -> str:
     return f"{figure.predicted_bytes / MIB:.2f} / {figure.measured_bytes / MIB:.2f} {figure.error:+.2%}"
 
 
-def _summary(errors: dict[str, float]) -> str:
-    worst = max(errors, key=lambda cell: abs(errors[cell]))
-    return f"median {statistics.median(map(abs, errors.values())):.2%}, worst {errors[worst]:+.2%} ({worst})"
+def _summary(errors: list[tuple[str, float]]) -> str:
+    cell, worst = max(errors, key=lambda each: abs(each[1]))
+    median = statistics.median(abs(error) for _, error in errors)
+    runs = f" in {len(errors)} runs" if len(errors) > len(dict(errors)) else ""
+    return f"{len(dict(errors))} cells{runs}: median {median:.2%}, worst {worst:+.2%} ({cell})"
 
 
 if __name__ == "__main__":

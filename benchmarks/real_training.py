@@ -96,6 +96,7 @@ def train(run_folder: Path) -> None:
             deepspeed=deepspeed_config(configuration, request["hidden_size"]),
             report_to=[],
             save_strategy="no",
+            optim_args=optimizer_options(configuration),
             per_device_eval_batch_size=configuration.per_device_train_batch_size,
             **decided_arguments(configuration, on_cpu=True, checkpointing_name="gradient_checkpointing"),
         )
@@ -109,6 +110,11 @@ def train(run_folder: Path) -> None:
         figures = {"peaks": peaks.peaks, "after_step_bytes": after_step}
     (run_folder / f"rank{arguments.process_index}.json").write_text(json.dumps(figures), encoding="utf-8")
     leave_process_group()
+
+
+def optimizer_options(configuration: Configuration) -> str | None:
+    """Let low-rank optimizers project anew in every step, as they do in the first: by default in every 200th."""
+    return "update_proj_gap=1" if configuration.optim.startswith(("apollo", "galore")) else None
 
 
 def train_with_trainer(
@@ -144,7 +150,8 @@ def train_with_trainer(
     trainer.train()
     peaks.leave()
     after_step = live.now_bytes
-    if configuration.quantization is None:  # bitsandbytes evaluates and saves packed weights otherwise on a CPU
+    # bitsandbytes evaluates and saves packed weights otherwise on a CPU; FSDP's stages are not predicted.
+    if configuration.quantization is None and not configuration.uses_fsdp:
         peaks.enter("evaluation")
         trainer.evaluate()
         peaks.enter("saving")
@@ -209,6 +216,10 @@ def load_model(folder: str, configuration: Configuration) -> Any:
 
     dtype = getattr(torch, configuration.weights_dtype)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **_quantization(configuration, dtype))
+    if configuration.freeze is not None:
+        model.requires_grad_(requires_grad=False)
+        for layer in model.model.layers[-configuration.freeze.freeze_trainable_layers :]:
+            layer.requires_grad_(requires_grad=True)
     if configuration.lora is None:
         return model
     from peft import LoraConfig, get_peft_model
@@ -226,7 +237,11 @@ def _quantization(configuration: Configuration, dtype: torch.dtype) -> dict[str,
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     return {
         "quantization_config": BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=getattr(torch, configuration.quantization.storage_dtype),
         )
     }
 

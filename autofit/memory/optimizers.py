@@ -7,7 +7,7 @@ Source: transformers/trainer_optimizer.py 5.23.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autofit.memory import optimizer_steps as steps
 from autofit.memory.optimizer_steps import FP32_BYTES, Frame, Step
@@ -196,13 +196,49 @@ def _apollo(tensor: Tensor) -> State:
     low = steps.apollo_elements(tensor) * tensor.bytes_per_element
     if not steps.is_projected(tensor):
         return State(device=(low, low))
-    projection = steps.APOLLO_RANK * min(tensor.row_sums, tensor.column_sums) * tensor.bytes_per_element
+    projection = steps.LOW_RANK * min(tensor.row_sums, tensor.column_sums) * tensor.bytes_per_element
     return State(device=(low, low, projection, tensor.bytes_per_element))
+
+
+def _galore(state: StateOf, projects_in: Callable[[Tensor], int]) -> StateOf:
+    """Make the state of a GaLore optimizer: of a projected gradient in place of a linear weight's, and the projector.
+
+    Args:
+        state: of the optimizer that is projected.
+        projects_in: bytes of an element of the gradient that is projected.
+    """
+
+    def kept(tensor: Tensor) -> State:
+        found = state(steps.galore_gradient(tensor))
+        if not steps.is_projected(tensor):
+            return found
+        projection = steps.galore_projection_bytes(tensor, projects_in(tensor))
+        return replace(found, device=(*found.device, projection))
+
+    return kept
+
+
+def _galore_adamw(tensor: Tensor) -> State:
+    """Two moments; the step is counted in Python. Source: galore-torch 1.0 adamw.py, step."""
+    return State(device=(tensor.num_bytes, tensor.num_bytes))
+
+
+def _galore_adamw_8bit(tensor: Tensor) -> State:
+    """bitsandbytes' state, also of embeddings, and a norm: GaLore's options reach bitsandbytes 0.50 as others.
+
+    Its percentile_clipping of 100 is max_unorm there (100 times the weight's norm bounds an update), and block_wise is
+    skip_zeros. transformers asks for 32-bit state of embeddings only from bitsandbytes' own classes.
+    Source: galore-torch 1.0 adamw8bit.py, __init__; bitsandbytes 0.50 optim/optimizer.py, init_state (`unorm_vec`);
+    transformers/trainer.py 5.23, create_optimizer.
+    """
+    kept = _bitsandbytes(8, 1, 1)(replace(tensor, embeds=False))
+    return State(device=(*kept.device, FP32_BYTES))
 
 
 _ADAM8, _ADAM32 = _bitsandbytes(8, 1, 1), _bitsandbytes(32, 1, 1)
 _LION8, _LION32 = _bitsandbytes(8, 1), _bitsandbytes(32, 1)
 _ADEMAMIX8, _ADEMAMIX32 = _bitsandbytes(8, 2, 1), _bitsandbytes(32, 2, 1)
+_GALORE = _galore(_galore_adamw, lambda tensor: tensor.bytes_per_element)
 
 OPTIMIZERS: dict[Optim, Optimizer] = {
     "adamw_torch": Optimizer(state=_adamw, step=steps.adam),
@@ -234,16 +270,17 @@ OPTIMIZERS: dict[Optim, Optimizer] = {
     "grokadamw": Optimizer(state=_grokadamw, step=steps.grokadamw),
     "apollo_adamw": Optimizer(state=_apollo, step=steps.apollo),
     "apollo_adamw_layerwise": Optimizer(state=_apollo, step=steps.apollo, in_backward=True),
+    "galore_adamw": Optimizer(state=_GALORE, step=steps.galore_adamw),
+    "galore_adamw_layerwise": Optimizer(state=_GALORE, step=steps.galore_adamw, in_backward=True),
+    "galore_adamw_8bit": Optimizer(
+        state=_galore(_galore_adamw_8bit, lambda tensor: tensor.bytes_per_element), step=steps.galore_adamw_8bit
+    ),
+    "galore_adafactor": Optimizer(state=_galore(_adafactor, lambda _: FP32_BYTES), step=steps.galore_adafactor),
     "lomo": Optimizer(state=_nothing, step=steps.lomo, in_backward=True),
     "adalomo": Optimizer(state=_adalomo, step=steps.adalomo, in_backward=True),
 }
 
-_SVD = "its projection is a singular value decomposition, and what cuSOLVER takes for one is not published"
 UNMODELLED: dict[Optim, str] = {
-    "galore_adamw": _SVD,
-    "galore_adamw_layerwise": _SVD,
-    "galore_adafactor": _SVD,
-    "galore_adamw_8bit": f"{_SVD}; moreover it passes bitsandbytes 0.50 its options in the wrong order",
     "adamw_apex_fused": "transformers 5 has no such name",
 }
 """Names that are refused, and why."""

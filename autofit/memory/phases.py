@@ -111,7 +111,8 @@ def loading(run: Run) -> Stage:
     The checkpoint is taken to be stored in the dtype that is loaded; a file's pages count as memory, though processes
     of a node share them. Not quantised, the model is made whole in the host memory of each process, then moved. Under
     stage 3 it is made in shards on the device, each parameter whole for a moment, and the first process reads the whole
-    checkpoint. Quantised, it is made on the device, also under stage 3: one weight at a time is there in both forms.
+    checkpoint. Quantised, it is made on the device, also under stage 3: one weight at a time is there in both forms;
+    adapters come when all are packed.
 
     Source: transformers/modeling_utils.py 5.23 (_load_pretrained_model, get_init_context), core_model_loading.py
     (convert_and_load_state_dict_in_model), integrations/deepspeed.py (_load_state_dict_into_zero3_model),
@@ -120,7 +121,8 @@ def loading(run: Run) -> Stage:
     element = BYTES_PER_ELEMENT[run.configuration.weights_dtype]
     loaded = [_loaded_bytes(t, element) for t in run.model]
     if run.configuration.quantization is not None:
-        return run.placed(run.total(loaded) + _while_packing(run, element), 0)
+        adapters = run.total(_loaded_bytes(t, element) for t in run.model if t.kind == "adapter")
+        return run.placed(run.total(loaded) - adapters + max(adapters, _while_packing(run, element)), 0)
     if run.builds_partitioned:
         adapters = sum(t.num_elements * ADAPTER_BYTES for t in run.parameters if t.kind == "adapter")
         base = [t for t in run.parameters if t.kind != "adapter"]
@@ -276,8 +278,9 @@ def saving(run: Run) -> Stage:
     device = run.always_bytes
     if run.configuration.zero_stage == 3:
         gathered = run.plan.forward.get("gathered_weights", 0)
-        on_cpu = run.cluster.device.kind == "cpu"
-        return run.placed(device + gathered, run.plan.host, first_process=0 if on_cpu else written)
+        if run.cluster.device.kind == "cpu":  # what the first process collects is what it gathered
+            return run.placed(device + max(gathered, written), run.plan.host)
+        return run.placed(device + gathered, run.plan.host, first_process=written)
     if run.configuration.uses_deepspeed:
         return run.placed(device, run.plan.host + model)
     if run.cluster.device.kind == "cpu":

@@ -25,6 +25,8 @@ class Tensor:
     """First dimension, 1 for a vector or scalar."""
     columns: int = 0
     """Last dimension, 0 where it is what is left of the first."""
+    outside_linear: bool = False
+    """Whether it is a matrix of a module that is neither nn.Linear nor nn.Embedding."""
 
     @property
     def is_matrix(self) -> bool:
@@ -69,5 +71,12 @@ def num_bytes_of(tensor: StaticTensor) -> int:
 def _tensor(tensor: StaticTensor) -> Tensor:
     size = BYTES_PER_ELEMENT.get(tensor.dtype) or _OTHER_DTYPES[tensor.dtype]
     return Tensor(
-        tensor.num_elements, size, tensor.trains, tensor.embeds, tensor.kind, rows=tensor.rows, columns=tensor.columns
+        tensor.num_elements,
+        size,
+        tensor.trains,
+        tensor.embeds,
+        tensor.kind,
+        rows=tensor.rows,
+        columns=tensor.columns,
+        outside_linear=tensor.outside_linear,
     )

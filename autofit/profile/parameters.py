@@ -15,13 +15,17 @@ from autofit.spec.profile import StaticTensor
 def static_tensors(model: nn.Module) -> list[tuple[str, StaticTensor]]:
     """List the parameters and buffers, shared ones once, in the model's order."""
     embedding = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    tables = (nn.Linear, nn.Embedding)
+    known = {id(module.weight) for module in model.modules() if isinstance(module, tables)}
     seen: set[int] = set()
     found = []
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        found.append((name, _static(name, tensor, embeds=id(tensor) in embedding)))
+        static = _static(name, tensor, embeds=id(tensor) in embedding)
+        is_outside = isinstance(tensor, nn.Parameter) and tensor.dim() > 1 and id(tensor) not in known
+        found.append((name, replace(static, outside_linear=is_outside)))
     return found
 
 

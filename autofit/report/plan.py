@@ -277,6 +277,10 @@ def unknowns(plan: Plan) -> tuple[str, ...]:
         (on_gpu and memory.peak_reserved_bytes is None, "what the caching allocator reserves"),
         (on_gpu and memory.process_bytes is None, "CUDA context and communication buffers"),
         (on_gpu and memory.host_bytes is None, "host memory"),
+        (
+            on_gpu and plan.configuration.optim.startswith("galore"),
+            "what cuSOLVER takes to decompose a gradient: a workspace that nobody has compared is counted",
+        ),
         (device.memory_is_estimated, f"what torch sees of a {device.name}: derived from a similar device"),
         (plan.time.step_seconds is None, f"the speed of a {device.name}: the rates it would follow from are not known"),
         (on_gpu and plan.cost.dollars_per_million_tokens is None, f"the price of a {device.name}"),

@@ -270,6 +270,9 @@ _OPTIMIZER_CLASSES = {
     "optimi.StableAdamW": "stable_adamw",
     "grokadamw.GrokAdamW": "grokadamw",
     "apollo_torch.AdamW": "apollo_adamw",
+    "galore_torch.AdamW": "galore_adamw",
+    "galore_torch.AdamW8bit": "galore_adamw_8bit",
+    "galore_torch.Adafactor": "galore_adafactor",
     "lomo_optim.Lomo": "lomo",
     "lomo_optim.AdaLomo": "adalomo",
 }

@@ -141,13 +141,13 @@ RULES: tuple[Rule, ...] = (
     Rule(
         name="fsdp2-steps-with-dtensors",
         reason="the optimizer's kernels know no DTensor, and its step raises",
-        library="bitsandbytes, transformers, apollo-torch",
+        library="bitsandbytes, transformers, apollo-torch, galore-torch",
         releases=">=0.43",
         source='bitsandbytes 0.50, "does not have a sharding strategy registered", and bitsandbytes#1633; '
         'transformers/optimization.py 5.23, Adafactor, "got mixed torch.Tensor and DTensor"; apollo-torch 1.0.3',
         breaks=lambda c, _: (
             c.sharding == "fsdp2"
-            and (_is_from_bitsandbytes(c.optim) or c.optim.startswith(("adafactor", "apollo", "galore_adafactor")))
+            and (_is_from_bitsandbytes(c.optim) or c.optim.startswith(("adafactor", "apollo", "galore")))
         ),
     ),
     Rule(
@@ -265,6 +265,15 @@ RULES: tuple[Rule, ...] = (
         ),
     ),
     Rule(
+        name="optimizer-needs-gpu",
+        reason="the optimizer moves its state to a GPU, or waits for one, and raises where there is none",
+        library="lomo-optim, galore-torch",
+        releases=">=0.1",
+        source="lomo_optim/adalomo.py 0.1.1, AdaLomo.__init__ (`.cuda()`); galore_torch/adamw8bit.py 1.0, step "
+        "(`torch.cuda.synchronize()`)",
+        breaks=lambda c, on: c.optim in {"adalomo", "galore_adamw_8bit"} and on.device.kind == "cpu",
+    ),
+    Rule(
         name="paged-optimizer-on-cpu",
         reason="bitsandbytes pages nothing on a CPU: it warns and keeps ordinary state",
         library="bitsandbytes",
@@ -297,8 +306,7 @@ def broken_rule(
 
 def _is_from_bitsandbytes(optim: str) -> bool:
     """Tell an optimizer that steps with bitsandbytes' kernels; `adamw_torch_8bit` is torchao's."""
-    name = optim.removeprefix("galore_")
-    return name.startswith(("paged_", "lion_", "ademamix", "rmsprop_bnb")) or name in {"adamw_8bit", "adamw_bnb_8bit"}
+    return optim.startswith(("paged_", "lion_", "ademamix", "rmsprop_bnb")) or optim in {"adamw_8bit", "adamw_bnb_8bit"}
 
 
 def _autocast_dtype(configuration: Configuration) -> str | None:

@@ -106,6 +106,9 @@ class StaticTensor:
     """First dimension, 1 for a vector or scalar."""
     columns: int = 0
     """Last dimension; 0 where a profile does not say, and then the tensor has at most two."""
+    outside_linear: bool = False
+    """Whether it is a matrix of a module that is neither nn.Linear nor nn.Embedding: GPT-2's Conv1D, experts in one
+    tensor. Low-rank optimizers project an nn.Linear's weight alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

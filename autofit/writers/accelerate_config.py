@@ -19,11 +19,15 @@ def render_accelerate_config(plan: Plan, run_folder: Path) -> str:
 
 
 def accelerate_config(plan: Plan, run_folder: Path) -> dict[str, Any]:
+    """Decide every key of a plan's launch; see `launcher_keys`."""
+    return launcher_keys(plan.configuration, plan.inputs.cluster, run_folder)
+
+
+def launcher_keys(configuration: Configuration, cluster: Cluster, run_folder: Path) -> dict[str, Any]:
     """Decide every key that accelerate would otherwise take from a default or from the user's cached file.
 
     Source: accelerate/commands/config/config_args.py, `ClusterConfig`.
     """
-    configuration, cluster = plan.configuration, plan.inputs.cluster
     return {
         "compute_environment": "LOCAL_MACHINE",
         "debug": False,
@@ -36,7 +40,7 @@ def accelerate_config(plan: Plan, run_folder: Path) -> dict[str, Any]:
         "rdzv_backend": "static",
         "same_network": True,
         "use_cpu": cluster.device.kind == "cpu",
-        **_strategy_keys(plan, run_folder),
+        **_strategy_keys(configuration, cluster, run_folder),
     }
 
 
@@ -50,13 +54,12 @@ def distributed_type(configuration: Configuration) -> str:
     return "DEEPSPEED" if configuration.uses_deepspeed else types[configuration.sharding]
 
 
-def _strategy_keys(plan: Plan, run_folder: Path) -> dict[str, Any]:
+def _strategy_keys(configuration: Configuration, cluster: Cluster, run_folder: Path) -> dict[str, Any]:
     """Return the keys that differ between DeepSpeed, FSDP and the rest.
 
     Next to a `deepspeed_config_file` accelerate refuses `mixed_precision`: the DeepSpeed file has it.
     Source: accelerate/utils/dataclasses.py, `_deepspeed_config_checks`.
     """
-    configuration, cluster = plan.configuration, plan.inputs.cluster
     if configuration.uses_fsdp:
         return {"mixed_precision": configuration.mixed_precision, **_fsdp_keys(configuration, cluster)}
     if not configuration.uses_deepspeed:

@@ -46,7 +46,8 @@ def decided_arguments(configuration: Configuration, *, on_cpu: bool, checkpointi
 
 def _low_rank_fields(configuration: Configuration) -> dict[str, Any]:
     """Name the modules of a low-rank optimizer, which transformers asks for: every linear layer."""
-    return {"optim_target_modules": "all-linear"} if configuration.optim.startswith("apollo") else {}
+    is_low_rank = configuration.optim.startswith(("apollo", "galore"))
+    return {"optim_target_modules": "all-linear"} if is_low_rank else {}
 
 
 def _cpu_fields(configuration: Configuration) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from tests.scripts import TRAIN_SCRIPT
 
 pytestmark = pytest.mark.slow
 
-PRETENDING_GPUS = Path(__file__).parent / "cpu_fsdp"
+PRETENDING_GPUS = Path(__file__).parents[2] / "benchmarks" / "cpu_fsdp"
 NUM_TOKENS = 128
 HELD_BY_THE_LOOP_BYTES = 2**14
 """Token ids, labels and losses of the last step, which the loop still names when the step is over."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -53,14 +56,22 @@ def held_bytes(optimizer: Any, parameter: torch.Tensor) -> int:
 
 def step_temporary(optimizer: Any, num_before: int = 1) -> int:
     """Return the most bytes that a later step holds above its start."""
-    with LiveBytes() as live:
-        for _ in range(num_before):
-            optimizer.step()
-        live.count_existing()
-        live.reset_peak()
+    for _ in range(num_before):
+        optimizer.step()
+    with counting_from_here() as live:
         before = live.now_bytes
         optimizer.step()
         return live.peak_bytes - before
+
+
+@contextmanager
+def counting_from_here() -> Iterator[LiveBytes]:
+    """Count what is alive, and not what tests before left in cycles: Python may collect those at any moment."""
+    gc.collect()
+    with LiveBytes() as live:
+        live.count_existing()
+        live.reset_peak()
+        yield live
 
 
 def unrounded(name: Optim, made: Parameters, device: Any) -> int:
@@ -151,7 +162,9 @@ def a_bitsandbytes_optimizer(name: str, made: Parameters) -> Any:
 
 
 BITSANDBYTES = [
-    name for name in OPTIMIZERS if any(key in name for key in ("_8bit", "lion", "ademamix", "bnb", "paged"))
+    name
+    for name in OPTIMIZERS
+    if any(key in name for key in ("_8bit", "lion", "ademamix", "bnb", "paged")) and "galore" not in name
 ]
 
 
@@ -283,6 +296,69 @@ def test_apollo_holds_and_takes_what_is_said():
         assert sum(kept.device) == held_bytes(optimizer, parameter) + projection
 
 
+GALORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "galore_adamw": ("GaLoreAdamW", {}),
+    "galore_adafactor": ("GaLoreAdafactor", {"scale_parameter": False, "relative_step": False}),
+    "galore_adamw_8bit": ("GaLoreAdamW8bit", {}),
+}
+"""Class and arguments. Source: transformers/trainer_optimizer.py 5.23, _get_galore_optimizer."""
+GALORE_SHAPES = [(63,), (1000, 40), (512, 256), (300, 333), (256, 700), (200, 200), (60, 50), (4095,)]
+"""Tall, wide, square, and with a side below GaLore's rank; two vectors, and an embedding, which is not projected."""
+
+
+def galore_groups(made: Parameters) -> Any:
+    """Group parameters as transformers does for GaLore; every step decomposes anew."""
+    projects = {"rank": 128, "update_proj_gap": 1, "scale": 0.25, "proj_type": "std"}
+    others = [p for n, p in enumerate(made) if p.dim() == 1 or n == 1]
+    return [{"params": others}, {"params": [p for n, p in enumerate(made) if p.dim() == 2 and n != 1], **projects}]
+
+
+@pytest.mark.filterwarnings("ignore:This implementation of AdamW is deprecated")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", GALORE)
+def test_galore_holds_and_takes_what_is_said(name, dtype, monkeypatch):
+    """State with the projector, and a step that decomposes every gradient: to the byte, in fp32 and in halves.
+
+    Not what a decomposition allocates inside. The 8-bit one frees gradients, and waits for a GPU, which is left out.
+    """
+    galore = pytest.importorskip("galore_torch")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    made = parameters(dtype, GALORE_SHAPES)
+    for parameter in made:
+        parameter.grad = torch.randn_like(parameter)
+    kind, arguments = GALORE[name]
+    optimizer = getattr(galore, kind)(galore_groups(made), lr=1e-3, **arguments)
+    optimizer.step()
+    for parameter in made:
+        parameter.grad = torch.randn_like(parameter)
+    said = [described(parameter, embeds=number == 1) for number, parameter in enumerate(made)]
+    assert step_temporary(optimizer, num_before=0) == step_frame(name, said, "cpu").peak_bytes
+    for parameter, tensor in zip(made, said, strict=True):
+        projector = optimizer.state[parameter].get("projector")
+        projection = projector.ortho_matrix.untyped_storage().nbytes() if projector else 0
+        kept = OPTIMIZERS[name].state(tensor)
+        assert sum(kept.device) == held_bytes(optimizer, parameter) + projection, parameter.shape
+
+
+def test_a_gpus_decomposition_copies_the_matrix_and_takes_a_workspace():
+    """Beside the factors that are returned: the copy that torch's source makes, and what is assumed for cuSOLVER."""
+    matrix = Tensor(4096 * 11008, 4, trains=True, embeds=False, kind="parameter", rows=4096, columns=11008)
+    whole, square = matrix.num_bytes, 4 * 4096**2
+    factors = whole + 4 * 4096 + square
+    assert step_frame("galore_adamw", [matrix], "cuda").peak_bytes == factors + whole + (2 * whole + 4 * square) + 512
+
+
+@pytest.mark.parametrize("name", ["galore_adamw", "apollo_adamw"])
+def test_what_is_no_linear_layer_is_not_projected(name):
+    """transformers projects an nn.Linear's weight alone: not GPT-2's Conv1D, nor a tensor of all experts' matrices."""
+    linear = Tensor(512 * 256, 4, trains=True, embeds=False, kind="parameter", rows=512, columns=256)
+    whole = 2 * linear.num_bytes
+    assert sum(OPTIMIZERS[name].state(linear).device) < whole
+    experts = replace(linear, num_elements=8 * 512 * 256, rows=8, columns=256)
+    assert sum(OPTIMIZERS[name].state(replace(linear, outside_linear=True)).device) == whole
+    assert sum(OPTIMIZERS[name].state(experts).device) == 8 * whole
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["lomo", "adalomo"])
 def test_lomo_takes_what_is_said_for_one_gradient(name, dtype, monkeypatch):
@@ -292,9 +368,7 @@ def test_lomo_takes_what_is_said_for_one_gradient(name, dtype, monkeypatch):
     model = torch.nn.Linear(300, 200, bias=False, dtype=dtype)
     optimizer = (lomo.Lomo if name == "lomo" else lomo.AdaLomo)(model)
     model.weight.grad = torch.ones_like(model.weight)
-    with LiveBytes() as live:
-        live.count_existing()
-        live.reset_peak()
+    with counting_from_here() as live:
         before = live.now_bytes - model.weight.grad.nbytes
         optimizer.grad_func(0)
         taken = live.peak_bytes - before

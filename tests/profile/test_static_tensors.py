@@ -7,6 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from autofit.errors import InputError
+from autofit.memory.optimizer_steps import is_projected
+from autofit.memory.tensors import tensors
 from autofit.profile.trace import trace
 from autofit.spec.configuration import Lora, Quantization
 from autofit.spec.profile import RegimeProfile
@@ -52,6 +54,19 @@ def test_an_adapter_trains_and_the_model_does_not():
     assert profile.num_elements(trains=True) == 4 * each_layer * layers
     assert {tensor.dtype for tensor in profile.tensors if tensor.trains} == {"float32"}
     assert {tensor.dtype for tensor in profile.tensors if tensor.kind == "parameter"} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_low_rank_optimizers_project_what_transformers_would_hand_them(name):
+    """The projected matrices are the weights of nn.Linear that the model names: none of GPT-2's, whose head is tied."""
+    from torch import nn
+
+    model = real_model(CONFIGS[name])
+    linear = {module_name for module_name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    targets = [p.numel() for n, p in model.named_parameters() if n.removesuffix(".weight") in linear]
+    profile = trace(name, CONFIGS[name], a_regime())
+    assert sorted(t.num_elements for t in tensors(profile) if is_projected(t)) == sorted(targets)
+    assert bool(targets) == (name == "llama")
 
 
 @pytest.mark.parametrize("double_quant", [True, False])

@@ -105,6 +105,8 @@ def test_a_figure_not_known_is_named_and_never_zero(plan):
     )
     bare = replace(plan, memory=memory, cost=cost)
     assert len(unknowns(bare)) == 4
+    galore = replace(bare, configuration=replace(bare.configuration, optim="galore_adamw"))
+    assert any("cuSOLVER" in words for words in unknowns(galore))
     assert "$" not in rendered(plan_report(bare, width=110)).replace("$/M tokens", "")
 
 

@@ -63,6 +63,7 @@ BROKEN = {
         OLD_GPU,
     ),
     "flash-attention-needs-half": (a_configuration(attention="flash_attention_2", mixed_precision="no"), GPU),
+    "optimizer-needs-gpu": (a_configuration(optim="adalomo"), CPU),
     "paged-optimizer-on-cpu": (a_configuration(optim="paged_adamw_32bit"), CPU),
     "8bit-optimizer-on-cpu": (a_configuration(optim="adamw_8bit"), CPU),
 }

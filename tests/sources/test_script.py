@@ -273,9 +273,9 @@ def test_what_cannot_be_planned_is_refused(full, changes, says):
 
 
 def test_an_unknown_optimizer_is_refused_unless_the_user_names_one(full):
-    """`optim=galore_adamw` is not modelled, but --optim may replace it."""
-    strange = _like(full, arguments={**full.arguments, "optim": "galore_adamw"})
-    with pytest.raises(InputError, match="galore_adamw"):
+    """`optim=adamw_anyprecision` is not modelled, but --optim may replace it."""
+    strange = _like(full, arguments={**full.arguments, "optim": "adamw_anyprecision"})
+    with pytest.raises(InputError, match="adamw_anyprecision"):
         job_from_discovery(strange, CLUSTER)
     wishes = Overrides(restrictions=Restrictions(optims=("adamw_8bit",)))
     assert job_from_discovery(strange, CLUSTER, wishes).restrictions.optims == ("adamw_8bit",)

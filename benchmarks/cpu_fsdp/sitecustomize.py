@@ -28,7 +28,7 @@ class PatchState(importlib.abc.MetaPathFinder):
 
         def exec_module(module: Any) -> None:
             execute(module)
-            module.PartialState._prepare_backend = prepare_backend_of(module)
+            module.PartialState._prepare_backend = prepare_backend_of(module)  # noqa: SLF001 (there is no public seam)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
