@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,7 @@ DEFAULT_CELLS = (
         "lora-fsdp2-bf16-adamw_torch_fused",
         "qlora_bf16-fsdp2-bf16-adamw_torch_fused",
     ),
+    *_cells("b2-s256-ga2", "full-ddp-bf16-adamw_torch_fused"),
     *_cells(
         "b2-s256-ga2-ckpt",
         "full-none-fp32-adamw_torch_fused",
@@ -336,6 +337,7 @@ def parse_cell(cell: str) -> tuple[Configuration, int]:
         "per_device_train_batch_size": int(batch.removeprefix("b")),
         "gradient_accumulation_steps": int(accumulation.removeprefix("ga")),
         "num_processes": 1 if sharding == "none" else 2,
+        "keeps_outputs": "accelerate" in rest,
         "gradient_checkpointing": "ckpt" in rest,
         "use_reentrant": "reentrant" in rest,
         "sharding": sharding,
@@ -406,7 +408,7 @@ def predict(cell: str, profiles: dict[Any, Any]) -> MemoryEstimate:
     from autofit.profile.trace import trace
 
     configuration, tokens = parse_cell(cell)
-    regime = replace(regime_of(configuration, CPU_RANK), keeps_outputs=cell.endswith("-accelerate"))
+    regime = regime_of(configuration, CPU_RANK)
     if regime not in profiles:
         profiles[regime] = trace("a small Llama", MODEL, regime)
     # A rank is a node of its own, so that the host's bytes are those of one rank.
@@ -440,7 +442,6 @@ def measure(cell: str, model_folders: dict[str, Path], folder: Path) -> Ranks:
         "model": str(model_folders[configuration.weights_dtype]),
         "hidden_size": HIDDEN_SIZE,
         "vocab_size": VOCAB_SIZE,
-        "loop": "accelerate" if cell.endswith("-accelerate") else "trainer",
     }
     (run_folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
     child = subprocess.run(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ NUM_STEPS = 4
 """The first makes the optimizer's state, the second lets DeepSpeed record its order of layers; later ones are alike."""
 NUM_UNLIKE_STEPS = 2
 NUM_SEQUENCES = 64
+SETTLING_SECONDS = 0.1
 
 
 class PhasePeaks:
@@ -47,10 +49,12 @@ class PhasePeaks:
         self._name = name
 
     def leave(self) -> None:
-        """End the phase."""
+        """End the phase, and wait until gloo's threads have let go of what they sent: the next one has none of it."""
         if self._name:
             self.peaks[self._name] = max(self.peaks.get(self._name, 0), self._live.peak_bytes)
         self._name = ""
+        if torch.distributed.is_initialized():
+            time.sleep(SETTLING_SECONDS)
         self._live.reset_peak()
 
 
@@ -104,7 +108,7 @@ def train(run_folder: Path) -> None:
         model = load_model(request["model"], configuration)
         live.count_existing()
         dataset = make_dataset(request["tokens"], request["vocab_size"])
-        loop = train_in_a_loop if request["loop"] == "accelerate" else train_with_trainer
+        loop = train_in_a_loop if configuration.keeps_outputs else train_with_trainer
         after_step = loop(model, arguments, dataset, configuration, live, peaks)
         peaks.leave()
         figures = {"peaks": peaks.peaks, "after_step_bytes": after_step}

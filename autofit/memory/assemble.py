@@ -14,7 +14,14 @@ from autofit.memory.overheads import context_bytes, workspace_bytes, workspace_s
 from autofit.memory.phases import Run, stages
 from autofit.memory.replay import MAX_MICRO_STEPS, Replayed, replay_fsdp_step, replay_step
 from autofit.memory.static import StaticBytes, static_bytes
-from autofit.memory.tape import PhasePeak, kept_outputs_bytes, offloaded_bytes, phase_peaks
+from autofit.memory.tape import (
+    PhasePeak,
+    kept_outputs_bytes,
+    left_by_forward_bytes,
+    offloaded_bytes,
+    phase_peaks,
+    returned_logits_bytes,
+)
 from autofit.memory.tensors import Tensor, tensors
 from autofit.memory.uncertainty import Figure, RunKind, interval, run_kind
 from autofit.spec.configuration import Configuration
@@ -54,6 +61,8 @@ class MemoryModel:
         self._tensors: tuple[Tensor, ...] = tensors(profile)
         self._fsdp = FsdpModel(profile, micro_batches, sequence_tokens)
         self._layouts: dict[Configuration, Layout] = {}
+        self._left = left_by_forward_bytes(profile, np.asarray(micro_batches), sequence_tokens)
+        self._logits = returned_logits_bytes(profile, np.asarray(micro_batches), sequence_tokens)
         self._outputs = kept_outputs_bytes(profile, np.asarray(micro_batches), sequence_tokens)
         self._static: StaticBytes = static_bytes(self._tensors, profile.regime.device)
 
@@ -141,6 +150,10 @@ class MemoryModel:
             phases = [_phase(PHASE_NAMES.get(name, name), [always, terms]) for name, terms in found.items()]
         else:
             phases = [self._phase(peak, column, plan, always, outputs, accumulates=accumulates) for peak in self._peaks]
+            if plan.clones_outputs:
+                returned = {"activations": int(self._left[column] + 2 * self._logits[column])}
+                gradients = {"gradients": plan.accumulated_gradients if accumulates else 0}
+                phases.append(_phase("head_and_loss", [always, plan.forward, returned, gradients]))
         later = [("gradient_reduction", held) for held in plan.reduction] + [("optimizer_step", h) for h in plan.step]
         return _highest_of_each_name([*phases, *(_phase(name, [always, outputs, held]) for name, held in later)])
 

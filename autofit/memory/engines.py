@@ -42,6 +42,8 @@ class Layout:
     accumulated_gradients: int = 0
     """Gradients that micro-steps after the first find already there; where offloaded, the most that a micro-step before
     the last leaves on the device until it ends."""
+    clones_outputs: bool = False
+    """Whether what forward returns is cloned before it is handed on."""
     reduction_fraction: float = 0.0
     """What reducing a gradient too large for the bucket takes for a moment, as a share of its bytes."""
     reduction_bytes: int = 0
@@ -50,6 +52,8 @@ class Layout:
     """Held at each moment between the last gradient and the optimizer's step that can be the highest there."""
     step: tuple[Terms, ...] = ()
     """Held at each of the optimizer step's moments that can be its highest."""
+    not_yet_made: int = 0
+    """State that the first step has not made at its highest moment."""
     host: int = 0
     """Host memory of one process: offloaded and paged state, and the buffers that serve it."""
 
@@ -80,7 +84,11 @@ def _replicated(
 ) -> Layout:
     """Every device holds everything; DDP copies gradients into buckets of the same size.
 
-    Source: torch v2.13 torch/csrc/distributed/c10d/reducer.cpp; accelerate leaves gradient_as_bucket_view False.
+    Where DDP looks for unused parameters, it clones the model's output. The Trainer has it do so; not around
+    checkpoints, nor around what does not train whole, where a plan says otherwise; nor does a loop of one's own.
+
+    Source: torch v2.13 torch/csrc/distributed/c10d/reducer.cpp; nn/parallel/distributed.py, _DDPSink; accelerate leaves
+    gradient_as_bucket_view False; transformers/trainer.py 5.23, _build_accelerator_args (`find_unused`).
     """
     optimizer = optimizer_bytes(model, configuration.optim, device)
     resident = {**_weights(static), "optimizer_state": optimizer.state}
@@ -97,7 +105,11 @@ def _replicated(
     return Layout(
         resident=resident,
         accumulated_gradients=static.gradients,
+        clones_outputs=configuration.sharding == "ddp"
+        and configuration.method == "full"
+        and not (configuration.gradient_checkpointing or configuration.keeps_outputs),
         step=({"gradients": static.gradients, "optimizer_temporaries": optimizer.step},),
+        not_yet_made=optimizer.not_yet,
         host=optimizer.host,
     )
 

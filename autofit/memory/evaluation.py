@@ -12,6 +12,7 @@ from autofit.spec.profile import RegimeProfile, Segment
 from autofit.units import BYTES_PER_ELEMENT
 
 TOKEN_ID_BYTES = 8
+HALF_BYTES = 2
 NUM_BATCHES_AHEAD = 1
 """accelerate's data loader moves the next batch to the device before it hands out this one.
 Source: accelerate/data_loader.py 1.15, DataLoaderShard.__iter__."""
@@ -61,18 +62,20 @@ def forward_bytes(profile: RegimeProfile, micro_batch: int, sequence_tokens: int
     """Return the peak of one forward pass without gradients.
 
     From a training step's tape it is a bound: within a layer all that backward would need is counted, between layers
-    only what goes on to the next, and what autocast keeps: the weights that it has cast.
+    only what goes on to the next, and what autocast keeps: the weights that it has cast, of those that train.
     """
     if profile.regime.evaluates:
         return int(max(peak.kept[0] for peak in phase_peaks(profile, [micro_batch], sequence_tokens)))
     sizes = size_table(profile, [micro_batch], sequence_tokens)[:, 0]
+    fleeting = _fleeting_sizes(profile)
     highest = held = 0
     for number, segment in enumerate(profile.segments):
         if segment.kind != "forward":
             break
-        peak, left = _own_bytes(segment, number, sizes)
+        peak, left = _own_bytes(segment, number, sizes, fleeting)
         highest = max(highest, held + peak)
-        held += left if segment.layer is None else profile.repeats(segment) * _cached_bytes(segment, number, profile)
+        cached = _own_bytes(segment, number, _fixed_sizes(profile), fleeting)[1]
+        held += left if segment.layer is None else profile.repeats(segment) * cached
     return highest
 
 
@@ -98,22 +101,37 @@ def _array_factor(profile: RegimeProfile) -> int:
     return 3 if regime.device == "cpu" and regime.autocast == "no" and regime.weights_dtype == "bfloat16" else 1
 
 
-def _cached_bytes(segment: Segment, number: int, profile: RegimeProfile) -> int:
-    """What a layer leaves behind whose size no batch changes."""
-    fixed = [int(size[0]) if not any(size[1:]) else 0 for size in profile.sizes]
-    return _own_bytes(segment, number, np.asarray(fixed))[1]
+def _fixed_sizes(profile: RegimeProfile) -> np.ndarray:
+    """The sizes that no batch changes, 0 for all others: what a layer leaves of them, autocast has cast."""
+    return np.asarray([0 if any(size[1:]) else int(size[0]) for size in profile.sizes])
 
 
-def _own_bytes(segment: Segment, number: int, sizes: np.ndarray) -> tuple[int, int]:
-    """The most that a segment's own tensors hold, and what they hold at its end; deaths of others' are not counted."""
-    alive = highest = 0
+def _fleeting_sizes(profile: RegimeProfile) -> set[int]:
+    """Sizes of autocast's copies of frozen weights: kept for backward alone, not for the next use.
+
+    Source: torch v2.13 aten/src/ATen/autocast_mode.cpp, cached_cast (`arg.requires_grad()`).
+    """
+    if profile.regime.autocast == "no":
+        return set()
+    kept = {tensor.num_elements * HALF_BYTES for tensor in profile.tensors if tensor.trains}
+    return {n for n, size in enumerate(_fixed_sizes(profile)) if size and size not in kept}
+
+
+def _own_bytes(segment: Segment, number: int, sizes: np.ndarray, fleeting: set[int]) -> tuple[int, int]:
+    """The most that a segment's own tensors hold, and what they hold at its end; deaths of others' are not counted.
+
+    What is fleeting is gone when the next tensor is there.
+    """
+    alive = highest = gone_next = 0
     for event in segment.events:
         if len(event) == BIRTH_FIELDS:
             alive += int(sizes[event[0]])
-        elif event[2] == number:
+            highest = max(highest, alive)
+            alive -= gone_next
+            gone_next = int(sizes[event[0]]) if event[0] in fleeting else 0
+        elif event[2] == number and event[0] not in fleeting:
             alive -= int(sizes[event[0]])
-        highest = max(highest, alive)
-    return highest, alive
+    return highest, alive - gone_next
 
 
 def _input_bytes(profile: RegimeProfile, micro_batch: int, sequence_tokens: int) -> int:

@@ -18,11 +18,11 @@ import numpy as np
 from autofit.errors import InputError
 from autofit.memory.engines import Layout, Terms
 from autofit.memory.static import optimizer_bytes, rounded
-from autofit.memory.tape import BIRTH_FIELDS, Bytes, size_table
+from autofit.memory.tape import BIRTH_FIELDS, PER_TOKEN, Bytes, size_table
 from autofit.memory.tensors import Tensor, tensors
 from autofit.spec.configuration import Configuration
 from autofit.spec.hardware import DeviceKind
-from autofit.spec.profile import GRADIENT, MONOMIALS, ON_HOST, Event, RegimeProfile, Segment, StaticTensor
+from autofit.spec.profile import GRADIENT, ON_HOST, Event, RegimeProfile, Segment, StaticTensor
 from autofit.units import BYTES_PER_ELEMENT
 
 MASTER_BYTES = 4
@@ -802,9 +802,8 @@ class StepCurves:
 
 def logits_gradient(profile: RegimeProfile, segment: Segment) -> int:
     """Find where the gradient of the logits is complete: the first birth after the last tensor as large as them."""
-    per_token = MONOMIALS.index((1, 1))
     births = [n for n, event in enumerate(segment.events) if len(event) == BIRTH_FIELDS and event[1] != GRADIENT]
-    large = [n for n in births if profile.sizes[segment.events[n][0]][per_token] >= profile.vocab_size]
+    large = [n for n in births if profile.sizes[segment.events[n][0]][PER_TOKEN] >= profile.vocab_size]
     last = large[-1] if large else -1
     later = (n for n, event in enumerate(segment.events) if n > last and len(event) == BIRTH_FIELDS)
     return next(later, len(segment.events))

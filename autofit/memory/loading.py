@@ -67,20 +67,31 @@ def write_loading(program: Program, profile: RegimeProfile, device_bytes: int) -
     program.hold(each.num_bytes for each in adapters)
 
 
-def write_broadcast(program: Program, profile: RegimeProfile) -> None:
-    """Write down how DDP sends rank 0's parameters and buffers: copied together into buffers, two at a time.
+def broadcast_buckets(profile: RegimeProfile) -> list[int]:
+    """List the copies in which DDP sends rank 0's parameters and buffers: together, those of one dtype.
 
-    Source: torch/nn/parallel/distributed.py, `_sync_module_states`; comm.cpp, broadcast_coalesced.
+    Source: torch v2.13 nn/parallel/distributed.py, `_sync_module_states`; c10d/comm.cpp, broadcast_coalesced.
     """
     by_dtype: dict[str, list[int]] = {}
     for tensor, _ in in_model_order(profile):
-        by_dtype.setdefault(tensor.dtype, []).append(num_bytes_of(tensor))
+        if tensor.kind != "quant_state":  # neither a parameter nor a buffer
+            by_dtype.setdefault(tensor.dtype, []).append(num_bytes_of(tensor))
+    return [bucket for sizes in by_dtype.values() for bucket in buckets(sizes, (BROADCAST_BUCKET_BYTES,))]
+
+
+def broadcast_bytes(profile: RegimeProfile) -> int:
+    """Return the most bytes of copies that are under way at one time."""
+    sizes = broadcast_buckets(profile)
+    return max((sum(sizes[n : n + NUM_BROADCASTS_IN_FLIGHT]) for n in range(len(sizes))), default=0)
+
+
+def write_broadcast(program: Program, profile: RegimeProfile) -> None:
+    """Write down how those copies come and go, two at a time."""
     flight: list[int] = []
-    for sizes in by_dtype.values():
-        for bucket in buckets(sizes, (BROADCAST_BUCKET_BYTES,)):
-            if len(flight) == NUM_BROADCASTS_IN_FLIGHT:
-                program.release(flight.pop(0))
-            flight.append(program.allocate(bucket))
+    for bucket in broadcast_buckets(profile):
+        if len(flight) == NUM_BROADCASTS_IN_FLIGHT:
+            program.release(flight.pop(0))
+        flight.append(program.allocate(bucket))
     program.drop(flight)
 
 

@@ -23,10 +23,13 @@ class Frame:
 
     Args:
         device: whose allocator rounds the sizes.
+        state: sizes of what is made for a tensor when a first step comes to it; None in later steps, and where all is
+            made before.
     """
 
-    def __init__(self, device: DeviceKind) -> None:
+    def __init__(self, device: DeviceKind, state: Callable[[Tensor], Sequence[int]] | None = None) -> None:
         self.device = device
+        self._state = state
         self.peak_bytes = 0
         self.at_peak: tuple[int, ...] = ()
         """Sizes of what is held at the highest moment."""
@@ -44,6 +47,17 @@ class Frame:
     def moment(self, *sizes: int) -> None:
         """Hold temporaries that no variable names, all at one time."""
         self._note(sizes, self._now_bytes + self._total(sizes))
+
+    @property
+    def makes_state(self) -> bool:
+        """Whether this is a first step, of an optimizer that makes its state as it goes."""
+        return self._state is not None
+
+    def make_state(self, tensor: Tensor) -> None:
+        """Make what is kept for a tensor, in a first step."""
+        if self._state is not None:
+            self.moment(*self._state(tensor))
+            self._now_bytes += self._total(self._state(tensor))
 
     def free(self, *sizes: int) -> None:
         """Free for good what was there before the step, of these sizes."""
@@ -201,12 +215,14 @@ def apollo(frame: Frame, tensors: Sequence[Tensor]) -> None:
             copied = FP32_BYTES * tensor.num_elements if tensor.bytes_per_element < FP32_BYTES else 0
             frame.moment(copied, drawn, drawn)
             frame.assign("grad", low)
+        frame.make_state(tensor)
         frame.assign("denom", low)
         frame.assign("norm_grad", low)
         if is_projected(tensor):
             frame.assign("scale", max(tensor.row_sums, tensor.column_sums) * tensor.bytes_per_element)
             frame.assign("scaled_grad", size)
-            frame.moment(size)
+            if not frame.makes_state:  # growth is limited from the second step on
+                frame.moment(size)
             frame.assign("norm_grad")
 
 
@@ -267,6 +283,7 @@ def galore_adamw(frame: Frame, tensors: Sequence[Tensor]) -> None:
         if is_projected(tensor):
             _decompose(frame, tensor, tensor.bytes_per_element)
             frame.assign("grad", low)
+        frame.make_state(tensor)
         frame.assign("denom", low)
         frame.assign("norm_grad", low)
         if is_projected(tensor):
@@ -287,6 +304,7 @@ def galore_adafactor(frame: Frame, tensors: Sequence[Tensor]) -> None:
         if is_projected(tensor):
             _decompose(frame, tensor, FP32_BYTES)
             frame.assign("grad", low)
+        frame.make_state(tensor)
         frame.assign("p_data_fp32")
         frame.assign("p_data_fp32", copied)
         frame.moment(low, low)
@@ -303,13 +321,17 @@ def galore_adamw_8bit(frame: Frame, tensors: Sequence[Tensor]) -> None:
 
     Source: galore-torch 1.0 adamw8bit.py, step (`p.saved_data`, `p.data`, `p.grad`).
     """
-    for number, tensor in enumerate(filter(is_projected, tensors)):
+    for number, tensor in enumerate(projected_last(tensors)):
+        if not is_projected(tensor):
+            frame.make_state(tensor)
+            continue
         size, low = tensor.num_bytes, galore_gradient(tensor).num_bytes
         _decompose(frame, tensor, tensor.bytes_per_element)
         frame.moment(low, size, low)
         # The weight's copy is the weight from here on; its gradient is the projected one, until gradients are dropped.
         frame.assign(f"gradient {number}", low)
         frame.free(size)
+        frame.make_state(tensor)
         frame.moment(low, size, size)
 
 

@@ -53,12 +53,16 @@ class Optimizer:
     """What is kept for a tensor that trains."""
     step: Step
     """What is allocated and freed while the tensors that train are updated."""
+    makes_state_late: bool = False
+    """Whether the first step makes the state of a tensor when it comes to it, instead of all before."""
     in_backward: bool = False
     """Whether each gradient is used as soon as it is made, and freed; then `step` runs there, for one tensor."""
 
 
-def step_frame(optim: Optim, tensors: Sequence[Tensor], device: DeviceKind) -> Frame:
+def step_frame(optim: Optim, tensors: Sequence[Tensor], device: DeviceKind, *, is_first: bool = False) -> Frame:
     """Run an optimizer's step over tensors; the frame tells the most that it held, and in what sizes.
+
+    Of a first step that includes the state, where that is made as the step goes.
 
     The Trainer puts what has no weight decay (norms, biases) into a second group, which is updated last. Which tensors
     are neighbours matters to loops; a `foreach` over two groups takes a little less than over both, which is counted.
@@ -66,7 +70,8 @@ def step_frame(optim: Optim, tensors: Sequence[Tensor], device: DeviceKind) -> F
     """
     optimizer = OPTIMIZERS[optim]
     if not optimizer.in_backward:
-        frame = Frame(device)
+        makes_state = is_first and optimizer.makes_state_late
+        frame = Frame(device, (lambda tensor: optimizer.state(tensor).device) if makes_state else None)
         optimizer.step(frame, sorted(tensors, key=lambda tensor: not tensor.is_matrix))
         return frame
     frames = [Frame(device) for _ in tensors]
@@ -268,14 +273,18 @@ OPTIMIZERS: dict[Optim, Optimizer] = {
     "schedule_free_sgd": Optimizer(state=_schedule_free(1), step=steps.in_place),
     "stable_adamw": Optimizer(state=_stable_adamw, step=steps.stable_adamw),
     "grokadamw": Optimizer(state=_grokadamw, step=steps.grokadamw),
-    "apollo_adamw": Optimizer(state=_apollo, step=steps.apollo),
+    "apollo_adamw": Optimizer(state=_apollo, step=steps.apollo, makes_state_late=True),
     "apollo_adamw_layerwise": Optimizer(state=_apollo, step=steps.apollo, in_backward=True),
-    "galore_adamw": Optimizer(state=_GALORE, step=steps.galore_adamw),
+    "galore_adamw": Optimizer(state=_GALORE, step=steps.galore_adamw, makes_state_late=True),
     "galore_adamw_layerwise": Optimizer(state=_GALORE, step=steps.galore_adamw, in_backward=True),
     "galore_adamw_8bit": Optimizer(
-        state=_galore(_galore_adamw_8bit, lambda tensor: tensor.bytes_per_element), step=steps.galore_adamw_8bit
+        state=_galore(_galore_adamw_8bit, lambda tensor: tensor.bytes_per_element),
+        step=steps.galore_adamw_8bit,
+        makes_state_late=True,
     ),
-    "galore_adafactor": Optimizer(state=_galore(_adafactor, lambda _: FP32_BYTES), step=steps.galore_adafactor),
+    "galore_adafactor": Optimizer(
+        state=_galore(_adafactor, lambda _: FP32_BYTES), step=steps.galore_adafactor, makes_state_late=True
+    ),
     "lomo": Optimizer(state=_nothing, step=steps.lomo, in_backward=True),
     "adalomo": Optimizer(state=_adalomo, step=steps.adalomo, in_backward=True),
 }

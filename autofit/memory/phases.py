@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from autofit.memory.engines import MASTER_BYTES, Layout
 from autofit.memory.evaluation import evaluation_bytes
 from autofit.memory.host import NUM_MOMENTS
+from autofit.memory.loading import broadcast_bytes
 from autofit.memory.static import rounded
 from autofit.memory.tensors import Tensor
 from autofit.spec.configuration import Configuration
@@ -18,17 +19,13 @@ from autofit.spec.deepspeed import DeepSpeedSettings, bucket_settings
 from autofit.spec.estimate import Phase, Stage, Stages
 from autofit.spec.hardware import Cluster
 from autofit.spec.profile import RegimeProfile
-from autofit.units import BYTES_PER_ELEMENT, MIB
+from autofit.units import BYTES_PER_ELEMENT
 
 ADAPTER_BYTES = 4
 """peft makes adapters fp32 on any base. Source: peft/tuners/tuners_utils.py 0.21, cast_adapter_dtype."""
 SCALE_BYTES, SCALED_ELEMENTS = 4, 64
 """bitsandbytes first makes an fp32 scale for every block. Source: bitsandbytes 0.50 functional.py, quantize_4bit."""
 EIGHT_BITS = 8
-BROADCAST_BYTES = 2 * 250 * MIB
-"""DDP sends rank 0's tensors copied together, two buffers at a time.
-
-Source: torch v2.13 nn/parallel/distributed.py (`broadcast_bucket_size`); c10d/comm.cpp, kMaxInFlight."""
 LARGEST_SAVED_FILE_BYTES = 50_000_000_000
 """A file of weights is written from one copy in host memory.
 
@@ -172,7 +169,7 @@ def preparing(run: Run) -> Stage:
     if run.configuration.uses_deepspeed:
         return _preparing_zero12(run, weights)
     buckets = run.plan.resident.get("communication_buckets", 0)
-    sent = min(weights, BROADCAST_BYTES) if run.configuration.sharding == "ddp" else 0
+    sent = broadcast_bytes(run.profile) if run.configuration.sharding == "ddp" else 0
     return run.placed(weights + max(buckets, sent), 0)
 
 
@@ -243,11 +240,14 @@ def _in_first_step(phase: Phase, run: Run) -> int:
 
 
 def _first_update(phase: Phase, run: Run) -> int:
-    """The last of the step's moments is the update, which makes the state; those before it have none."""
+    """The last of the step's moments is the update, which makes the state; those before it have none.
+
+    A few optimizers make it tensor by tensor, and have not made all of it at their highest moment.
+    """
     state = run.plan.resident.get("optimizer_state", 0)
     inputs = phase.terms.get("batch", 0) + phase.terms.get("outputs", 0)
     *before, update = (sum(held.values()) for held in run.plan.step)
-    return run.always_bytes + inputs + max(update, *(held - state for held in before), -state)
+    return run.always_bytes + inputs + max(update - run.plan.not_yet_made, *(held - state for held in before), -state)
 
 
 def evaluation(run: Run) -> Stage:

@@ -19,7 +19,7 @@ from autofit.memory.optimizers import OPTIMIZERS
 from autofit.memory.program import Program
 from autofit.memory.replay_fsdp import FsdpWriter
 from autofit.memory.static import optimizer_bytes
-from autofit.memory.tape import StepEvent, bucket_gradient_bytes, unroll
+from autofit.memory.tape import StepEvent, bucket_gradient_bytes, returned_logits_bytes, unroll
 from autofit.memory.tensors import Tensor
 from autofit.spec.configuration import Configuration
 from autofit.spec.profile import GRADIENT, RegimeProfile
@@ -211,12 +211,17 @@ class _Writer:
         self._gradient_sizes: list[int] = []
         self._ddp_buckets: list[int] = []
         self._waiting: int | None = None
+        self._returned: dict[int, int] = {}
 
     def write(self, sequence_tokens: int, device_bytes: int | None) -> _Written:
         configuration = self._configuration
         segments = unroll(self._profile, configuration.per_device_train_batch_size, sequence_tokens)
         real = [each for each in self._profile.segments for _ in range(self._profile.repeats(each))]
         kinds = [each.kind if any(each.matmul_flops) else None for each in real]
+        last_forward = max(n for n, each in enumerate(real) if each.kind == "forward")
+        if self._plan.clones_outputs:
+            sizes = returned_logits_bytes(self._profile, configuration.per_device_train_batch_size, sequence_tokens)
+            self._returned = {last_forward: int(sizes[0])}
         self._load(device_bytes)
         end_of_loading = len(self._program)
         for step in range(NUM_STEPS):
@@ -249,13 +254,15 @@ class _Writer:
     def _micro_step(self, segments: Sequence[Sequence[StepEvent]], kinds: Sequence[str | None]) -> None:
         held = self._program.hold(self._plan.forward.values())
         has_gradients = False
-        for segment, kind in zip(segments, kinds, strict=False):
+        for number, (segment, kind) in enumerate(zip(segments, kinds, strict=False)):
             if not has_gradients and any(event.category == GRADIENT for event in segment):
                 held += self._program.hold(self._plan.backward.values())
                 has_gradients = True
             if kind in self._workspaces:
                 self._program.allocate(self._workspaces.pop(kind))
             self._play(segment)
+            if number in self._returned:  # the tape has let go of the output by now; its clone was there beside it
+                self._program.drop(self._program.hold([self._returned[number]] * 2))
         self._end_waiting()
         self._program.drop(held)
 

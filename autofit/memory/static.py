@@ -61,6 +61,8 @@ class OptimizerBytes:
     host: int
     step: int
     """In its step; of one that works in backward, beside the newest gradient while backward runs."""
+    not_yet: int = 0
+    """State that the first step has not made at its highest moment."""
     temporaries: tuple[int, ...] = ()
     """What `step` is made of: sizes of the allocations at its highest moment, not rounded."""
     in_backward: bool = False
@@ -83,14 +85,18 @@ def optimizer_bytes(
     states = [optimizer.state(t) for t in trained]
     host = sum(state.host for state in states)
     frame = step_frame(optim, trained, device)
+    made = sum(rounded(size, device) for state in states for size in state.device)
+    not_yet = 0
+    if optimizer.makes_state_late:
+        not_yet = made + frame.peak_bytes - step_frame(optim, trained, device, is_first=True).peak_bytes
     if clips and not optimizer.in_backward:
         frame = max(frame, clip_frame(trained, device), key=lambda each: each.peak_bytes)
     counters = sum(state.counter for state in states)
     return OptimizerBytes(
-        state=sum(rounded(size, device) for state in states for size in state.device)
-        + (host + counters if device == "cpu" else 0),
+        state=made + (host + counters if device == "cpu" else 0),
         host=0 if device == "cpu" else host,
         step=frame.peak_bytes,
+        not_yet=not_yet,
         temporaries=frame.at_peak,
         in_backward=optimizer.in_backward,
     )

@@ -16,6 +16,8 @@ from autofit.units import BYTES_PER_ELEMENT
 Bytes = npt.NDArray[np.float64]
 """One figure for each micro-batch asked for."""
 
+PER_TOKEN = MONOMIALS.index((1, 1))
+"""Where in a polynomial the bytes of each token of each sequence stand."""
 BIRTH_FIELDS = 2
 """A birth has this many fields, a death more."""
 CUDA_BLOCK_BYTES = 512
@@ -126,6 +128,31 @@ def kept_outputs_bytes(profile: RegimeProfile, micro_batches: npt.ArrayLike, seq
             if len(event) > BIRTH_FIELDS and event[1] not in {ON_HOST, GRADIENT}:
                 kept = kept + sizes[event[0]] * _num_meant(profile, profile.segments[-1], event)
     return kept
+
+
+def returned_logits_bytes(profile: RegimeProfile, micro_batches: npt.ArrayLike, sequence_tokens: int) -> Bytes:
+    """Return the bytes of the logits that forward returns; 0 where it returns none, or a few for each sequence.
+
+    They are among what dies last in forward's last segment, when the loop lets go of the output.
+    """
+    sizes = size_table(profile, micro_batches, sequence_tokens)
+    events = [segment for segment in profile.segments if segment.kind == "forward"][-1].events
+    last_birth = max((n for n, event in enumerate(events) if len(event) == BIRTH_FIELDS), default=-1)
+    dtype = "float32" if profile.regime.autocast != "no" else profile.regime.weights_dtype
+    least = profile.vocab_size * BYTES_PER_ELEMENT[dtype]
+    dying = {event[0] for event in events[last_birth + 1 :] if profile.sizes[event[0]][PER_TOKEN] >= least}
+    return sizes[min(dying, key=lambda size: profile.sizes[size])] if dying else np.zeros(sizes.shape[1])
+
+
+def left_by_forward_bytes(profile: RegimeProfile, micro_batches: npt.ArrayLike, sequence_tokens: int) -> Bytes:
+    """Return what is alive between forward and backward, the model's output not counted."""
+    sizes = size_table(profile, micro_batches, sequence_tokens)
+    left = np.zeros(sizes.shape[1])
+    for segment in profile.segments:
+        if segment.kind == "forward" and segment.events:
+            net = _curves(segment.events, sizes, _nums_meant(profile, segment, segment.events), 0).net_activations
+            left = left + profile.repeats(segment) * net
+    return left
 
 
 def offloaded_bytes(profile: RegimeProfile, micro_batches: npt.ArrayLike, sequence_tokens: int) -> Bytes:

@@ -14,7 +14,8 @@ import pytest
 pytestmark = pytest.mark.slow
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "real_stack.py"
 CELLS = (
-    "full-ddp-fp32-adamw_torch_fused-b2-s256-ga2-ckpt",
+    "full-ddp-bf16-adamw_torch_fused-b2-s256-ga2",
+    "freeze-zero3-bf16-adamw_torch_fused-b2-s256-ga1",
     "lora-zero3-bf16-adamw_torch_fused-b2-s256-ga1-ckpt",
     "qlora-zero2-bf16-adamw_torch_fused-b2-s256-ga1-ckpt",
     "full-zero3-bf16-adamw_torch_fused-b1-s32-ga1",
@@ -22,8 +23,8 @@ CELLS = (
     "full-none-fp32-adamw_torch_fused-b2-s256-ga1-accelerate",
 )
 """Activations are the peak of most; in one the optimizer's step is, in one what offloading a gradient takes."""
-SURE = ("backward", "first_step", "preparing", "evaluation")
-"""Phases and stages that decide most peaks."""
+SURE = ("forward", "backward", "optimizer_step", "first_step", "preparing", "evaluation")
+"""Phases, and stages that decide most peaks."""
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ SHAPES = [(512, 256), (64, 64), (1000, 100), (300, 333), (8, 30, 40), (63,), (40
 Vectors last, as the Trainer's groups have them."""
 QMAP = "qmap"
 """bitsandbytes' code tables: made once and shared by every tensor."""
+CODE_TABLES_BYTES = 2 * 256 * 4
 DTYPES = [torch.float32, torch.bfloat16]
 Parameters = list[torch.nn.Parameter]
 Maker = Callable[[Parameters], Any]
@@ -288,6 +289,8 @@ def test_apollo_holds_and_takes_what_is_said():
     rank = {"rank": 128, "update_proj_gap": 200, "scale": 1.0, "proj": "random", "proj_type": "std"}
     groups = [{"params": [made[1]]}, {"params": linear, **rank, "scale_type": "channel"}]
     optimizer = apollo.APOLLOAdamW(groups, lr=1e-3)
+    first = step_frame("apollo_adamw", [described(p) for p in made], "cpu", is_first=True).peak_bytes
+    assert step_temporary(optimizer, num_before=0) == pytest.approx(first, abs=64)
     assert step_temporary(optimizer) == pytest.approx(unrounded("apollo_adamw", made, "cpu"), abs=64)
     for parameter in made:
         projector = optimizer.state[parameter].get("projector")
@@ -317,9 +320,10 @@ def galore_groups(made: Parameters) -> Any:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", GALORE)
 def test_galore_holds_and_takes_what_is_said(name, dtype, monkeypatch):
-    """State with the projector, and a step that decomposes every gradient: to the byte, in fp32 and in halves.
+    """State with the projector, and steps that decompose every gradient: to the byte, in fp32 and in halves.
 
-    Not what a decomposition allocates inside. The 8-bit one frees gradients, and waits for a GPU, which is left out.
+    The first makes the state of a tensor when it comes to it. Left out is what a decomposition allocates inside, and
+    that the 8-bit one, which frees gradients, waits for a GPU.
     """
     galore = pytest.importorskip("galore_torch")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -328,10 +332,11 @@ def test_galore_holds_and_takes_what_is_said(name, dtype, monkeypatch):
         parameter.grad = torch.randn_like(parameter)
     kind, arguments = GALORE[name]
     optimizer = getattr(galore, kind)(galore_groups(made), lr=1e-3, **arguments)
-    optimizer.step()
+    said = [described(parameter, embeds=number == 1) for number, parameter in enumerate(made)]
+    first = step_frame(name, said, "cpu", is_first=True).peak_bytes
+    assert step_temporary(optimizer, num_before=0) == pytest.approx(first, abs=CODE_TABLES_BYTES)
     for parameter in made:
         parameter.grad = torch.randn_like(parameter)
-    said = [described(parameter, embeds=number == 1) for number, parameter in enumerate(made)]
     assert step_temporary(optimizer, num_before=0) == step_frame(name, said, "cpu").peak_bytes
     for parameter, tensor in zip(made, said, strict=True):
         projector = optimizer.state[parameter].get("projector")

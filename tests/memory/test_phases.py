@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from autofit.memory.engines import layout
+from autofit.memory.loading import broadcast_buckets, broadcast_bytes
 from autofit.memory.phases import Run, first_step, loading, preparing, saving, stages
 from autofit.memory.static import static_bytes
-from autofit.memory.tensors import tensors
+from autofit.memory.tensors import Tensor, tensors
 from autofit.spec.configuration import Configuration
 from autofit.spec.estimate import Phase, Stages
 from autofit.spec.hardware import Cluster
@@ -140,3 +142,33 @@ def test_stages_under_fsdp_are_not_known():
     """Nothing is said, not even zero."""
     run = a_run(a_choice())
     assert stages(replace(run, configuration=a_choice("fsdp2"))) == Stages()
+
+
+def test_ddp_sends_parameters_in_torchs_own_groups():
+    """Copies of one dtype each, in torch's grouping, two under way at a time; scales of packed weights are not sent."""
+    kinds = [("bfloat16", 100, "parameter"), ("uint8", 30, "quantized"), ("float32", 5, "quant_state")]
+    kinds += [("float32", 7, "adapter"), ("uint8", 50, "quantized"), ("float32", 3, "buffer")]
+    listed = tuple(
+        StaticTensor(name=str(n), num_elements=size, dtype=dtype, trains=False, repeats=False, kind=kind)
+        for n, (dtype, size, kind) in enumerate(kinds)
+    )
+    sent = [torch.empty(s, dtype=getattr(torch, d), device="meta") for d, s, kind in kinds if kind != "quant_state"]
+    groups, _ = torch.distributed._compute_bucket_assignment_by_size(sent, [250 * 2**20])
+    profile = replace(a_profile(), tensors=listed)
+    assert broadcast_buckets(profile) == [sum(sent[n].nbytes for n in group) for group in groups] == [200, 80, 40]
+    assert broadcast_bytes(profile) == 280
+
+
+def test_what_backward_does_not_use_is_not_kept_gathered():
+    """Stage 3 frees frozen layers below all that trains after their forward, and keeps all others it may."""
+    model = [Tensor(4096, 2, trains=trains, embeds=n == 0, kind="parameter") for n, trains in enumerate((0, 0, 1, 0))]
+    frozen = a_configuration(method="freeze", lora=None, sharding="zero3")
+    whole = replace(model[0], trains=True)
+    assert zero3_gathered(frozen, model) == 2 * 4096 * 2
+    assert zero3_gathered(a_configuration(sharding="zero3"), [whole, whole]) == 2 * 4096 * 2
+
+
+def zero3_gathered(configuration: Configuration, model: list[Tensor]) -> int:
+    """Return what a stage 3 layout keeps gathered of a model whose tensors are all above the threshold."""
+    plan = layout(configuration, tuple(model), static_bytes(tuple(model), "cpu"), HIDDEN, "cpu")
+    return plan.forward["gathered_weights"]
