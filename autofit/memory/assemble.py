@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from autofit.memory.adapter_casts import without_adapter_casts
 from autofit.memory.engines import Layout, Terms, layout
 from autofit.memory.fsdp import FsdpModel
 from autofit.memory.limits import refuse_unmodelled
@@ -59,7 +60,8 @@ class MemoryModel:
         self._peaks = phase_peaks(profile, np.asarray(micro_batches), sequence_tokens)
         self._offloaded = offloaded_bytes(profile, np.asarray(micro_batches), sequence_tokens)
         self._tensors: tuple[Tensor, ...] = tensors(profile)
-        self._fsdp = FsdpModel(profile, micro_batches, sequence_tokens)
+        self._gathered = without_adapter_casts(profile)
+        self._fsdp = FsdpModel(self._gathered, micro_batches, sequence_tokens)
         self._layouts: dict[Configuration, Layout] = {}
         self._left = left_by_forward_bytes(profile, np.asarray(micro_batches), sequence_tokens)
         self._logits = returned_logits_bytes(profile, np.asarray(micro_batches), sequence_tokens)
@@ -191,7 +193,7 @@ class MemoryModel:
         context = context_bytes(cluster.device, cluster.num_devices) or 0
         if configuration.uses_fsdp:
             return replay_fsdp_step(
-                self.profile,
+                self._gathered,
                 configuration,
                 self.sequence_tokens,
                 self._fsdp,

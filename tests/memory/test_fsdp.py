@@ -13,8 +13,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from autofit.errors import InputError
+from autofit.memory.adapter_casts import without_adapter_casts
 from autofit.memory.assemble import estimate_memory
 from autofit.memory.fsdp import FsdpModel, make_units
+from autofit.memory.tape import left_by_forward_bytes
 from autofit.profile.trace import trace
 from autofit.spec.configuration import Configuration
 from autofit.spec.estimate import MemoryEstimate
@@ -223,3 +225,18 @@ def test_a_regime_computes_in_the_gathered_dtype_under_autocast() -> None:
     assert (regime.weights_dtype, regime.autocast) == ("bfloat16", "bf16")
     plain = regime_of(a_configuration(sharding="fsdp2", weights_dtype="float32", mixed_precision="no"), A100)
     assert (plain.weights_dtype, plain.autocast) == ("float32", "no")
+
+
+def test_the_first_version_copies_no_adapter_in_16_bits():
+    """Its adapters are gathered in bf16: what a tape of fp32 ones keeps of their copies, two bytes each, is gone.
+
+    Not kept at all are those of the first layer's q, k and v that its input meets, which asks for no gradient.
+    """
+    configuration = a_configuration(method="lora", sharding="fsdp1", gradient_accumulation_steps=1)
+    profile = traced(configuration)
+    meets_input = [f"layers.0.self_attn.{name}_proj.lora_A.default.weight" for name in "qkv"]
+    kept = [t for t in profile.tensors if t.kind == "adapter" and not t.name.endswith(tuple(meets_input))]
+    before, after = (left_by_forward_bytes(each, 1, 32)[0] for each in (profile, without_adapter_casts(profile)))
+    assert before - after == 2 * sum(t.num_elements for t in kept)
+    second = traced(replace(configuration, sharding="fsdp2"))
+    assert without_adapter_casts(second) is second
