@@ -8,13 +8,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 from multiprocessing import get_context
 from typing import Any
 
 import msgspec
 
 from autofit.errors import AutofitError, InputError
-from autofit.memory.assemble import MemoryModel
+from autofit.memory.assemble import MemoryModel, WholeModel
 from autofit.memory.limits import refuse_unmodelled
 from autofit.search.evaluate import refuse_length
 from autofit.search.rules import broken_rule
@@ -26,17 +27,17 @@ from autofit.timing import TimeModel
 
 _CodePath = tuple[str, Regime, int]
 """Model, regime and tokens of a sequence."""
-NUM_ROWS_A_TASK = 8
+NUM_ROWS_A_TASK = 16
 """Rows that one process takes at a time: enough for what they share to count, few enough to spread over cores."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Task:
-    """Rows of one code path and length."""
+    """Rows that share a profile."""
 
     profile: RegimeProfile
     cases: dict[int, Case]
-    """By number of the row."""
+    """By number of the row; those that share most are neighbours."""
     replays: bool
 
 
@@ -124,7 +125,7 @@ def _profiles(
         regimes[_key(case.model), case.workload.sequence_tokens][case.regime] = None
     found: dict[_CodePath, RegimeProfile] = {}
     refused: dict[_CodePath, AutofitError] = {}
-    for (key, tokens), wanted in regimes.items():
+    for (key, tokens), wanted in sorted(regimes.items(), key=lambda item: item[0]):  # each model's file is read once
         try:
             traced, refusals = profiles_and_refusals(models[key], tuple(wanted), tokens, progress=progress)
         except InputError as error:
@@ -136,13 +137,22 @@ def _profiles(
 
 
 def _tasks(cases: Mapping[int, Case], profiles: Mapping[_CodePath, RegimeProfile], *, replays: bool) -> Iterator[_Task]:
-    groups: dict[_CodePath, list[int]] = defaultdict(list)
+    groups: dict[int, list[int]] = defaultdict(list)
+    shared: dict[int, RegimeProfile] = {}
     for number, case in cases.items():
-        groups[_key(case.model), case.regime, case.workload.sequence_tokens].append(number)
-    for path, numbers in groups.items():
+        profile = profiles[_key(case.model), case.regime, case.workload.sequence_tokens]
+        shared[id(profile)] = profile
+        groups[id(profile)].append(number)
+    for key, numbers in groups.items():
+        numbers.sort(key=lambda number: _shares(cases[number]))
         for first in range(0, len(numbers), NUM_ROWS_A_TASK):
             chosen = numbers[first : first + NUM_ROWS_A_TASK]
-            yield _Task(profile=profiles[path], cases={number: cases[number] for number in chosen}, replays=replays)
+            yield _Task(profile=shared[key], cases={number: cases[number] for number in chosen}, replays=replays)
+
+
+def _shares(case: Case) -> tuple[int, str, int]:
+    """Order rows so that neighbours share lengths, then configurations; of those the smallest device comes first."""
+    return case.workload.sequence_tokens, repr(case.configuration), case.cluster.device.memory_bytes
 
 
 def _estimated(tasks: Sequence[_Task], num_processes: int | None) -> Iterator[dict[int, bytes]]:
@@ -156,15 +166,20 @@ def _estimated(tasks: Sequence[_Task], num_processes: int | None) -> Iterator[di
 
 def _estimate(task: _Task) -> dict[int, bytes]:
     """Estimate the rows of one task."""
-    cases = task.cases.values()
-    tokens = next(iter(cases)).workload.sequence_tokens
-    batches = sorted({case.configuration.per_device_train_batch_size for case in cases})
-    try:
-        refuse_length(task.profile, tokens)
-        model = MemoryModel(task.profile, tokens, batches)
-    except Exception as error:  # noqa: BLE001 - as below
-        return {number: _refused(case.id, error) for number, case in task.cases.items()}
-    return {number: _answer(case, model, task) for number, case in task.cases.items()}
+    answers: dict[int, bytes] = {}
+    whole: WholeModel | None = None
+    for tokens, numbers in groupby(task.cases, key=lambda number: task.cases[number].workload.sequence_tokens):
+        cases = {number: task.cases[number] for number in numbers}
+        batches = sorted({case.configuration.per_device_train_batch_size for case in cases.values()})
+        try:
+            refuse_length(task.profile, tokens)
+            model = MemoryModel(task.profile, tokens, batches, whole=whole)
+            whole = model.whole
+        except Exception as error:  # noqa: BLE001 - as below
+            answers |= {number: _refused(case.id, error) for number, case in cases.items()}
+            continue
+        answers |= {number: _answer(case, model, task) for number, case in cases.items()}
+    return answers
 
 
 def _answer(case: Case, model: MemoryModel, task: _Task) -> bytes:

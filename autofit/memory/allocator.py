@@ -2,13 +2,18 @@
 
 Source: torch v2.13 c10/cuda/CUDACachingAllocator.cpp and c10/core/AllocatorConfig.h; the same policy from
 2.4 on. Rounding, two pools a stream, best fit, splitting, merging, and what is given back before an allocation fails;
-with `expandable_segments`, `max_split_size_mb` and `roundup_power2_divisions`.
+with `expandable_segments` and `max_split_size_mb`.
+
+torch links blocks to their neighbours; here a block is the bytes from one address to another, and a free one is looked
+up by either. Tens of thousands of allocations make a step, so that `run` keeps all it needs in local names.
 """
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Iterable
+import copy
+import math
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from autofit.units import MIB
@@ -31,6 +36,13 @@ segments lies lower is the driver's choice. Seen: with large segments from the t
 the bottom up, what is reserved comes out to the MiB in all twelve LoRA rows that fitcheck-llm 0.3.1 published for a T4;
 with all of them upwards four rows are 6 to 9 % too low.
 """
+GUARD_BYTES = LARGE_SEGMENT_BYTES
+"""Between two segments, so that blocks of different ones never touch: they do not merge."""
+EMPTY_CACHE = 0
+"""The event that stands for torch.cuda.empty_cache."""
+STREAM = 1 << 48
+"""An allocation on another stream than that which computes, 0, has so many times the stream's number added to it."""
+COPY_FRACTION = 0.03
 _SIZE_SHIFT = 60
 """A free block's key is its size and its address in one integer: the order of the pool's set."""
 _ADDRESS_MASK = (1 << _SIZE_SHIFT) - 1
@@ -43,179 +55,230 @@ class AllocatorSettings:
     expandable_segments: bool = False
     max_split_size_bytes: int | None = None
     """Free blocks of this size or more are never split; None: no bound."""
-    roundup_power2_divisions: int = 0
-    """Requests are rounded up to this many steps between two powers of two; 0 or 1: only to 512 bytes."""
-
-
-class Block:
-    """A piece of a segment, linked to its neighbours so that free ones merge."""
-
-    __slots__ = ("address", "following", "is_free", "is_mapped", "pool", "previous", "size")
-
-    def __init__(
-        self, pool: Pool, address: int, size: int, previous: Block | None = None, following: Block | None = None
-    ) -> None:
-        self.pool, self.address, self.size = pool, address, size
-        self.previous, self.following = previous, following
-        self.is_free, self.is_mapped = False, True
-
-
-class Pool:
-    """The cached blocks of one stream, small or large, ordered by size and then by address."""
-
-    __slots__ = ("free", "is_small", "keys", "unmapped")
-
-    def __init__(self, *, is_small: bool) -> None:
-        self.is_small = is_small
-        self.keys: list[int] = []
-        self.free: dict[int, Block] = {}
-        self.unmapped: list[Block] = []
-        """Parts of an expandable segment without memory behind them, by address."""
-
-    def put(self, block: Block) -> None:
-        """Cache a block."""
-        key = block.size << _SIZE_SHIFT | block.address
-        bisect.insort(self.keys, key)
-        self.free[key] = block
-        block.is_free = True
-
-    def take(self, block: Block) -> None:
-        """Take a cached block out."""
-        key = block.size << _SIZE_SHIFT | block.address
-        del self.keys[bisect.bisect_left(self.keys, key)]
-        del self.free[key]
-        block.is_free = False
-
-    def put_unmapped(self, block: Block) -> None:
-        """Note a part without memory; as a neighbour it counts as free."""
-        block.is_free, block.is_mapped = True, False
-        bisect.insort(self.unmapped, block, key=lambda each: each.address)
-
-    def take_unmapped(self, block: Block) -> None:
-        """Forget a part without memory."""
-        self.unmapped.remove(block)
-        block.is_free = False
 
 
 class OutOfMemoryInSimulationError(Exception):
     """The capacity is used up, with nothing cached left to return."""
 
 
+@dataclass(slots=True)
+class _Pool:
+    """The cached blocks of one stream, small or large."""
+
+    is_small: bool
+    keys: list[int]
+    """Of its free blocks, in order."""
+    unmapped: list[int]
+    """Where its expandable segments have no memory behind them: the address where each such part begins, in order."""
+
+    @property
+    def page_bytes(self) -> int:
+        """What an expandable segment grows by."""
+        return SMALL_SEGMENT_BYTES if self.is_small else LARGE_SEGMENT_BYTES
+
+
 class CachingAllocator:
-    """Hands out blocks and counts what is allocated and what is reserved.
+    """Hands out blocks and counts what is reserved.
+
+    Blocks are numbered from 0 in the order in which they are handed out.
 
     Args:
         capacity_bytes: what can be reserved at most; None: no bound.
         settings: the policy's options.
+        copies_beyond_bytes: keep a copy of the allocator from just before it reserves more than this, and again from
+            before each further `COPY_FRACTION` of it.
     """
 
-    def __init__(self, capacity_bytes: int | None = None, settings: AllocatorSettings | None = None) -> None:
+    def __init__(
+        self,
+        capacity_bytes: float | None = None,
+        settings: AllocatorSettings | None = None,
+        *,
+        copies_beyond_bytes: float = math.inf,
+    ) -> None:
         self.settings = settings or AllocatorSettings()
-        self._capacity_bytes = capacity_bytes
-        self._pools: dict[int, tuple[Pool, Pool]] = {}
-        self._next_address, self._top_address = 0, TOP_ADDRESS
-        self._expands = self.settings.expandable_segments
-        self._max_split = self.settings.max_split_size_bytes
-        self._divisions = self.settings.roundup_power2_divisions
-        self._is_plain = not self._expands and self._max_split is None
+        self.capacity_bytes = math.inf if capacity_bytes is None else capacity_bytes
         self.reserved_bytes = self.peak_reserved_bytes = 0
-        self.allocated_bytes = self.peak_allocated_bytes = 0
         self.num_retries = 0
         """How often cached memory was returned because an allocation did not fit."""
-        self.blocks: dict[int, Block] = {}
-        """What is in use, by whatever number its user gave it."""
+        self.left_over_bytes: dict[int, int] = {}
+        """By a block's number, how much larger it is than what was asked for, if it is."""
+        self.copies: list[CachingAllocator] = []
+        self.least_refused_bytes = math.inf
+        """The least that would have been reserved where the capacity did not allow it."""
+        self._copies_beyond_bytes = copies_beyond_bytes
+        self._pools: list[_Pool] = []
+        """The large and the small one of each stream."""
+        self._first_pools: dict[int, int] = {}
+        """By stream, which of the pools is its large one."""
+        self._starts: list[int] = []
+        """By a block's number, the address where it begins,"""
+        self._ends: list[int] = []
+        """where it ends,"""
+        self._owners: list[int] = []
+        """and which of the pools it is from."""
+        self._free_from: dict[int, int] = {}
+        """Keys of free blocks by the address where they begin,"""
+        self._free_to: dict[int, int] = {}
+        """and by that where they end."""
+        self._unmapped_from: dict[int, int] = {}
+        """Ends of parts of an expandable segment that have no memory, by where they begin,"""
+        self._unmapped_to: dict[int, int] = {}
+        """and the other way round."""
+        self._segment_bytes: dict[int, int] = {}
+        """Sizes of the segments that do not expand, by where they begin."""
+        self._next_address, self._top_address = 0, TOP_ADDRESS
+        self._pools_of(0)
 
-    def allocate(self, num_bytes: int, stream: int = 0) -> Block:
-        """Take a block.
+    def run(self, events: Iterable[int]) -> None:  # noqa: PLR0912, PLR0915 - one loop, which calls nothing of ours
+        """Allocate and release.
 
         Args:
-            num_bytes: what the tensor needs.
-            stream: blocks of one stream never serve another.
+            events: a positive number allocates so many bytes, a multiple of 512 (`STREAM` says how on another stream);
+                `~number` releases the block of that number; 0 is `EMPTY_CACHE`.
 
         Raises:
-            OutOfMemoryInSimulationError: it does not fit the capacity, even after all that is cached was returned.
+            OutOfMemoryInSimulationError: something does not fit the capacity, even after all that is cached was
+                returned.
         """
-        size = -(-num_bytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES or MIN_BLOCK_BYTES
-        if self._divisions > 1:
-            size = rounded_request(num_bytes, self._divisions)
-        pools = self._pools.get(stream) or self._new_pools(stream)
-        pool = pools[size <= SMALL_BYTES]
-        block = self._best_fit(pool, size) or self._new_block(pool, size)
-        rest = block.size - size
-        if rest and self._splits(pool, size, rest):
-            remainder = Block(pool, block.address + size, rest, block, block.following)
-            if block.following is not None:
-                block.following.previous = remainder
-            block.following, block.size = remainder, size
-            pool.put(remainder)
-        self.allocated_bytes += block.size
-        self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes)
-        return block
+        pools, free_from, free_to = self._pools, self._free_from, self._free_to
+        starts, ends, owners = self._starts, self._ends, self._owners
+        large, small = pools[0].keys, pools[1].keys
+        expands, max_split = self.settings.expandable_segments, self.settings.max_split_size_bytes
+        is_plain = not expands and max_split is None
+        split_below = math.inf if max_split is None or expands else max_split
+        for event in events:
+            if event < 0:
+                number = ~event
+                start, end, keys = starts[number], ends[number], pools[owners[number]].keys
+                if end in free_from:
+                    key = free_from.pop(end)
+                    del keys[bisect_left(keys, key)]
+                    end += key >> _SIZE_SHIFT
+                if start in free_to:
+                    key = free_to.pop(start)
+                    del keys[bisect_left(keys, key)]
+                    start -= key >> _SIZE_SHIFT
+                key = end - start << _SIZE_SHIFT | start
+                insort(keys, key)
+                free_from[start] = free_to[end] = key
+                continue
+            if SMALL_BYTES < event < STREAM:
+                size, owner, keys = event, 0, large
+            elif EMPTY_CACHE < event <= SMALL_BYTES:
+                size, owner, keys = event, 1, small
+            elif event == EMPTY_CACHE:
+                self.empty_cache()
+                continue
+            else:
+                stream, size = divmod(event, STREAM)
+                owner = self._pools_of(stream) + (size <= SMALL_BYTES)
+                keys = pools[owner].keys
+            index = bisect_left(keys, size << _SIZE_SHIFT)
+            if not is_plain:
+                index = self._preferred(keys, index, size)
+            if index < len(keys):
+                key = keys.pop(index)
+                start = key & _ADDRESS_MASK
+                end = start + (key >> _SIZE_SHIFT)
+                del free_from[start]
+            else:
+                start, end = self._new_block(pools[owner], size)
+            rest_from = start + size
+            rest = end - rest_from
+            if (rest > SMALL_BYTES and size < split_below) or (rest and (expands or size <= SMALL_BYTES)):
+                key = rest << _SIZE_SHIFT | rest_from
+                insort(keys, key)
+                free_from[rest_from] = free_to[end] = key
+                end = rest_from
+            else:
+                free_to.pop(end, None)
+                if rest:
+                    self.left_over_bytes[len(starts)] = rest
+            starts.append(start)
+            ends.append(end)
+            owners.append(owner)
 
-    def release(self, block: Block) -> None:
-        """Give a block back; it merges with free neighbours and stays cached."""
-        self.allocated_bytes -= block.size
-        pool, previous, following = block.pool, block.previous, block.following
-        if previous is not None and previous.is_free and previous.is_mapped:
-            pool.take(previous)
-            block = _merge(previous, block)
-        if following is not None and following.is_free and following.is_mapped:
-            pool.take(following)
-            block = _merge(block, following)
-        pool.put(block)
+    def allocate(self, num_bytes: int, stream: int = 0) -> int:
+        """Take one block and return its number; see `run`."""
+        self.run((request(num_bytes, stream),))
+        return self.num_allocations - 1
+
+    def release(self, number: int) -> None:
+        """Give one block back: it merges with free neighbours and stays cached."""
+        self.run((~number,))
 
     def empty_cache(self) -> None:
         """Return all cached memory, as torch.cuda.empty_cache does: whole segments, or all unused pages."""
-        for pools in self._pools.values():
-            for pool in pools:
-                for block in list(pool.free.values()):
-                    if self._expands:
-                        self._unmap(block)
-                    elif block.previous is None and block.following is None:
-                        self._return_segment(block)
+        for pool in self._pools:
+            for key in pool.keys.copy():
+                if self.settings.expandable_segments:
+                    self._unmap(pool, key)
+                elif self._segment_bytes.get(key & _ADDRESS_MASK) == key >> _SIZE_SHIFT:
+                    self._return_segment(pool, key)
 
-    def reset_peaks(self) -> None:
-        """Forget the highest figures so far, as torch.cuda.reset_peak_memory_stats does."""
-        self.peak_allocated_bytes, self.peak_reserved_bytes = self.allocated_bytes, self.reserved_bytes
+    def reset_peak(self) -> None:
+        """Forget the highest figure so far, as torch.cuda.reset_peak_memory_stats does."""
+        self.peak_reserved_bytes = self.reserved_bytes
 
-    def free_blocks(self) -> Iterable[Block]:
-        """Every cached block."""
-        return (block for pools in self._pools.values() for pool in pools for block in pool.free.values())
+    @property
+    def num_allocations(self) -> int:
+        """How many blocks were handed out so far."""
+        return len(self._starts)
 
-    def _new_pools(self, stream: int) -> tuple[Pool, Pool]:
-        self._pools[stream] = (Pool(is_small=False), Pool(is_small=True))
-        return self._pools[stream]
+    @property
+    def allocated_bytes(self) -> int:
+        """What of the reserved memory is not free."""
+        return self.reserved_bytes - sum(size for _, size in self.free_blocks())
 
-    def _splits(self, pool: Pool, size: int, rest: int) -> bool:
-        if pool.is_small or self._expands:
-            return True
-        return rest > SMALL_BYTES and (self._max_split is None or size < self._max_split)
+    def block(self, number: int) -> tuple[int, int]:
+        """Return the address and the size of a block that is in use."""
+        return self._starts[number], self._ends[number] - self._starts[number]
 
-    def _best_fit(self, pool: Pool, size: int) -> Block | None:
-        """The smallest cached block that is large enough, at the lowest address among equals."""
-        keys = pool.keys
-        index = bisect.bisect_left(keys, size << _SIZE_SHIFT)
-        if index == len(keys):
-            return None
-        if not self._is_plain:
-            if self._expands:
-                index = _least_expandable(pool, index)
-            elif not self._may_serve(keys[index] >> _SIZE_SHIFT, size):
-                return None
-        block = pool.free.pop(keys.pop(index))
-        block.is_free = False
-        return block
+    def free_blocks(self) -> Iterator[tuple[int, int]]:
+        """Yield the address and the size of every cached block."""
+        return ((key & _ADDRESS_MASK, key >> _SIZE_SHIFT) for pool in self._pools for key in pool.keys)
 
-    def _may_serve(self, cached: int, size: int) -> bool:
-        """Keep blocks beyond `max_split_size_mb` for requests beyond it that nearly fill them."""
-        if self._max_split is None:
-            return True
-        if size < self._max_split:
-            return cached < self._max_split
-        return cached < size + MAX_NON_SPLIT_ROUNDING_BYTES
+    def copy(self) -> CachingAllocator:
+        """Return one that goes on from here by itself, and keeps no copies."""
+        other = copy.copy(self)
+        changed = {name: value.copy() for name, value in vars(self).items() if isinstance(value, dict | list)}
+        changed["_pools"] = [_Pool(pool.is_small, pool.keys.copy(), pool.unmapped.copy()) for pool in self._pools]
+        vars(other).update(changed, copies=[], _copies_beyond_bytes=math.inf)
+        return other
 
-    def _new_block(self, pool: Pool, size: int) -> Block:
+    def _pools_of(self, stream: int) -> int:
+        """Say which pool is a stream's large one; the next is its small one."""
+        if stream not in self._first_pools:
+            self._first_pools[stream] = len(self._pools)
+            self._pools += [_Pool(is_small, [], []) for is_small in (False, True)]
+        return self._first_pools[stream]
+
+    def _preferred(self, keys: list[int], index: int, size: int) -> int:
+        """Of the free blocks from `index` on, which are large enough, choose as the options say.
+
+        Source: CUDACachingAllocator.cpp, get_free_block. With expandable segments one that cannot grow comes first: a
+        block before a part without memory counts as large as it could become. Blocks beyond `max_split_size_mb` are
+        kept for requests beyond it that nearly fill them.
+        """
+        max_split = self.settings.max_split_size_bytes
+        if self.settings.expandable_segments:
+            while index + 1 < len(keys) and self._expandable_size(keys[index + 1]) < self._expandable_size(keys[index]):
+                index += 1
+        elif max_split is not None and index < len(keys):
+            cached = keys[index] >> _SIZE_SHIFT
+            if size < max_split <= cached or (size >= max_split and cached >= size + MAX_NON_SPLIT_ROUNDING_BYTES):
+                return len(keys)
+        return index
+
+    def _expandable_size(self, key: int) -> int:
+        size = key >> _SIZE_SHIFT
+        end = (key & _ADDRESS_MASK) + size
+        return size + self._unmapped_from.get(end, end) - end
+
+    def _new_block(self, pool: _Pool, size: int) -> tuple[int, int]:
         """Reserve memory; where that fails, return what is cached and try again."""
+        self._keep_copy(size)
         block = self._reserve(pool, size)
         if block is None and self._return_oversize(pool, size):
             block = self._reserve(pool, size)
@@ -227,132 +290,157 @@ class CachingAllocator:
             raise OutOfMemoryInSimulationError
         return block
 
-    def _reserve(self, pool: Pool, size: int) -> Block | None:
-        if self._expands:
+    def _keep_copy(self, size: int) -> None:
+        grown = self.reserved_bytes + (size + LARGE_SEGMENT_BYTES) * (1 + self.settings.expandable_segments)
+        if grown > self._copies_beyond_bytes:
+            self.copies.append(self.copy())
+            self._copies_beyond_bytes = grown * (1 + COPY_FRACTION)
+
+    def _reserve(self, pool: _Pool, size: int) -> tuple[int, int] | None:
+        if self.settings.expandable_segments:
             return self._expand(pool, size)
         segment = segment_bytes(size)
         if not self._grow(segment):
             return None
         if segment <= LARGE_SEGMENT_BYTES:
-            address = self._next_address
-            self._next_address += segment
+            start = self._next_address
+            self._next_address += segment + GUARD_BYTES
         else:
-            address = self._top_address = self._top_address - segment
-        return Block(pool, address, segment)
+            start = self._top_address = self._top_address - segment - GUARD_BYTES
+        self._segment_bytes[start] = segment
+        return start, start + segment
 
     def _grow(self, num_bytes: int) -> bool:
-        if self._capacity_bytes is not None and self.reserved_bytes + num_bytes > self._capacity_bytes:
+        grown = self.reserved_bytes + num_bytes
+        if grown > self.capacity_bytes:
+            self.least_refused_bytes = min(self.least_refused_bytes, grown)
             return False
-        self.reserved_bytes += num_bytes
-        self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
+        self.reserved_bytes = grown
+        self.peak_reserved_bytes = max(self.peak_reserved_bytes, grown)
         return True
 
-    def _return_segment(self, block: Block) -> None:
-        block.pool.take(block)
-        self.reserved_bytes -= block.size
+    def _return_segment(self, pool: _Pool, key: int) -> None:
+        self._take(pool, key)
+        self.reserved_bytes -= self._segment_bytes.pop(key & _ADDRESS_MASK)
 
-    def _return_oversize(self, pool: Pool, size: int) -> bool:
+    def _return_oversize(self, pool: _Pool, size: int) -> bool:
         """Return cached blocks beyond `max_split_size_mb`, only as many as the request needs.
 
         Source: CUDACachingAllocator.cpp, release_available_cached_blocks.
         """
-        if self._max_split is None or self._expands:
+        max_split = self.settings.max_split_size_bytes
+        if max_split is None or self.settings.expandable_segments:
             return False
-        needed = max(size, self._max_split)
-        index = bisect.bisect_left(pool.keys, needed << _SIZE_SHIFT)
+        needed = max(size, max_split)
+        index = bisect_left(pool.keys, needed << _SIZE_SHIFT)
         if index < len(pool.keys):
-            self._return_segment(pool.free[pool.keys[index]])
+            self._return_segment(pool, pool.keys[index])
             return True
         returned = 0
-        while returned < needed and pool.keys and pool.keys[-1] >> _SIZE_SHIFT >= self._max_split:
-            largest = pool.free[pool.keys[-1]]
-            returned += largest.size
-            self._return_segment(largest)
+        while returned < needed and pool.keys and pool.keys[-1] >> _SIZE_SHIFT >= max_split:
+            returned += pool.keys[-1] >> _SIZE_SHIFT
+            self._return_segment(pool, pool.keys[-1])
         return returned >= needed
 
-    def _expand(self, pool: Pool, size: int) -> Block | None:
+    def _put(self, pool: _Pool, start: int, end: int) -> None:
+        """Cache what lies between two addresses."""
+        key = end - start << _SIZE_SHIFT | start
+        insort(pool.keys, key)
+        self._free_from[start] = self._free_to[end] = key
+
+    def _take(self, pool: _Pool, key: int) -> tuple[int, int]:
+        """Take a cached block out; return where it begins and ends."""
+        start = key & _ADDRESS_MASK
+        end = start + (key >> _SIZE_SHIFT)
+        del pool.keys[bisect_left(pool.keys, key)], self._free_from[start], self._free_to[end]
+        return start, end
+
+    def _put_unmapped(self, pool: _Pool, start: int, end: int) -> None:
+        """Note a part without memory; it joins those beside it."""
+        if end in self._unmapped_from:
+            end = self._take_unmapped(pool, end)
+        if start in self._unmapped_to:
+            start = self._unmapped_to[start]
+            self._take_unmapped(pool, start)
+        insort(pool.unmapped, start)
+        self._unmapped_from[start], self._unmapped_to[end] = end, start
+
+    def _take_unmapped(self, pool: _Pool, start: int) -> int:
+        """Forget a part without memory; return where it ends."""
+        end = self._unmapped_from.pop(start)
+        del self._unmapped_to[end], pool.unmapped[bisect_left(pool.unmapped, start)]
+        return end
+
+    def _expand(self, pool: _Pool, size: int) -> tuple[int, int] | None:
         """Map pages at the lowest address with room; a free block just before the unmapped part is used too.
 
         Source: CUDACachingAllocator.cpp, try_allocate_expandable_block.
         """
-        block = self._expandable(pool, size)
-        if not block.is_mapped:
-            mapped = self._map(block, min(block.size, size))
-            if mapped is None:
+        start = self._expandable(pool, size)
+        while (mapped := self._free_from.get(start, 0) >> _SIZE_SHIFT) < size:
+            begin = start + mapped
+            if not self._map(pool, begin, min(size - mapped, self._unmapped_from[begin] - begin)):
                 return None
-            block = mapped
-        while block.size < size:
-            following = block.following
-            assert following is not None, "the address space reaches further than any request"
-            mapped = self._map(following, min(size - block.size, following.size))
-            if mapped is None:
-                return None
-            block = mapped
-        pool.take(block)
-        return block
+        return self._take(pool, self._free_from[start])
 
-    def _expandable(self, pool: Pool, size: int) -> Block:
+    def _expandable(self, pool: _Pool, size: int) -> int:
+        """Find the lowest address from which on so much is free or unmapped; begin a segment where there is none."""
         for unmapped in pool.unmapped:
-            previous = unmapped.previous
-            first = previous if previous is not None and previous.is_free else unmapped
-            if _room(first, size) >= size:
-                return first
-        segment = Block(pool, self._next_address, ADDRESS_SPACE_BYTES)
-        self._next_address += ADDRESS_SPACE_BYTES
-        pool.put_unmapped(segment)
-        return segment
+            start = unmapped - (self._free_to.get(unmapped, 0) >> _SIZE_SHIFT)
+            if self._has_room(start, size):
+                return start
+        start = self._next_address
+        self._next_address += ADDRESS_SPACE_BYTES + GUARD_BYTES
+        self._put_unmapped(pool, start, start + ADDRESS_SPACE_BYTES)
+        return start
 
-    def _map(self, block: Block, size: int) -> Block | None:
-        """Put memory behind the first `size` bytes of an unmapped part, in whole pages; None where there is none."""
-        pool = block.pool
-        page = SMALL_SEGMENT_BYTES if pool.is_small else LARGE_SEGMENT_BYTES
-        mapped = -(-size // page) * page
+    def _has_room(self, start: int, size: int) -> bool:
+        """Whether nothing is in use for so many bytes from an address on."""
+        reached = start
+        while reached < start + size:
+            free = self._free_from.get(reached, 0) >> _SIZE_SHIFT
+            following = reached + free if free else self._unmapped_from.get(reached, reached)
+            if following == reached:
+                return False
+            reached = following
+        return True
+
+    def _map(self, pool: _Pool, start: int, size: int) -> bool:
+        """Put memory behind so much of an unmapped part, in whole pages; say whether there was enough."""
+        mapped = -(-size // pool.page_bytes) * pool.page_bytes
         if not self._grow(mapped):
-            return None
-        pool.take_unmapped(block)
-        block.is_mapped = True
-        if mapped < block.size:
-            rest = Block(pool, block.address + mapped, block.size - mapped, block, block.following)
-            if rest.following is not None:
-                rest.following.previous = rest
-            block.following, block.size = rest, mapped
-            pool.put_unmapped(rest)
-        for neighbour in (block.previous, block.following):
-            if neighbour is not None and neighbour.is_free and neighbour.is_mapped:
-                pool.take(neighbour)
-                block = _merge(neighbour, block) if neighbour is block.previous else _merge(block, neighbour)
-        pool.put(block)
-        return block
+            return False
+        end, unmapped_end = start + mapped, self._take_unmapped(pool, start)
+        if end < unmapped_end:
+            self._put_unmapped(pool, end, unmapped_end)
+        if end in self._free_from:
+            end = self._take(pool, self._free_from[end])[1]
+        if start in self._free_to:
+            start = self._take(pool, self._free_to[start])[0]
+        self._put(pool, start, end)
+        return True
 
-    def _unmap(self, block: Block) -> None:
+    def _unmap(self, pool: _Pool, key: int) -> None:
         """Give back the pages that lie wholly inside a free block. Source: CUDACachingAllocator.cpp, unmap_block."""
-        pool = block.pool
-        page = SMALL_SEGMENT_BYTES if pool.is_small else LARGE_SEGMENT_BYTES
-        begin = -(-block.address // page) * page
-        end = (block.address + block.size) // page * page
-        if begin >= end:
+        start, end, page = key & _ADDRESS_MASK, (key & _ADDRESS_MASK) + (key >> _SIZE_SHIFT), pool.page_bytes
+        first, last = -(-start // page) * page, end // page * page
+        if first >= last:
             return
-        pool.take(block)
-        before, after = begin - block.address, block.address + block.size - end
-        if before:
-            first = Block(pool, block.address, before, block.previous, block)
-            if first.previous is not None:
-                first.previous.following = first
-            block.previous = first
-            pool.put(first)
-        if after:
-            last = Block(pool, end, after, block, block.following)
-            if last.following is not None:
-                last.following.previous = last
-            block.following = last
-            pool.put(last)
-        block.address, block.size = begin, end - begin
-        self.reserved_bytes -= block.size
-        for neighbour in (block.previous, block.following):
-            if neighbour is not None and neighbour.is_free and not neighbour.is_mapped:
-                pool.take_unmapped(neighbour)
-                block = _merge(neighbour, block) if neighbour is block.previous else _merge(block, neighbour)
-        pool.put_unmapped(block)
+        self._take(pool, key)
+        if start < first:
+            self._put(pool, start, first)
+        if last < end:
+            self._put(pool, last, end)
+        self.reserved_bytes -= last - first
+        self._put_unmapped(pool, first, last)
+
+
+def request(num_bytes: int, stream: int = 0) -> int:
+    """Write an allocation as `CachingAllocator.run` reads it, rounded to 512 bytes; nothing takes a block too.
+
+    Source: CUDACachingAllocator.cpp, round_size.
+    """
+    return max(-(-num_bytes // MIN_BLOCK_BYTES), 1) * MIN_BLOCK_BYTES + stream * STREAM
 
 
 def segment_bytes(size: int) -> int:
@@ -362,52 +450,3 @@ def segment_bytes(size: int) -> int:
     if size < MIN_LARGE_BYTES:
         return LARGE_SEGMENT_BYTES
     return -(-size // ROUND_LARGE_BYTES) * ROUND_LARGE_BYTES
-
-
-def rounded_request(num_bytes: int, divisions: int) -> int:
-    """Round a request as the allocator does before it looks for a block.
-
-    Args:
-        num_bytes: what the tensor needs.
-        divisions: `roundup_power2_divisions`, a power of two; 0 or 1: only to 512 bytes.
-
-    Source: CUDACachingAllocator.cpp, round_size and roundup_power2_next_division.
-    """
-    if num_bytes < MIN_BLOCK_BYTES:
-        return MIN_BLOCK_BYTES
-    if divisions <= 1 or num_bytes <= MIN_BLOCK_BYTES * divisions:
-        return -(-num_bytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES
-    step = 1 << max(0, num_bytes.bit_length() - divisions.bit_length())
-    return -(-num_bytes // step) * step
-
-
-def _merge(first: Block, second: Block) -> Block:
-    first.size, first.following = first.size + second.size, second.following
-    if second.following is not None:
-        second.following.previous = first
-    return first
-
-
-def _least_expandable(pool: Pool, index: int) -> int:
-    """Prefer a block that cannot grow: one before an unmapped part counts as large as it could become.
-
-    Source: CUDACachingAllocator.cpp, get_free_block.
-    """
-    keys, free = pool.keys, pool.free
-    while index + 1 < len(keys) and _expandable_size(free[keys[index + 1]]) < _expandable_size(free[keys[index]]):
-        index += 1
-    return index
-
-
-def _expandable_size(block: Block) -> int:
-    following = block.following
-    return block.size + (following.size if following is not None and not following.is_mapped else 0)
-
-
-def _room(block: Block | None, size: int) -> int:
-    """Address space from a block on that is not in use, up to `size` bytes of it."""
-    room = 0
-    while room < size and block is not None and block.is_free:
-        room += block.size
-        block = block.following
-    return room

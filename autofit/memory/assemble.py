@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 
@@ -13,8 +14,8 @@ from autofit.memory.fsdp import FsdpModel
 from autofit.memory.limits import refuse_unmodelled
 from autofit.memory.overheads import context_bytes, workspace_bytes, workspace_sizes
 from autofit.memory.phases import Run, stages
-from autofit.memory.replay import MAX_MICRO_STEPS, Replayed, replay_fsdp_step, replay_step
-from autofit.memory.static import StaticBytes, static_bytes
+from autofit.memory.replay import MAX_MICRO_STEPS, Replayed, Replayer
+from autofit.memory.static import static_bytes
 from autofit.memory.tape import (
     PhasePeak,
     kept_outputs_bytes,
@@ -48,25 +49,30 @@ class MemoryModel:
         profile: the traced step.
         sequence_tokens: tokens of every sequence.
         micro_batches: the micro-batches that will be asked for.
+        whole: of another one of the same profile, to share what no length changes.
 
     Raises:
         ValueError: a micro-batch is asked for that was not announced.
     """
 
-    def __init__(self, profile: RegimeProfile, sequence_tokens: int, micro_batches: Sequence[int]) -> None:
+    def __init__(
+        self,
+        profile: RegimeProfile,
+        sequence_tokens: int,
+        micro_batches: Sequence[int],
+        *,
+        whole: WholeModel | None = None,
+    ) -> None:
         self.profile = profile
         self.sequence_tokens = sequence_tokens
         self._column = {batch: n for n, batch in enumerate(micro_batches)}
         self._peaks = phase_peaks(profile, np.asarray(micro_batches), sequence_tokens)
         self._offloaded = offloaded_bytes(profile, np.asarray(micro_batches), sequence_tokens)
-        self._tensors: tuple[Tensor, ...] = tensors(profile)
-        self._gathered = without_adapter_casts(profile)
-        self._fsdp = FsdpModel(self._gathered, micro_batches, sequence_tokens)
-        self._layouts: dict[Configuration, Layout] = {}
         self._left = left_by_forward_bytes(profile, np.asarray(micro_batches), sequence_tokens)
         self._logits = returned_logits_bytes(profile, np.asarray(micro_batches), sequence_tokens)
         self._outputs = kept_outputs_bytes(profile, np.asarray(micro_batches), sequence_tokens)
-        self._static: StaticBytes = static_bytes(self._tensors, profile.regime.device)
+        self.whole = whole or WholeModel(profile)
+        self._fsdp = FsdpModel(self.whole.gathered, micro_batches, sequence_tokens)
 
     def estimate(self, configuration: Configuration, cluster: Cluster, *, replays: bool = False) -> MemoryEstimate:
         """Estimate the memory of the most loaded device.
@@ -108,7 +114,7 @@ class MemoryModel:
             configuration=configuration,
             cluster=cluster,
             plan=plan,
-            model=self._tensors,
+            model=self.whole.tensors,
             phases=phases,
             always_bytes=sum(self._always(plan, cluster.device).values()),
             sequence_tokens=self.sequence_tokens,
@@ -126,14 +132,7 @@ class MemoryModel:
         return {f"{figure}_interval_bytes": _around(figure, size, kind) for figure, size in figures.items()}
 
     def _layout(self, configuration: Configuration, device: Device) -> Layout:
-        """Lay out a configuration, once for all micro-batches: only whether it accumulates matters."""
-        if configuration.uses_fsdp:
-            return self._fsdp.layout(configuration)
-        accumulates = min(configuration.gradient_accumulation_steps, MAX_MICRO_STEPS)
-        same = replace(configuration, per_device_train_batch_size=1, gradient_accumulation_steps=accumulates)
-        if same not in self._layouts:
-            self._layouts[same] = layout(same, self._tensors, self._static, self.profile.hidden_size, device.kind)
-        return self._layouts[same]
+        return self._fsdp.layout(configuration) if configuration.uses_fsdp else self.whole.layout(configuration, device)
 
     def _always(self, plan: Layout, device: Device) -> Terms:
         return {**plan.resident, "workspaces": workspace_bytes(device)}
@@ -192,23 +191,50 @@ class MemoryModel:
             return None
         context = context_bytes(cluster.device, cluster.num_devices) or 0
         if configuration.uses_fsdp:
-            return replay_fsdp_step(
-                self._gathered,
+            return self.whole.fsdp_replayer.fsdp_step(
                 configuration,
                 self.sequence_tokens,
                 self._fsdp,
                 workspace_sizes(cluster.device),
                 capacity_bytes=cluster.device.memory_bytes - context,
             )
-        return replay_step(
-            self.profile,
+        return self.whole.replayer.step(
             configuration,
             self.sequence_tokens,
             plan,
-            self._tensors,
             workspace_sizes(cluster.device),
             capacity_bytes=cluster.device.memory_bytes - context,
         )
+
+
+class WholeModel:
+    """What of a profile depends on no length and no micro-batch."""
+
+    def __init__(self, profile: RegimeProfile) -> None:
+        self._profile = profile
+        self.gathered = without_adapter_casts(profile)
+        """The same under FSDP."""
+        self.tensors: tuple[Tensor, ...] = tensors(profile)
+        self._static = static_bytes(self.tensors, profile.regime.device)
+        self._layouts: dict[Configuration, Layout] = {}
+
+    @cached_property
+    def replayer(self) -> Replayer:
+        """Replays the profile's step."""
+        return Replayer(self._profile, self.tensors)
+
+    @cached_property
+    def fsdp_replayer(self) -> Replayer:
+        """Replays it as it is under FSDP."""
+        return Replayer(self.gathered, self.tensors)
+
+    def layout(self, configuration: Configuration, device: Device) -> Layout:
+        """Lay out a configuration, once for all micro-batches: only whether it accumulates matters."""
+        accumulates = min(configuration.gradient_accumulation_steps, MAX_MICRO_STEPS)
+        same = replace(configuration, per_device_train_batch_size=1, gradient_accumulation_steps=accumulates)
+        if same not in self._layouts:
+            self._layouts[same] = layout(same, self.tensors, self._static, self._profile.hidden_size, device.kind)
+        return self._layouts[same]
 
 
 def _bucketed(peak: PhasePeak, column: int, plan: Layout) -> int:

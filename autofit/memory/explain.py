@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from autofit.memory.tape import size_table, unroll
+from autofit.memory.tape import size_table
 from autofit.memory.terms import TERM_SOURCES
+from autofit.memory.unroll import unroll
 from autofit.spec.configuration import Configuration
 from autofit.spec.estimate import MemoryEstimate, Phase
 from autofit.spec.profile import GRADIENT, INSIDE, MONOMIALS, RegimeProfile, Segment
@@ -137,7 +138,9 @@ def held_tensors(profile: RegimeProfile, micro_batch: int, sequence_tokens: int)
     highest: dict[str, int] = {}
     found: dict[str, Counter[_Origin]] = {}
     has_gradients = False
-    for segment, events in zip(_segments(profile), unroll(profile, micro_batch, sequence_tokens), strict=True):
+    for segment, events in zip(
+        _segments(profile), unroll(profile, micro_batch, sequence_tokens).segments(), strict=True
+    ):
         best, snapshot, name = -1, None, _phase_name(segment, has_gradients=has_gradients)
         for event in events:
             if event.category == GRADIENT:

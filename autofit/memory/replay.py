@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from autofit.memory.alloc_conf import refuse_small_split_size
 from autofit.memory.allocator import (
@@ -16,13 +19,14 @@ from autofit.memory.engines import Layout, Terms
 from autofit.memory.fsdp import FsdpModel
 from autofit.memory.loading import buckets, write_broadcast, write_loading
 from autofit.memory.optimizers import OPTIMIZERS
-from autofit.memory.program import Program
+from autofit.memory.program import Events, Program
 from autofit.memory.replay_fsdp import FsdpWriter
 from autofit.memory.static import optimizer_bytes
-from autofit.memory.tape import StepEvent, bucket_gradient_bytes, returned_logits_bytes, unroll
+from autofit.memory.tape import bucket_gradient_bytes, returned_logits_bytes
 from autofit.memory.tensors import Tensor
-from autofit.spec.configuration import Configuration
-from autofit.spec.profile import GRADIENT, RegimeProfile
+from autofit.memory.unroll import DeepTape, Playable, Releases, Step
+from autofit.spec.configuration import Configuration, Optim
+from autofit.spec.profile import RegimeProfile
 from autofit.units import MIB
 
 NUM_STEPS = 2
@@ -55,71 +59,102 @@ class Replayed:
     """How often the device of the given capacity had to return cached memory, which costs time."""
 
 
-def replay_step(
-    profile: RegimeProfile,
-    configuration: Configuration,
-    sequence_tokens: int,
-    plan: Layout,
-    model: tuple[Tensor, ...],
-    workspaces: Sequence[int],
-    *,
-    capacity_bytes: int | None,
-) -> Replayed:
-    """Replay loading and two optimizer steps.
+class Replayer:
+    """Replays steps of one traced profile.
 
-    What dies after an optimizer step (the loss, kept outputs) is in the tape's last segment.
-
-    Where `capacity_bytes` is reached, cached memory is returned and the allocation tried again, as torch does; where
-    even that fails, the figure is what would have been reserved on a larger device.
-
-    Args:
-        profile: the traced step.
-        configuration: what runs.
-        sequence_tokens: tokens of every sequence.
-        plan: how the configuration lays out weights, gradients and state.
-        model: every parameter and buffer.
-        workspaces: of the thread that runs forward, and of the one that runs backward; each is taken at the thread's
-            first matrix product.
-        capacity_bytes: what can be reserved on the device; None: no bound.
+    Rows that differ in the device alone make the same program: of one that was just run, nothing is run again.
     """
-    written = _Writer(profile, configuration, plan, model, workspaces).write(sequence_tokens, capacity_bytes)
-    return _settle(written, allocator_settings(configuration), capacity_bytes)
+
+    def __init__(self, profile: RegimeProfile, model: tuple[Tensor, ...]) -> None:
+        self._tape = DeepTape(profile)
+        self._model = model
+        self._last: _Trials | None = None
+        self._loaded: dict[tuple[int, bool], Program] = {}
+        self._updates: dict[Optim, _Update] = {}
+
+    def step(
+        self,
+        configuration: Configuration,
+        sequence_tokens: int,
+        plan: Layout,
+        workspaces: Sequence[int],
+        *,
+        capacity_bytes: int | None,
+    ) -> Replayed:
+        """Replay loading and two optimizer steps.
+
+        What dies after an optimizer step (the loss, kept outputs) is in the tape's last segment.
+
+        Where `capacity_bytes` is reached, cached memory is returned and the allocation tried again, as torch does;
+        where even that fails, the figure is what would have been reserved on a larger device.
+
+        Args:
+            configuration: what runs.
+            sequence_tokens: tokens of every sequence.
+            plan: how the configuration lays out weights, gradients and state.
+            workspaces: of the thread that runs forward, and of the one that runs backward; each is taken at the
+                thread's first matrix product.
+            capacity_bytes: what can be reserved on the device; None: no bound.
+        """
+        program = self._begun(configuration, plan, capacity_bytes)
+        writer = _Writer(program, self._tape, configuration, plan, self._model, self._update(configuration.optim))
+        return self._replayed(writer.write(sequence_tokens, workspaces), configuration, capacity_bytes)
+
+    def fsdp_step(
+        self,
+        configuration: Configuration,
+        sequence_tokens: int,
+        model: FsdpModel,
+        workspaces: Sequence[int],
+        *,
+        capacity_bytes: int | None,
+    ) -> Replayed:
+        """Replay two optimizer steps of an FSDP run, from its shards on; see `step`.
+
+        Args:
+            configuration: what runs.
+            sequence_tokens: tokens of every sequence.
+            model: the configuration's units and script.
+            workspaces: of the two threads that multiply.
+            capacity_bytes: what can be reserved on the device; None: no bound.
+        """
+        writer = FsdpWriter(self._tape, configuration, model, sequence_tokens, workspaces)
+        return self._replayed(writer.write(NUM_STEPS), configuration, capacity_bytes)
+
+    def _begun(self, configuration: Configuration, plan: Layout, device_bytes: int | None) -> Program:
+        """Return a program that has loaded the model, if the device holds all of it."""
+        if not holds_whole_tensors(configuration):
+            return Program()
+        key = (device_bytes or 2**62, "communication_buckets" in plan.resident)
+        if key not in self._loaded:
+            program = self._loaded[key] = Program()
+            write_loading(program, self._tape.profile, key[0])
+            if key[1]:
+                write_broadcast(program, self._tape.profile)
+        return self._loaded[key].copy()
+
+    def _update(self, optim: Optim) -> _Update:
+        if optim not in self._updates:
+            self._updates[optim] = _Update.of(self._model, optim)
+        return self._updates[optim]
+
+    def _replayed(self, events: Events, configuration: Configuration, capacity_bytes: int | None) -> Replayed:
+        settings = allocator_settings(configuration)
+        if self._last is None or not self._last.are_of(events, settings):
+            self._last = _Trials(events, settings, capacity_bytes)
+        return _settle(self._last, capacity_bytes)
 
 
-def replay_fsdp_step(
-    profile: RegimeProfile,
-    configuration: Configuration,
-    sequence_tokens: int,
-    model: FsdpModel,
-    workspaces: Sequence[int],
-    *,
-    capacity_bytes: int | None,
-) -> Replayed:
-    """Replay two optimizer steps of an FSDP run, from its shards on; see `replay_step`.
-
-    Args:
-        profile: the traced step.
-        configuration: what runs.
-        sequence_tokens: tokens of every sequence.
-        model: the configuration's units and script.
-        workspaces: of the two threads that multiply.
-        capacity_bytes: what can be reserved on the device; None: no bound.
-    """
-    writer = FsdpWriter(profile, configuration, model, sequence_tokens, workspaces)
-    program, end_of_loading = writer.write(NUM_STEPS)
-    return _settle(_Written(program, end_of_loading), allocator_settings(configuration), capacity_bytes)
-
-
-def _settle(written: _Written, settings: AllocatorSettings, capacity_bytes: int | None) -> Replayed:
+def _settle(trials: _Trials, capacity_bytes: int | None) -> Replayed:
     """Run with room, and where the device has less than would be kept, as tightly as it goes."""
-    roomy = _run(written, settings, None)
+    roomy = trials.run(math.inf)
     assert roomy is not None, "an allocator without a bound does not run out of memory"
     if capacity_bytes is None or roomy.most_reserved_bytes <= capacity_bytes:
         return _replayed(roomy, None)
-    kept = _run(written, settings, capacity_bytes)
+    kept = trials.run(capacity_bytes)
     suffices = roomy.most_reserved_bytes if kept is None else capacity_bytes
     fails = max(capacity_bytes, roomy.peak_allocated_bytes) if kept is None else roomy.peak_allocated_bytes
-    return _replayed(kept or roomy, _least_capacity(written, settings, fails, suffices))
+    return _replayed(kept or roomy, _least_capacity(trials, fails, suffices))
 
 
 def _replayed(ran: _Ran, needed_bytes: int | None) -> Replayed:
@@ -159,160 +194,236 @@ class _Ran:
 
 
 @dataclass(frozen=True, slots=True)
-class _Written:
-    program: Program
-    end_of_loading: int
+class _Outcome:
+    """What came of a run."""
+
+    ran: _Ran | None
+    """None: the capacity does not suffice."""
+    most_reserved_bytes: float
+    least_refused_bytes: float
+
+    def holds_for(self, capacity_bytes: float) -> bool:
+        """Whether a run under a capacity would be this one: whether it allows what was allowed and refuses the rest."""
+        allows = self.most_reserved_bytes <= capacity_bytes
+        return allows and (capacity_bytes < self.least_refused_bytes or self.least_refused_bytes == math.inf)
 
 
-def _run(written: _Written, settings: AllocatorSettings, capacity_bytes: int | None) -> _Ran | None:
-    """Run under a capacity; None where it does not suffice."""
-    allocator = CachingAllocator(capacity_bytes, settings)
-    try:
-        written.program.run(allocator, 0, written.end_of_loading)
-        loading = allocator.peak_reserved_bytes
-        allocator.reset_peaks()
-        written.program.run(allocator, written.end_of_loading)
-    except OutOfMemoryInSimulationError:
-        return None
-    return _Ran(allocator.peak_allocated_bytes, allocator.peak_reserved_bytes, loading, allocator.num_retries)
+class _Trials:
+    """Runs a program under one capacity after another; what was seen once is not run again.
+
+    Args:
+        events: the program.
+        settings: the allocator's policy.
+        capacity_bytes: the device's; None: only a device without a bound will be tried.
+    """
+
+    def __init__(self, events: Events, settings: AllocatorSettings, capacity_bytes: int | None) -> None:
+        self._settings = settings
+        self._events = events
+        self._codes: list[int] = events.codes.tolist()
+        self._least_bytes = events.peak_allocated_bytes()
+        self._copies_beyond_bytes = math.inf if capacity_bytes is None else max(capacity_bytes, self._least_bytes)
+        self._outcomes: list[_Outcome] = []
+        self._copies: list[tuple[CachingAllocator, int | None]] = []
+        """Of the allocator without a bound, with what loading reserved where it was over."""
+
+    def are_of(self, events: Events, settings: AllocatorSettings) -> bool:
+        """Whether that is the program and the policy."""
+        return settings == self._settings and events.is_same(self._events)
+
+    def run(self, capacity_bytes: float) -> _Ran | None:
+        """Run under a capacity; None where it does not suffice."""
+        if capacity_bytes < self._least_bytes:
+            return None
+        for outcome in self._outcomes:
+            if outcome.holds_for(capacity_bytes):
+                return outcome.ran
+        allocator, loading_bytes = self._begin(capacity_bytes)
+        ran, end_of_loading = None, self._events.end_of_loading
+        try:
+            if loading_bytes is None:
+                allocator.run(self._codes[self._position(allocator) : end_of_loading])
+                self._keep_copies(allocator, None)
+                loading_bytes = allocator.peak_reserved_bytes
+                allocator.reset_peak()
+                allocator.run(self._codes[end_of_loading:])
+            else:
+                allocator.run(self._codes[self._position(allocator) :])
+            self._keep_copies(allocator, loading_bytes)
+            ran = _Ran(
+                self._events.peak_allocated_bytes(allocator.left_over_bytes),
+                allocator.peak_reserved_bytes,
+                loading_bytes,
+                allocator.num_retries,
+            )
+        except OutOfMemoryInSimulationError:
+            pass
+        most_bytes = max(loading_bytes or 0, allocator.peak_reserved_bytes)
+        self._outcomes.append(_Outcome(ran, most_bytes, allocator.least_refused_bytes))
+        return ran
+
+    def _begin(self, capacity_bytes: float) -> tuple[CachingAllocator, int | None]:
+        """Go on from the last copy that reserved no more than the capacity at any time, or begin anew."""
+        for kept, loading_bytes in reversed(self._copies):
+            if max(loading_bytes or 0, kept.peak_reserved_bytes) <= capacity_bytes:
+                allocator = kept.copy()
+                allocator.capacity_bytes = capacity_bytes
+                return allocator, loading_bytes
+        beyond = self._copies_beyond_bytes if capacity_bytes == math.inf else math.inf
+        return CachingAllocator(capacity_bytes, self._settings, copies_beyond_bytes=beyond), None
+
+    def _keep_copies(self, allocator: CachingAllocator, loading_bytes: int | None) -> None:
+        self._copies += [(each, loading_bytes) for each in allocator.copies]
+        allocator.copies = []
+
+    def _position(self, allocator: CachingAllocator) -> int:
+        """Where in the program an allocator stands, which is right before an allocation."""
+        return int(self._events.allocations[allocator.num_allocations]) if allocator.num_allocations else 0
 
 
-def _least_capacity(written: _Written, settings: AllocatorSettings, fails: int, suffices: int) -> int:
+def _least_capacity(trials: _Trials, fails: int, suffices: int) -> int:
     """Search for the smallest capacity that suffices, between one that does not and one that does."""
     low, high = fails // ROUND_LARGE_BYTES, -(-suffices // ROUND_LARGE_BYTES)
     for _ in range(MAX_PRESSURE_REPLAYS):
         if high - low <= 1:
             break
         middle = (low + high) // 2
-        if _run(written, settings, middle * ROUND_LARGE_BYTES) is None:
+        if trials.run(middle * ROUND_LARGE_BYTES) is None:
             low = middle
         else:
             high = middle
     return high * ROUND_LARGE_BYTES
 
 
+def holds_whole_tensors(configuration: Configuration) -> bool:
+    """Whether every device holds each parameter, its gradient and its state whole."""
+    return configuration.sharding in {"none", "ddp"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Update:
+    """What an optimizer's step allocates where it updates whole tensors."""
+
+    state: tuple[int, ...]
+    """Made in the first step, tensor by tensor."""
+    temporaries: tuple[int, ...]
+    """What the step holds at its highest moment, all at once."""
+
+    @classmethod
+    def of(cls, model: tuple[Tensor, ...], optim: Optim) -> _Update:
+        """Describe an optimizer's step over a model's tensors."""
+        described = [OPTIMIZERS[optim].state(tensor) for tensor in model if tensor.trains]
+        optimizer = optimizer_bytes(model, optim, "cuda")
+        return cls(
+            state=tuple(size for state in described for size in state.device),
+            temporaries=() if optimizer.in_backward else optimizer.temporaries,
+        )
+
+
 class _Writer:
-    """Writes loading and the steps down as one program."""
+    """Writes the steps down, after what is in the program already."""
 
     def __init__(
         self,
-        profile: RegimeProfile,
+        program: Program,
+        tape: DeepTape,
         configuration: Configuration,
         plan: Layout,
         model: tuple[Tensor, ...],
-        workspaces: Sequence[int],
+        update: _Update,
     ) -> None:
-        self._profile, self._configuration, self._plan, self._model = profile, configuration, plan, model
-        self._workspaces = dict(zip(("forward", "backward"), workspaces, strict=False))
-        self._bucket_bytes = bucket_gradient_bytes(profile)
-        self._program = Program()
-        self._alive: dict[int, int] = {}
-        self._gradients: dict[int, int] = {}
-        self._gradient_sizes: list[int] = []
+        self._program, self._tape, self._configuration, self._plan = program, tape, configuration, plan
+        self._model, self._update = model, update
+        self._workspaces: dict[int, int] = {}
+        self._returned_bytes = 0
         self._ddp_buckets: list[int] = []
-        self._waiting: int | None = None
-        self._returned: dict[int, int] = {}
 
-    def write(self, sequence_tokens: int, device_bytes: int | None) -> _Written:
-        configuration = self._configuration
-        segments = unroll(self._profile, configuration.per_device_train_batch_size, sequence_tokens)
-        real = [each for each in self._profile.segments for _ in range(self._profile.repeats(each))]
-        kinds = [each.kind if any(each.matmul_flops) else None for each in real]
-        last_forward = max(n for n, each in enumerate(real) if each.kind == "forward")
+    def write(self, sequence_tokens: int, workspaces: Sequence[int]) -> Events:
+        micro_batch = self._configuration.per_device_train_batch_size
+        step = self._tape.at(micro_batch, sequence_tokens)
         if self._plan.clones_outputs:
-            sizes = returned_logits_bytes(self._profile, configuration.per_device_train_batch_size, sequence_tokens)
-            self._returned = {last_forward: int(sizes[0])}
-        self._load(device_bytes)
-        end_of_loading = len(self._program)
-        for step in range(NUM_STEPS):
-            for micro_step in range(min(configuration.gradient_accumulation_steps, MAX_MICRO_STEPS)):
+            self._returned_bytes = int(returned_logits_bytes(self._tape.profile, micro_batch, sequence_tokens)[0])
+        kept, used = step.playable(), step.playable(self._released(step))
+        self._workspaces = dict(zip(self._tape.first_products(), workspaces, strict=False))
+        self._hold_always()
+        self._program.end_loading()
+        for is_first in (True, False):
+            gradients: list[int] = []
+            first_number = 0
+            for micro_step in range(min(self._configuration.gradient_accumulation_steps, MAX_MICRO_STEPS)):
                 if micro_step:
-                    self._play(segments[-1])
-                self._micro_step(segments[:-1], kinds)
-                self._rebuild_ddp_buckets(is_first=step == 0 and micro_step == 0)
-            if configuration.uses_deepspeed:
-                self._drop_gradients()
-            self._step(is_first=step == 0)
-            self._play(segments[-1])
-            self._drop_gradients()
-        return _Written(self._program, end_of_loading)
+                    self._program.play(used, int(step.starts[-2]), int(step.starts[-1]), first_number)
+                first_number = self._program.new_numbers(step.num_tensors)
+                keeps = self._plan.gradients == "kept" and micro_step == 0
+                self._micro_step(step, kept if keeps else used, first_number)
+                if keeps:
+                    gradients = (first_number + step.number_of[step.gradients]).tolist()
+                if is_first and micro_step == 0:
+                    self._rebuild_ddp_buckets(step)
+            if self._configuration.uses_deepspeed:
+                self._program.drop(gradients)
+            self._step(is_first=is_first)
+            self._program.play(used, int(step.starts[-2]), int(step.starts[-1]), first_number)
+            if not self._configuration.uses_deepspeed:
+                self._program.drop(gradients)
+        return self._program.written()
 
-    def _load(self, device_bytes: int | None) -> None:
-        if self._holds_whole_tensors:
-            write_loading(self._program, self._profile, device_bytes or 2**62)
-            if self._plan.resident.get("communication_buckets"):
-                write_broadcast(self._program, self._profile)
-                sizes = [tensor.num_bytes for tensor in self._model if tensor.trains]
-                self._ddp_buckets = self._program.hold(buckets(sizes[::-1], DDP_BUCKET_BYTES))
-            return
-        self._program.hold(size for name, size in self._plan.resident.items() if name != "optimizer_state")
+    def _hold_always(self) -> None:
+        """What the engine holds from before the first step on; weights that are whole are there already."""
+        resident = self._plan.resident
+        if not holds_whole_tensors(self._configuration):
+            self._program.hold(size for name, size in resident.items() if name != "optimizer_state")
+        elif "communication_buckets" in resident:
+            sizes = [tensor.num_bytes for tensor in self._model if tensor.trains]
+            self._ddp_buckets = self._program.hold(buckets(sizes[::-1], DDP_BUCKET_BYTES))
 
-    @property
-    def _holds_whole_tensors(self) -> bool:
-        return self._configuration.sharding in {"none", "ddp"}
+    def _released(self, step: Step) -> Releases:
+        """Say where gradients go that do not stay.
 
-    def _micro_step(self, segments: Sequence[Sequence[StepEvent]], kinds: Sequence[str | None]) -> None:
+        A gradient is added to that of an earlier micro-step and freed, or used at once; DeepSpeed takes it into its
+        bucket, and one that is too large for that when the next is made.
+        """
+        if self._plan.gradients in {"kept", "used"}:
+            return step.gradients + 1, step.number_of[step.gradients]
+        too_large = bucket_gradient_bytes(self._tape.profile)
+        released: list[tuple[int, int]] = []
+        waiting: list[int] = []
+        for event in step.gradients.tolist():
+            released += [(event + 1, number) for number in waiting]
+            number = int(step.number_of[event])
+            waiting = [number] if step.num_bytes[event] > too_large else []
+            released += [] if waiting else [(event + 1, number)]
+        released += [(int(step.starts[-2]), number) for number in waiting]
+        before, numbers = np.array(released, np.int64).reshape(-1, 2).T
+        return before, numbers
+
+    def _micro_step(self, step: Step, played: Playable, first_number: int) -> None:
+        """Play all segments but the last, which ends the step."""
         held = self._program.hold(self._plan.forward.values())
-        has_gradients = False
-        for number, (segment, kind) in enumerate(zip(segments, kinds, strict=False)):
-            if not has_gradients and any(event.category == GRADIENT for event in segment):
+        first_gradients, after_forward = step.first_with_gradients(), self._tape.after_forward()
+        position = 0
+        for segment in sorted({first_gradients, after_forward, *self._workspaces}):
+            begin = int(step.starts[segment])
+            self._program.play(played, position, begin, first_number)
+            position = begin
+            if segment == after_forward:  # the tape has let go of the output by now; its clone was there beside it
+                self._program.drop(self._program.hold([self._returned_bytes] * 2))
+            if segment == first_gradients:
                 held += self._program.hold(self._plan.backward.values())
-                has_gradients = True
-            if kind in self._workspaces:
-                self._program.allocate(self._workspaces.pop(kind))
-            self._play(segment)
-            if number in self._returned:  # the tape has let go of the output by now; its clone was there beside it
-                self._program.drop(self._program.hold([self._returned[number]] * 2))
-        self._end_waiting()
+            if segment in self._workspaces:
+                self._program.allocate(self._workspaces.pop(segment))
+        self._program.play(played, position, int(step.starts[-2]), first_number)
         self._program.drop(held)
 
-    def _rebuild_ddp_buckets(self, *, is_first: bool) -> None:
+    def _rebuild_ddp_buckets(self, step: Step) -> None:
         """After the first backward DDP's buckets are made anew, in the order in which gradients became ready.
 
         Source: torch v2.13 torch/csrc/distributed/c10d/reducer.cpp, rebuild_buckets.
         """
-        if is_first and self._ddp_buckets:
+        if self._ddp_buckets:
             self._program.drop(self._ddp_buckets)
-            self._ddp_buckets = self._program.hold(buckets(self._gradient_sizes, DDP_BUCKET_BYTES))
-
-    def _drop_gradients(self) -> None:
-        self._program.drop(self._gradients.values())
-        self._gradients.clear()
-
-    def _play(self, events: Iterable[StepEvent]) -> None:
-        allocate, release, alive = self._program.allocate, self._program.release, self._alive
-        for event in events:
-            num_bytes, number, is_birth, category = event
-            if category == GRADIENT:
-                self._play_gradient(event)
-            elif is_birth:
-                if num_bytes:
-                    alive[number] = allocate(num_bytes)
-            elif number in alive:
-                release(alive.pop(number))
-
-    def _play_gradient(self, event: StepEvent) -> None:
-        """The first micro-step's gradient stays until the optimizer is done; a later one is added to it and freed.
-
-        DeepSpeed takes each into its bucket at once, and one that is too large when the next is made.
-        """
-        if not event.is_birth:
-            return
-        self._gradient_sizes.append(event.num_bytes)
-        block = self._program.allocate(event.num_bytes)
-        self._end_waiting()
-        if self._plan.gradients == "kept" and event.number_of not in self._gradients:
-            self._gradients[event.number_of] = block
-        elif self._plan.gradients not in {"kept", "used"} and event.num_bytes > self._bucket_bytes:
-            self._waiting = block
-        else:
-            self._program.release(block)
-
-    def _end_waiting(self) -> None:
-        """Reduce the gradient that was too large for DeepSpeed's bucket."""
-        if self._waiting is not None:
-            self._program.release(self._waiting)
-            self._waiting = None
+            sizes = step.num_bytes[step.gradients].tolist()
+            self._ddp_buckets = self._program.hold(buckets(sizes, DDP_BUCKET_BYTES))
 
     def _step(self, *, is_first: bool) -> None:
         """State is made tensor by tensor before anything is computed.
@@ -320,27 +431,15 @@ class _Writer:
         Source: torch/optim/adam.py, `_init_group`; bitsandbytes/optim/optimizer.py, `step`. DeepSpeed makes its
         state while the partition's gradients are there.
         """
-        temporaries: list[int] = []
-        if not self._holds_whole_tensors:
-            temporaries = self._program.hold(_largest_step(self._plan).values())
-        if is_first and self._holds_whole_tensors:
-            self._program.hold(_state_sizes(self._configuration, self._model))
-        elif is_first:
+        if holds_whole_tensors(self._configuration):
+            if is_first:
+                self._program.hold(self._update.state)
+            self._program.drop(self._program.hold(self._update.temporaries))
+            return
+        temporaries = self._program.hold(_largest_step(self._plan).values())
+        if is_first:
             self._program.hold([self._plan.resident.get("optimizer_state", 0)])
-        if self._holds_whole_tensors:
-            temporaries = self._program.hold(_temporary_sizes(self._configuration, self._model))
         self._program.drop(temporaries)
-
-
-def _state_sizes(configuration: Configuration, model: tuple[Tensor, ...]) -> list[int]:
-    state = OPTIMIZERS[configuration.optim].state
-    return [size for t in model if t.trains for size in state(t).device]
-
-
-def _temporary_sizes(configuration: Configuration, model: tuple[Tensor, ...]) -> Sequence[int]:
-    """What the optimizer's step holds at its highest moment, all at once."""
-    optimizer = optimizer_bytes(model, configuration.optim, "cuda")
-    return () if optimizer.in_backward else optimizer.temporaries
 
 
 def _largest_step(plan: Layout) -> Terms:

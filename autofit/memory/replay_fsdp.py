@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from autofit.memory.fsdp import FsdpModel, Give, GiveGradients, Key, Operation, Play, Retain, Take, logits_gradient
 from autofit.memory.optimizers import OPTIMIZERS
-from autofit.memory.program import Program
+from autofit.memory.program import Events, Program
 from autofit.memory.static import optimizer_bytes
-from autofit.memory.tape import BIRTH_FIELDS, StepEvent, unroll
+from autofit.memory.tape import BIRTH_FIELDS
+from autofit.memory.unroll import DeepTape
 from autofit.spec.configuration import Configuration
-from autofit.spec.profile import GRADIENT, RegimeProfile
 from autofit.units import BYTES_PER_ELEMENT
 
 COMPUTES, GATHERS, REDUCES = 0, 1, 2
@@ -25,7 +27,7 @@ class FsdpWriter:
     """Writes down what one process of an FSDP run allocates.
 
     Args:
-        profile: the traced step.
+        tape: the traced step at full depth.
         configuration: what runs, under `fsdp1` or `fsdp2`.
         model: the same configuration's units and script.
         sequence_tokens: tokens of every sequence.
@@ -34,38 +36,41 @@ class FsdpWriter:
 
     def __init__(
         self,
-        profile: RegimeProfile,
+        tape: DeepTape,
         configuration: Configuration,
         model: FsdpModel,
         sequence_tokens: int,
         workspaces: Sequence[int],
     ) -> None:
-        self._profile, self._configuration, self._model = profile, configuration, model
-        self._workspaces = dict(zip(("forward", "backward"), workspaces, strict=False))
+        self._tape, self._configuration, self._model = tape, configuration, model
+        self._workspaces = dict(zip(tape.first_products(), workspaces, strict=False))
         micro_batch = configuration.per_device_train_batch_size
-        self._segments = unroll(profile, micro_batch, sequence_tokens)
-        self._real = [each for each in profile.segments for _ in range(profile.repeats(each))]
-        element = BYTES_PER_ELEMENT[profile.regime.weights_dtype]
-        self._input_bytes = micro_batch * sequence_tokens * profile.hidden_size * element
+        self._micro_step = tape.at(micro_batch, sequence_tokens)
+        self._gradient_events = self._micro_step.gradients
+        added = self._gradient_events + 1, self._micro_step.number_of[self._gradient_events]
+        self._played = {False: self._micro_step.playable(), True: self._micro_step.playable(added)}
+        """By whether gradients are added to others at once."""
+        element = BYTES_PER_ELEMENT[tape.profile.regime.weights_dtype]
+        self._input_bytes = micro_batch * sequence_tokens * tape.profile.hidden_size * element
         self._units = dict(model.units(configuration).named())
         self._program = Program()
+        self._first_number = 0
         self._held: dict[Key, list[int]] = {}
-        self._alive: dict[int, int] = {}
         self._gradients: dict[Key, list[int]] = {}
         self._kept: list[int] = []
 
-    def write(self, num_steps: int) -> tuple[Program, int]:
-        """Return the program and where loading ends in it."""
+    def write(self, num_steps: int) -> Events:
+        """Return the program."""
         units = self._model.units(self._configuration)
         self._program.hold(units.replicated.values())
         if self._configuration.offload == "none":
             self._program.hold(part.shard for unit in units.all() for part in unit.parts)
-        end_of_loading = len(self._program)
+        self._program.end_loading()
         for step in range(num_steps):
             for operation in self._model.operations(self._configuration):
                 self._do(operation)
             self._step(is_first=step == 0)
-        return self._program, end_of_loading
+        return self._program.written()
 
     def _do(self, operation: Operation) -> None:
         match operation:
@@ -99,30 +104,28 @@ class FsdpWriter:
             self._program.drop(numbers)
 
     def _play(self, play: Play) -> None:
-        events, real = self._segments[play.index], self._real[play.index]
-        if play.part != "whole":
-            split = logits_gradient(self._profile, real)
-            num_births = sum(len(event) == BIRTH_FIELDS for event in real.events[:split])
-            cut = _after_births(events, num_births)
-            events = events[:cut] if play.part == "loss" else events[cut:]
-        if real.kind in self._workspaces and any(real.matmul_flops):
-            self._program.allocate(self._workspaces.pop(real.kind))
-        for event in events:
-            self._event(event, play)
+        if play.index == 0:
+            self._first_number = self._program.new_numbers(self._micro_step.num_tensors)
+        if play.index in self._workspaces:
+            self._program.allocate(self._workspaces.pop(play.index))
+        begin, end = self._stretch(play)
+        self._program.play(self._played[play.adds], begin, end, self._first_number)
+        if not play.adds:
+            first, last = np.searchsorted(self._gradient_events, (begin, end))
+            numbers = self._first_number + self._micro_step.number_of[self._gradient_events[first:last]]
+            self._gradients.setdefault(play.unit, []).extend(numbers.tolist())
 
-    def _event(self, event: StepEvent, play: Play) -> None:
-        if event.category == GRADIENT:
-            if event.is_birth:
-                number = self._program.allocate(event.num_bytes)
-                if play.adds:
-                    self._program.release(number)
-                else:
-                    self._gradients.setdefault(play.unit, []).append(number)
-        elif event.is_birth:
-            if event.num_bytes:
-                self._alive[event.number_of] = self._program.allocate(event.num_bytes)
-        elif event.number_of in self._alive:
-            self._program.release(self._alive.pop(event.number_of))
+    def _stretch(self, play: Play) -> tuple[int, int]:
+        """Return the first event that is played, and the first after it that is not."""
+        begin, end = self._micro_step.starts[play.index : play.index + 2].tolist()
+        if play.part == "whole":
+            return begin, end
+        real = self._tape.real_segments()[play.index]
+        split = logits_gradient(self._tape.profile, real)
+        num_births = sum(len(event) == BIRTH_FIELDS for event in real.events[:split])
+        births = begin + np.flatnonzero(self._micro_step.is_birth[begin:end])
+        cut = int(births[num_births]) if num_births < len(births) else end
+        return (begin, cut) if play.part == "loss" else (cut, end)
 
     def _step(self, *, is_first: bool) -> None:
         if self._configuration.offload == "none":
@@ -143,9 +146,3 @@ def _stream(key: Key, *, is_second: bool) -> int:
     if what in {"gathered", "cast"} or (what == "whole" and not is_second):
         return GATHERS
     return REDUCES if what in {"reduced", "kept"} else COMPUTES
-
-
-def _after_births(events: Sequence[StepEvent], num_births: int) -> int:
-    """Where the birth after so many lies."""
-    births = [n for n, event in enumerate(events) if event.is_birth]
-    return births[num_births] if num_births < len(births) else len(events)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from autofit.memory.fused_losses import bound_on
 from autofit.spec.deepspeed import reduce_bucket_elements
-from autofit.spec.profile import GRADIENT, MIDDLE_LAYER, MONOMIALS, ON_HOST, Event, RegimeProfile, Segment
+from autofit.spec.profile import GRADIENT, MONOMIALS, ON_HOST, Event, RegimeProfile, Segment
 from autofit.units import BYTES_PER_ELEMENT
 
 Bytes = npt.NDArray[np.float64]
@@ -335,91 +334,3 @@ def _highest(peaks: list[PhasePeak]) -> PhasePeak:
         kept_gradients=np.stack([peak.kept_gradients for peak in peaks])[highest, columns],
         **{name: np.max(np.stack([getattr(peak, name) for peak in peaks]), axis=0) for name in _HIGHEST_BY_ITSELF},
     )
-
-
-class StepEvent(NamedTuple):
-    """A tensor born (`number_of` is its own) or freed (`number_of` is the one that dies) in the real model's step."""
-
-    num_bytes: int
-    number_of: int
-    is_birth: bool
-    category: int
-
-
-def unroll(profile: RegimeProfile, micro_batch: int, sequence_tokens: int) -> list[list[StepEvent]]:
-    """Write the step out at full depth: one list of events for each segment, in order.
-
-    A death refers to a birth in another segment by where that lies: so many layers away, or outside the layers.
-    """
-    return _Unroller(profile, size_table(profile, micro_batch, sequence_tokens)[:, 0]).run()
-
-
-_Key = tuple[str, int | None, int]
-"""(kind, layer of the real model, ordinal), with the segment's name instead of the kind outside the layers."""
-
-
-class _Unroller:
-    def __init__(self, profile: RegimeProfile, sizes: Bytes) -> None:
-        self._profile = profile
-        self._sizes = sizes
-        self._alive: dict[_Key, int] = {}
-        self._count = 0
-
-    def run(self) -> list[list[StepEvent]]:
-        out: list[list[StepEvent]] = []
-        for segment in self._profile.segments:
-            out.extend(self._on_device(segment, layer) for layer in self._real_layers(segment))
-        return out
-
-    def _on_device(self, segment: Segment, layer: int | None) -> list[StepEvent]:
-        return [event for raw in self._events(segment, layer) for event in raw if event.category != ON_HOST]
-
-    def _real_layers(self, segment: Segment) -> list[int | None]:
-        """The layers of the real model for which a traced segment stands, in the order in which they run."""
-        count = self._profile.repeats(segment)
-        if segment.layer is None:
-            return [None]
-        first = self._real(segment.layer)
-        layers: list[int | None] = [first + k for k in range(count)]
-        return layers if segment.kind == "forward" else layers[::-1]
-
-    def _real(self, traced: int) -> int:
-        beyond = self._profile.num_layers - self._profile.num_traced_layers
-        return traced if traced <= MIDDLE_LAYER else traced + beyond
-
-    def _events(self, segment: Segment, layer: int | None) -> list[list[StepEvent]]:
-        ordinal = 0
-        out = []
-        for event in segment.events:
-            if len(event) == BIRTH_FIELDS:
-                out.append([self._bear(event, (segment.kind if layer is not None else segment.name, layer, ordinal))])
-                ordinal += 1
-            else:
-                out.append(self._kill(event, segment, layer))
-        return out
-
-    def _bear(self, event: tuple[int, ...], key: _Key) -> StepEvent:
-        self._count += 1
-        self._alive[key] = self._count
-        return StepEvent(int(self._sizes[event[0]]), self._count, True, event[1])
-
-    def _kill(self, event: tuple[int, ...], segment: Segment, layer: int | None) -> list[StepEvent]:
-        size, category, target, ordinal = event
-        born_in = self._profile.segments[target]
-        numbers = [
-            self._alive.pop((self._name(born_in), real, ordinal), None)
-            for real in self._targets(born_in, segment, layer)
-        ]
-        return [StepEvent(int(self._sizes[size]), number, False, category) for number in numbers if number is not None]
-
-    def _name(self, segment: Segment) -> str:
-        return segment.kind if segment.layer is not None else segment.name
-
-    def _targets(self, born_in: Segment, segment: Segment, layer: int | None) -> list[int | None]:
-        if born_in.layer is None:
-            return [None]
-        if layer is not None and segment.layer is not None:
-            return [layer + born_in.layer - segment.layer]
-        if self._profile.repeats(born_in) > 1:
-            return [*self._real_layers(born_in)]
-        return [self._real(born_in.layer)]

@@ -52,7 +52,8 @@ class Tensor:
 
 def tensors(profile: RegimeProfile) -> tuple[Tensor, ...]:
     """Every parameter and buffer of the real model, layer by layer."""
-    return tuple(_tensor(tensor) for tensor, _ in in_model_order(profile))
+    made = {id(tensor): _tensor(tensor) for tensor in profile.tensors}
+    return tuple(made[id(tensor)] for tensor, _ in in_model_order(profile))
 
 
 def in_model_order(profile: RegimeProfile) -> Iterator[tuple[StaticTensor, int | None]]:

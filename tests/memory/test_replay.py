@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import astuple, replace
 from typing import Any
 
 import pytest
@@ -11,14 +12,14 @@ import torch.distributed as dist
 from transformers.core_model_loading import dot_natural_key
 
 from autofit.errors import InputError
-from autofit.memory.allocator import CachingAllocator
+from autofit.memory.allocator import AllocatorSettings, CachingAllocator, OutOfMemoryInSimulationError
 from autofit.memory.assemble import estimate_memory
 from autofit.memory.engines import layout
 from autofit.memory.fsdp import FsdpModel
 from autofit.memory.loading import _Named, buckets, write_loading
 from autofit.memory.overheads import workspace_sizes
-from autofit.memory.program import Program
-from autofit.memory.replay import DDP_BUCKET_BYTES, Replayed, replay_fsdp_step, replay_step
+from autofit.memory.program import Events, Program
+from autofit.memory.replay import DDP_BUCKET_BYTES, MAX_PRESSURE_REPLAYS, Replayed, Replayer, allocator_settings
 from autofit.memory.static import static_bytes
 from autofit.memory.tensors import tensors
 from autofit.profile.trace import trace
@@ -28,6 +29,7 @@ from autofit.spec.job import Workload
 from autofit.spec.profile import RegimeProfile, StaticTensor
 from autofit.spec.regimes import regime_of
 from autofit.units import GIB, MIB
+from tests.memory.linked_allocator import LinkedAllocator
 from tests.plans import A100, a_configuration
 
 TOKENS = 512
@@ -68,8 +70,8 @@ def replayed(profile: RegimeProfile, configuration: Configuration, capacity_byte
     """Replay a configuration on an A100."""
     model = tensors(profile)
     plan = layout(configuration, model, static_bytes(model, "cuda"), profile.hidden_size, "cuda")
-    workspaces = workspace_sizes(A100)
-    return replay_step(profile, configuration, TOKENS, plan, model, workspaces, capacity_bytes=capacity_bytes)
+    replayer = Replayer(profile, model)
+    return replayer.step(configuration, TOKENS, plan, workspace_sizes(A100), capacity_bytes=capacity_bytes)
 
 
 def test_with_room_everything_is_kept(profile):
@@ -120,7 +122,7 @@ def test_workspaces_are_taken_once_by_each_thread(profile):
     model = tensors(profile)
     plan = layout(PLANNED, model, static_bytes(model, "cuda"), profile.hidden_size, "cuda")
     with_, without = (
-        replay_step(profile, PLANNED, TOKENS, plan, model, sizes, capacity_bytes=None)
+        Replayer(profile, model).step(PLANNED, TOKENS, plan, sizes, capacity_bytes=None)
         for sizes in ((32 * MIB, 32 * MIB), ())
     )
     assert with_.peak_allocated_bytes - without.peak_allocated_bytes == 64 * MIB
@@ -160,7 +162,7 @@ def loaded(profile: RegimeProfile) -> CachingAllocator:
     """Load a model onto an empty device."""
     program, allocator = Program(), CachingAllocator()
     write_loading(program, profile, 16 * GIB)
-    program.run(allocator)
+    allocator.run(program.written().codes.tolist())
     return allocator
 
 
@@ -236,7 +238,7 @@ def test_a_quantised_model_is_reserved_at_once():
     """transformers takes the model's size in one piece before it loads the first weight; that stays one segment."""
     allocator, program = CachingAllocator(), Program()
     write_loading(program, tinyllama("qlora"), 16 * GIB)
-    program.run(allocator, 0, 1)
+    allocator.run(program.written().codes[:1].tolist())
     assert allocator.allocated_bytes >= 462 * MIB + 2 * 125 * MIB
     assert loaded(tinyllama("qlora")).peak_reserved_bytes > 1.2 * GIB
 
@@ -245,7 +247,7 @@ def test_a_small_device_is_not_warmed_up_beyond_its_size():
     """transformers leaves 1.2 GiB alone: on a device of 1.5 GiB it takes 0.3 at once."""
     allocator, program = CachingAllocator(), Program()
     write_loading(program, tinyllama("qlora"), int(1.5 * GIB))
-    program.run(allocator, 0, 1)
+    allocator.run(program.written().codes[:1].tolist())
     assert 0.29 * GIB < allocator.allocated_bytes < 0.31 * GIB
 
 
@@ -256,6 +258,84 @@ def test_sharing_a_model_between_ranks_takes_more_to_load(profile):
     weights = sum(tensor.num_bytes for tensor in tensors(profile))
     assert 0 < together.loading_reserved_bytes - alone.loading_reserved_bytes <= 2 * weights + 64 * MIB
     assert together.peak_allocated_bytes > alone.peak_allocated_bytes
+
+
+@pytest.fixture
+def runs(monkeypatch) -> list[tuple[float, int]]:
+    """Count what is run: each run's capacity, and how many events of the program it was given."""
+    counted: list[tuple[float, int]] = []
+
+    class Counting(CachingAllocator):
+        def run(self, events):
+            counted.append((self.capacity_bytes, len(events)))
+            super().run(events)
+
+    monkeypatch.setattr("autofit.memory.replay.CachingAllocator", Counting)
+    return counted
+
+
+class Plainly:
+    """Sends a whole program through the linked allocator anew for every capacity."""
+
+    def __init__(self, events: Events, chosen: AllocatorSettings) -> None:
+        self.codes, self.end_of_loading, self.chosen = events.codes.tolist(), events.end_of_loading, chosen
+
+    def run(self, capacity_bytes: int | None) -> tuple[int, int, int, int] | None:
+        """Return peak allocated and reserved, what loading reserved, and retries; None where it does not fit."""
+        allocator = LinkedAllocator(capacity_bytes, self.chosen)
+        try:
+            allocator.run(self.codes[: self.end_of_loading])
+            loading = allocator.peak_reserved_bytes
+            allocator.reset_peaks()
+            allocator.run(self.codes[self.end_of_loading :])
+        except OutOfMemoryInSimulationError:
+            return None
+        return allocator.peak_allocated_bytes, allocator.peak_reserved_bytes, loading, allocator.num_retries
+
+    def figures(self, capacity_bytes: int) -> tuple[int | None, ...]:
+        """Return what `Replayer` says for one capacity, in the order of its fields."""
+        roomy = self.run(None)
+        assert roomy is not None
+        most, allocated = max(roomy[1:3]), roomy[0]
+        if most <= capacity_bytes:
+            return *roomy[:2], None, *roomy[2:]
+        kept = self.run(capacity_bytes)
+        low = (max(capacity_bytes, allocated) if kept is None else allocated) // (2 * MIB)
+        high = -(-(most if kept is None else capacity_bytes) // (2 * MIB))
+        for _ in range(MAX_PRESSURE_REPLAYS):
+            if high - low > 1:
+                middle = (low + high) // 2
+                low, high = (middle, high) if self.run(middle * 2 * MIB) is None else (low, middle)
+        return *(kept or roomy)[:2], high * 2 * MIB, *(kept or roomy)[2:]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"gradient_accumulation_steps": 3}, {"expandable_segments": True}, {"max_split_size_mb": 20}],
+    ids=str,
+)
+def test_what_two_capacities_share_is_run_once_and_comes_to_the_same(profile, changes, runs, monkeypatch):
+    """For every capacity, from one that loading does not fit to one with room, each in a program that other capacities
+    were tried on before: all figures are those of the linked allocator that begins anew each time.
+    """
+    written: list[Events] = []
+    original = Program.written
+    monkeypatch.setattr(Program, "written", lambda program: written.append(original(program)) or written[-1])
+    configuration = replace(PLANNED, **changes)
+    model = tensors(profile)
+    plan = layout(configuration, model, static_bytes(model, "cuda"), profile.hidden_size, "cuda")
+    replayer = Replayer(profile, model)
+
+    def replay(capacity: int) -> Replayed:
+        return replayer.step(configuration, TOKENS, plan, workspace_sizes(A100), capacity_bytes=capacity)
+
+    highest = replay(80 * GIB).peak_reserved_bytes
+    plainly = Plainly(written[0], allocator_settings(configuration))
+    for share in (0.7, 0.9, 0.2, 0.98, 1.0, 0.85, 0.8):
+        capacity = int(share * highest) // (2 * MIB) * 2 * MIB
+        assert astuple(replay(capacity)) == plainly.figures(capacity), share
+    assert all(each.is_same(written[0]) for each in written)
+    assert sum(capacity == math.inf for capacity, _ in runs) == 2
 
 
 @pytest.mark.parametrize("sharding", ["fsdp1", "fsdp2"])
@@ -274,9 +354,8 @@ def test_fsdp_is_replayed_as_it_is_counted(profile, sharding, accumulation):
             expandable_segments=expands,
         )
         model = FsdpModel(profile, (4,), TOKENS)
-        found[expands] = replay_fsdp_step(
-            profile, configuration, TOKENS, model, workspace_sizes(A100), capacity_bytes=None
-        )
+        replayer = Replayer(profile, tensors(profile))
+        found[expands] = replayer.fsdp_step(configuration, TOKENS, model, workspace_sizes(A100), capacity_bytes=None)
     two = Cluster(device=A100, num_devices_per_node=2)
     workload = Workload(sequence_tokens=TOKENS, global_batch_sequences=8 * accumulation)
     counted = estimate_memory(profile, configuration, two, workload).peak_allocated_bytes
@@ -293,6 +372,7 @@ def test_a_stream_of_its_own_costs_fsdp_memory(profile, monkeypatch):
         for name, stream in zip(("COMPUTES", "GATHERS", "REDUCES"), streams, strict=True):
             monkeypatch.setattr(f"autofit.memory.replay_fsdp.{name}", stream)
         model = FsdpModel(profile, (4,), TOKENS)
-        ran = replay_fsdp_step(profile, configuration, TOKENS, model, workspace_sizes(A100), capacity_bytes=None)
+        replayer = Replayer(profile, tensors(profile))
+        ran = replayer.fsdp_step(configuration, TOKENS, model, workspace_sizes(A100), capacity_bytes=None)
         reserved.append(ran.peak_reserved_bytes)
     assert reserved[0] > reserved[1]

@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 from autofit.errors import InputError
 from autofit.memory.evaluation import evaluation_bytes
 from autofit.memory.fused_losses import bound_on, liger_chunk_tokens
-from autofit.memory.tape import offloaded_bytes, phase_peaks, unroll
+from autofit.memory.tape import offloaded_bytes, phase_peaks
+from autofit.memory.unroll import unroll
 from autofit.profile import batching, losses
 from autofit.profile.recorder import Recorder
 from autofit.profile.trace import trace
@@ -147,7 +148,7 @@ def test_offloaded_checkpoints_are_the_hosts(monkeypatch):
 def test_no_offloaded_activation_reaches_the_devices_allocator():
     """Written out at full depth, the step has no event on the host, and frees only what was made."""
     profile = traced("llama", gradient_checkpointing=True, checkpoint_offload=True)
-    events = [event for segment in unroll(profile, BATCH, TOKENS) for event in segment]
+    events = [event for segment in unroll(profile, BATCH, TOKENS).segments() for event in segment]
     assert all(event.category != ON_HOST for event in events)
     made = {event.number_of for event in events if event.is_birth}
     assert {event.number_of for event in events if not event.is_birth} <= made

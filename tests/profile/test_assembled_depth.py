@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
-from autofit.memory.tape import phase_peaks, unroll
+from autofit.memory.tape import phase_peaks
+from autofit.memory.unroll import unroll
 from autofit.profile.fit import evaluate
 from autofit.profile.trace import trace
 from tests.profile.tiny import CONFIGS, REGIMES, every_layer_traced, highest_alive
@@ -42,15 +45,16 @@ def test_the_assembled_peak_is_that_of_a_trace_of_every_layer_in_every_regime(mo
 
 
 def test_an_unrolled_step_is_a_trace_of_every_layer():
-    """Written out at full depth, the tape has a full trace's births, frees the same bytes and does the same work."""
+    """Written out at full depth, the tape has a full trace's births, frees the same tensors and does the same work."""
     size = (5, 257)
     profile = trace("llama", CONFIGS["llama"], REGIMES["full"])
     (whole,) = every_layer_traced(CONFIGS["llama"], REGIMES["full"], [size])
-    unrolled = unroll(profile, *size)
+    unrolled = unroll(profile, *size).segments()
     births = [event.num_bytes for segment in unrolled for event in segment if event.is_birth]
     assert births == [event[0] for segment in whole for event in segment.events if len(event) == 2]
-    freed = sum(event.num_bytes for segment in unrolled for event in segment if not event.is_birth)
-    assert freed == sum(event[0] for segment in whole for event in segment.events if len(event) > 2)
+    firsts = [0, *itertools.accumulate(segment.num_births for segment in whole)]
+    freed = [sorted(event.number_of for event in segment if not event.is_birth) for segment in unrolled]
+    assert freed == [sorted(firsts[e[2]] + e[3] for e in segment.events if len(e) > 2) for segment in whole]
     flops = sum(profile.repeats(segment) * evaluate(segment.matmul_flops, size) for segment in profile.segments)
     assert flops == pytest.approx(sum(segment.matmul_flops for segment in whole), rel=1e-9)
     kernels = sum(profile.repeats(segment) * segment.num_kernels for segment in profile.segments)
