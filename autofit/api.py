@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autofit.errors import InputError, NothingFitsError
-from autofit.options import EveryWish, Wishes, for_inference, one_of_each, restrictions, wishes_of
+from autofit.options import DataWish, EveryWish, Wishes, for_inference, one_of_each, restrictions, wishes_of
 
 if TYPE_CHECKING:
     from autofit.memory.explain import ExplainedPhase, Symbols
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from autofit.search.whatif import Answer
     from autofit.spec.configuration import Configuration, Sharding
     from autofit.spec.hardware import Cluster
-    from autofit.spec.job import Job, Model
+    from autofit.spec.job import Job, Model, Workload
     from autofit.spec.lengths import Cut, LengthDistribution
     from autofit.spec.profile import ProfileSet, Regime
 
@@ -76,14 +76,20 @@ def silent() -> Iterator[Progress]:
 
 
 def make_plan(
-    *, model: str | Path, gpus: str, seq_len: int, global_batch: int, allow_hub: bool = False, **wishes: Any
+    *,
+    model: str | Path,
+    gpus: str,
+    seq_len: int | None = None,
+    global_batch: int,
+    allow_hub: bool = False,
+    **wishes: Any,
 ) -> Plan:
     """Find the cheapest configuration that fits, as `autofit plan` does.
 
     Args:
         model: Hub id from the offline catalogue, a local folder, or a config.json.
         gpus: as `--gpus` takes it, for instance `2xA100-80G`.
-        seq_len: tokens in every sequence.
+        seq_len: tokens in every sequence; with `data`, where sequences are cut (None: the longest).
         global_batch: sequences in one optimizer step.
         allow_hub: whether a config.json may be downloaded.
         wishes: the other options of `autofit plan`, with underscores.
@@ -107,7 +113,7 @@ def estimate(
     *,
     model: str | Path,
     gpus: str,
-    seq_len: int,
+    seq_len: int | None = None,
     gradient_accumulation_steps: int = 1,
     allow_hub: bool = False,
     **wishes: Any,
@@ -117,7 +123,7 @@ def estimate(
     Args:
         model: Hub id from the offline catalogue, a local folder, or a config.json.
         gpus: as `--gpus` takes it, for instance `2xA100-80G`.
-        seq_len: tokens in every sequence.
+        seq_len: tokens in every sequence; with `data`, where sequences are cut (None: the longest).
         gradient_accumulation_steps: micro-batches in one step.
         allow_hub: whether a config.json may be downloaded.
         wishes: the other options of `autofit estimate`, with underscores: `method="lora"`, `lora_r=8` ...
@@ -162,7 +168,7 @@ def explain(
     """
     if plan is not None:
         return explain_plan(Path(plan))
-    if model is None or gpus is None or seq_len is None:
+    if model is None or gpus is None:
         raise InputError("explain needs a plan.json, or a model, gpus and seq_len.", to_fix="give them")
     job, cluster = estimated_job(
         model=model,
@@ -372,22 +378,14 @@ def measure_data(
     """
     from autofit.sources.models import resolve_model
 
-    columns = (text_column,) if isinstance(text_column, str) else tuple(text_column)
     resolved = None if model is None else resolve_model(str(model), allow_hub=allow_hub)
     wish = DataWish(
-        path=str(data), tokenizer=None if tokenizer is None else str(tokenizer), text_columns=columns, all=data_all
+        data=str(data),
+        tokenizer=None if tokenizer is None else str(tokenizer),
+        text_column=[text_column] if isinstance(text_column, str) else [*text_column],
+        data_all=data_all,
     )
     return with_cuts(lengths_of(wish, resolved, allow_hub=allow_hub))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataWish:
-    """What is to be measured, and with what."""
-
-    path: str
-    tokenizer: str | None = None
-    text_columns: tuple[str, ...] = ()
-    all: bool = False
 
 
 def lengths_of(
@@ -396,16 +394,63 @@ def lengths_of(
     """Measure a data set."""
     from autofit.sources.lengths import read_lengths
 
+    assert wish.data is not None, "asked for only where there is one"
     with display() as progress:
         return read_lengths(
-            wish.path,
+            wish.data,
             model=model,
             tokenizer=wish.tokenizer,
-            text_columns=wish.text_columns,
-            measures_all=wish.all,
+            text_columns=wish.text_column or (),
+            measures_all=wish.data_all,
             allow_hub=allow_hub,
             progress=progress,
         )
+
+
+def workload_of(
+    wishes: DataWish,
+    model: Model,
+    *,
+    seq_len: int | None,
+    sequences: int,
+    packs: bool,
+    allow_hub: bool,
+    display: Display,
+) -> Workload:
+    """Say what a step trains: the data, if it is given, cut where the user says or the model ends.
+
+    Raises:
+        InputError: neither the data nor a length is given, or an option would be without effect.
+    """
+    from autofit.spec.job import Workload
+
+    if wishes.data is None:
+        for field in fields(DataWish):
+            if getattr(wishes, field.name) != field.default:
+                name = field.name.replace("_", "-")
+                raise InputError(f"--{name} has no effect without --data.", to_fix="give --data, or leave it out")
+        if seq_len is None:
+            raise InputError("the length of a sequence is not given.", to_fix="give --seq-len, or --data to measure it")
+        return Workload(sequence_tokens=seq_len, global_batch_sequences=sequences)
+    from autofit.sources.lengths import planned_tokens
+
+    if packs and seq_len is None:
+        raise InputError("batching packed fills rows, and no length of a row is given.", to_fix="give --seq-len")
+    lengths = lengths_of(wishes, model, allow_hub=allow_hub, display=display)
+    tokens = planned_tokens(lengths, seq_len, model, packs=packs)
+    return Workload(sequence_tokens=tokens, global_batch_sequences=sequences, lengths=lengths)
+
+
+def with_data(job: Job, wishes: DataWish, *, allow_hub: bool, display: Display) -> Job:
+    """Give a script's job the lengths of its data; the script has said where sequences are cut, and its model counts.
+
+    Raises:
+        InputError: the data cannot be measured.
+    """
+    if wishes.data is None:
+        return job
+    lengths = lengths_of(wishes, job.model, allow_hub=allow_hub, display=display)
+    return replace(job, workload=replace(job.workload, lengths=lengths))
 
 
 def with_cuts(lengths: LengthDistribution) -> MeasuredData:
@@ -416,52 +461,86 @@ def with_cuts(lengths: LengthDistribution) -> MeasuredData:
 
 
 def planned_job(
-    *, model: str | Path, gpus: str, seq_len: int, global_batch: int, wishes: Wishes, allow_hub: bool
+    *,
+    model: str | Path,
+    gpus: str,
+    seq_len: int | None,
+    global_batch: int,
+    wishes: Wishes,
+    allow_hub: bool,
+    measuring: Display = silent,
 ) -> tuple[Job, Cluster]:
     """Read what is to be planned, and on what."""
     from autofit.sources.hardware import parse_cluster
 
     cluster = parse_cluster(gpus)
-    job = job_of(model=model, seq_len=seq_len, global_batch=global_batch, wishes=wishes, allow_hub=allow_hub)
+    job = job_of(
+        model=model,
+        seq_len=seq_len,
+        global_batch=global_batch,
+        wishes=wishes,
+        allow_hub=allow_hub,
+        measuring=measuring,
+    )
     return job, cluster
 
 
-def job_of(*, model: str | Path, seq_len: int, global_batch: int, wishes: Wishes, allow_hub: bool) -> Job:
+def job_of(
+    *,
+    model: str | Path,
+    seq_len: int | None,
+    global_batch: int,
+    wishes: Wishes,
+    allow_hub: bool,
+    measuring: Display = silent,
+) -> Job:
     """Read what is to be planned."""
     from autofit.sources.models import resolve_model
-    from autofit.spec.job import Job, Workload
+    from autofit.spec.job import Job
 
-    return Job(
-        model=resolve_model(str(model), allow_hub=allow_hub),
-        workload=Workload(sequence_tokens=seq_len, global_batch_sequences=global_batch),
-        restrictions=restrictions(wishes),
+    resolved, wanted = resolve_model(str(model), allow_hub=allow_hub), restrictions(wishes)
+    workload = workload_of(
+        wishes,
+        resolved,
+        seq_len=seq_len,
+        sequences=global_batch,
+        packs="packed" in wanted.batchings,
+        allow_hub=allow_hub,
+        display=measuring,
     )
+    return Job(model=resolved, workload=workload, restrictions=wanted)
 
 
 def estimated_job(
     *,
     model: str | Path,
     gpus: str,
-    seq_len: int,
+    seq_len: int | None,
     gradient_accumulation_steps: int,
     wishes: EveryWish,
     allow_hub: bool,
+    measuring: Display = silent,
 ) -> tuple[Job, Cluster]:
     """Read what is to be estimated: a job that leaves one configuration."""
     from autofit.sources.hardware import parse_cluster
     from autofit.sources.models import resolve_model
-    from autofit.spec.job import Job, Workload
+    from autofit.spec.job import Job
 
     cluster = parse_cluster(gpus)
     chosen = restrictions(one_of_each(wishes))
     num_groups = max(1, cluster.num_devices // chosen.sequence_parallel_size)
     sequences = chosen.micro_batch_sequences[0] * gradient_accumulation_steps * num_groups
-    job = Job(
-        model=resolve_model(str(model), allow_hub=allow_hub),
-        workload=Workload(sequence_tokens=seq_len, global_batch_sequences=sequences),
-        restrictions=chosen,
+    resolved = resolve_model(str(model), allow_hub=allow_hub)
+    workload = workload_of(
+        wishes,
+        resolved,
+        seq_len=seq_len,
+        sequences=sequences,
+        packs="packed" in chosen.batchings,
+        allow_hub=allow_hub,
+        display=measuring,
     )
-    return job, cluster
+    return Job(model=resolved, workload=workload, restrictions=chosen), cluster
 
 
 def solve_job(job: Job, cluster: Cluster, display: Display = silent) -> Plan:
@@ -522,7 +601,7 @@ def compare(
     *,
     model: str | Path,
     gpus: Sequence[str],
-    seq_len: int,
+    seq_len: int | None = None,
     global_batch: int,
     max_dollars_per_hour: float | None = None,
     allow_hub: bool = False,

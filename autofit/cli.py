@@ -22,6 +22,7 @@ from autofit.options import (
     SEQ_LEN,
     AllowHubOption,
     DataAllOption,
+    DataWish,
     EveryWish,
     JsonOption,
     OutputOption,
@@ -78,10 +79,10 @@ def root(
 @takes_wishes(Wishes)
 def plan(
     model: Annotated[str, MODEL],
-    seq_len: Annotated[int, SEQ_LEN],
     global_batch: Annotated[int, GLOBAL_BATCH],
     gpus: Annotated[str, GPUS],
     wishes: Wishes,
+    seq_len: Annotated[int | None, SEQ_LEN] = None,
     output: OutputOption = None,
     *,
     allow_hub: AllowHubOption = False,
@@ -91,7 +92,13 @@ def plan(
     from autofit.api import planned_job, solve_job
 
     job, cluster = planned_job(
-        model=model, gpus=gpus, seq_len=seq_len, global_batch=global_batch, wishes=wishes, allow_hub=allow_hub
+        model=model,
+        gpus=gpus,
+        seq_len=seq_len,
+        global_batch=global_batch,
+        wishes=wishes,
+        allow_hub=allow_hub,
+        measuring=measuring,
     )
     made = solve_job(job, cluster, tracing)
     show_plan(made, output, as_json=as_json)
@@ -133,6 +140,7 @@ def launch(
             script,
             arguments or [],
             gpus or "",
+            wishes,
             overrides(wishes, model=model, seq_len=seq_len, global_batch=global_batch, allow_hub=allow_hub),
             allow_hub=allow_hub,
         )
@@ -157,9 +165,11 @@ def overrides(
     )
 
 
-def plan_for_script(script: Path, arguments: Sequence[str], gpus: str, said: Overrides, *, allow_hub: bool) -> Plan:
+def plan_for_script(
+    script: Path, arguments: Sequence[str], gpus: str, wishes: DataWish, said: Overrides, *, allow_hub: bool
+) -> Plan:
     """Find out what a script is about to train, and plan it."""
-    from autofit.api import solve_job
+    from autofit.api import solve_job, with_data
     from autofit.report.console import side_console
     from autofit.report.progress import discovery_display
     from autofit.sources.hardware import parse_cluster
@@ -169,6 +179,7 @@ def plan_for_script(script: Path, arguments: Sequence[str], gpus: str, said: Ove
     with discovery_display(side_console(), script):
         discovered = discover(script, arguments, allow_hub=allow_hub)
     job = job_from_discovery(discovered, cluster, said, script=script, arguments=arguments)
+    job = with_data(job, wishes, allow_hub=allow_hub, display=measuring)
     return solve_job(with_allocator_of(os.environ, job), cluster, tracing)
 
 
@@ -259,9 +270,9 @@ def estimate(
         return
     from autofit.api import estimate_job, estimated_job, infer
 
-    if model is None or seq_len is None or gpus is None:
+    if model is None or gpus is None or (seq_len is None and (inference or wishes.data is None)):
         raise InputError("estimate needs --model, --seq-len and --gpus, or --batch.", to_fix="give them")
-    if inference:
+    if inference and seq_len is not None:
         print_inference(
             infer(model=model, gpus=gpus, seq_len=seq_len, wishes=wishes, allow_hub=allow_hub, display=tracing),
             as_json=as_json,
@@ -274,6 +285,7 @@ def estimate(
         gradient_accumulation_steps=gradient_accumulation_steps,
         wishes=wishes,
         allow_hub=allow_hub,
+        measuring=measuring,
     )
     made = estimate_job(job, cluster, tracing)
     print_plan(made, as_json=as_json)
@@ -359,7 +371,7 @@ def explain(
             raise InputError("explain takes a plan.json or options, not both.", to_fix="leave one of them out")
         print_explanation(explain_plan(plan_file, tracing), as_json=as_json)
         return
-    if model is None or seq_len is None or gpus is None:
+    if model is None or gpus is None or (seq_len is None and wishes.data is None):
         raise InputError("explain needs a plan.json, or --model, --seq-len and --gpus.", to_fix="give them")
     job, cluster = estimated_job(
         model=model,
@@ -368,6 +380,7 @@ def explain(
         gradient_accumulation_steps=gradient_accumulation_steps,
         wishes=wishes,
         allow_hub=allow_hub,
+        measuring=measuring,
     )
     if by_stage:
         print_stages(estimate_stages(job, cluster, tracing), as_json=as_json)
@@ -422,7 +435,6 @@ def print_stages(plans: Sequence[Plan], *, as_json: bool) -> None:
 @takes_wishes(Wishes)
 def compare(
     model: Annotated[str, MODEL],
-    seq_len: Annotated[int, SEQ_LEN],
     global_batch: Annotated[int, GLOBAL_BATCH],
     gpus: Annotated[
         list[str],
@@ -434,6 +446,7 @@ def compare(
         ),
     ],
     wishes: Wishes,
+    seq_len: Annotated[int | None, SEQ_LEN] = None,
     max_dollars_per_hour: Annotated[
         float | None,
         typer.Option(
@@ -453,7 +466,14 @@ def compare(
     from autofit.sources.market import hardware
 
     clusters = hardware(gpus, max_dollars_per_hour)
-    job = job_of(model=model, seq_len=seq_len, global_batch=global_batch, wishes=wishes, allow_hub=allow_hub)
+    job = job_of(
+        model=model,
+        seq_len=seq_len,
+        global_batch=global_batch,
+        wishes=wishes,
+        allow_hub=allow_hub,
+        measuring=measuring,
+    )
     found = compare_job(job, clusters, tracing, planning)
     print_comparison(found, as_json=as_json)
 
@@ -474,7 +494,7 @@ def print_comparison(found: Sequence[Offer], *, as_json: bool) -> None:
     console.print(comparison_report(found, best, width=console.width))
 
 
-@app.command()
+@app.command(cls=SectionedCommand)
 def data(
     path: Annotated[
         str, typer.Argument(metavar="DATA", help="File or folder of JSON lines or Parquet, or a saved data set.")
@@ -488,11 +508,11 @@ def data(
     as_json: JsonOption = False,
 ) -> None:
     """Say how long a data set's sequences are in tokens, and what cutting them would lose."""
-    from autofit.api import DataWish, lengths_of, with_cuts
+    from autofit.api import lengths_of, with_cuts
     from autofit.report.lengths import lengths_report
     from autofit.sources.models import resolve_model
 
-    wish = DataWish(path=path, tokenizer=tokenizer, text_columns=tuple(text_column or ()), all=data_all)
+    wish = DataWish(data=path, tokenizer=tokenizer, text_column=text_column, data_all=data_all)
     resolved = None if model is None else resolve_model(model, allow_hub=allow_hub)
     measured = with_cuts(lengths_of(wish, resolved, allow_hub=allow_hub, display=measuring))
     if as_json:

@@ -43,7 +43,11 @@ GPUS = typer.Option(
     show_default=False,
 )
 SEQ_LEN = typer.Option(
-    "--seq-len", min=1, metavar="TOKENS", help="Tokens in every sequence, padding included.", show_default=False
+    "--seq-len",
+    min=1,
+    metavar="TOKENS",
+    help="Tokens in every sequence, padding included; of --data, where sequences are cut (default: the longest).",
+    show_default=False,
 )
 GLOBAL_BATCH = typer.Option(
     "--global-batch", min=1, metavar="SEQUENCES", help="Sequences in one optimizer step.", show_default=False
@@ -55,27 +59,6 @@ OutputOption = Annotated[
 ]
 AllowHubOption = Annotated[
     bool, typer.Option("--allow-hub", help="Download a config.json, and what the script asks for, if it is not here.")
-]
-TextColumnOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--text-column",
-        metavar="NAME",
-        help="Column of text, messages, token ids or lengths (default: what trainers read); several are joined.",
-        show_default=False,
-    ),
-]
-TokenizerOption = Annotated[
-    str | None,
-    typer.Option(
-        "--tokenizer",
-        metavar="NAME",
-        help="Folder, tokenizer.json, GGUF file or Hub id (default: the model's own, where it is on this machine).",
-        show_default=False,
-    ),
-]
-DataAllOption = Annotated[
-    bool, typer.Option("--data-all", help="Tokenise a large data set whole, instead of a sample.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
@@ -91,11 +74,51 @@ def _any_of(values: Iterable[str]) -> str:
 
 _METHOD, _QUANT, _PRECISION = "Method", "Quantisation", "Precision and optimizer"
 _SHARDING, _BATCH, _ACTIVATIONS = "Sharding and offload", "Batch", "Activations"
-_MODEL, _ALLOCATOR = "Model and loss", "Allocator"
+_MODEL, _ALLOCATOR, _DATA = "Model and loss", "Allocator", "Data"
+
+
+DATA = typer.Option(
+    "--data",
+    rich_help_panel=_DATA,
+    metavar="PATH",
+    help="Data set to measure sequences of: file or folder of JSON lines or Parquet, or saved by datasets.",
+    show_default=False,
+)
+TokenizerOption = Annotated[
+    str | None,
+    _option(
+        "--tokenizer",
+        section=_DATA,
+        metavar="NAME",
+        help="Folder, tokenizer.json, GGUF file or Hub id (default: the model's own, where it is on this machine).",
+    ),
+]
+TextColumnOption = Annotated[
+    list[str] | None,
+    _option(
+        "--text-column",
+        section=_DATA,
+        metavar="NAME",
+        help="Column of text, messages, token ids or lengths (default: what trainers read); several are joined.",
+    ),
+]
+DataAllOption = Annotated[
+    bool, _option("--data-all", section=_DATA, help="Tokenise a large data set whole, instead of a sample.")
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wishes:
+class DataWish:
+    """The data set whose sequences are to be measured, and how they are read."""
+
+    data: Annotated[str | None, DATA] = None
+    tokenizer: TokenizerOption = None
+    text_column: TextColumnOption = None
+    data_all: DataAllOption = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wishes(DataWish):
     """The options that plan, launch and estimate share. Each restricts one dimension; left out, it is free."""
 
     method: Annotated[
@@ -562,7 +585,9 @@ def with_option(restrictions_now: Restrictions, text: str) -> Restrictions:
     name = ALIASES.get(name, name)
     if not equals or not value.strip():
         raise InputError(f"{text!r} is not NAME=VALUE.", to_fix="write for instance zero_stage=3 or method=full")
-    hints = get_type_hints(Wishes, include_extras=True)
+    of_data = {field.name for field in fields(DataWish)}
+    every = get_type_hints(Wishes, include_extras=True)
+    hints = {known: hint for known, hint in every.items() if known not in of_data}
     if name not in hints:
         raise InputError(f"{name!r} is no option of plan.", to_fix=f"the nearest are {nearest(name, hints)}")
     wish = wishes_of(Wishes, {name: _from_text(value.strip(), hints[name])})

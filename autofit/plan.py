@@ -10,7 +10,7 @@ import msgspec
 
 from autofit.errors import InputError
 from autofit.spec.configuration import Configuration
-from autofit.spec.estimate import CostEstimate, MemoryEstimate, TimeEstimate
+from autofit.spec.estimate import CostEstimate, EpochEstimate, MemoryEstimate, TimeEstimate, Truncation
 from autofit.spec.hardware import Cluster
 from autofit.spec.job import Job
 
@@ -47,6 +47,10 @@ class Plan:
     memory: MemoryEstimate
     time: TimeEstimate
     cost: CostEstimate
+    epoch: EpochEstimate | None = None
+    """None where the lengths of the data are not known."""
+    truncations: tuple[Truncation, ...] = ()
+    """Of the chosen configuration, shortest first; the length that is planned is one of them."""
     fallbacks: tuple[Rung, ...]
     """Strictly descending in needed bytes; each keeps the global batch."""
     alternatives: tuple[Rung, ...]

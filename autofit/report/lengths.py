@@ -7,14 +7,14 @@ from collections.abc import Iterable
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from autofit.report.data import percentile_name
 from autofit.report.plan import facts_grid, plain_table
 from autofit.report.words import model_words, share_words
 from autofit.spec.lengths import Cut, LengthDistribution, LengthPercentile
 from autofit.units import format_count
 
 _BAR_CELLS = 40
-_NUM_BARS = 12
-_SHOWN = (0.5, 0.95, 0.99)
+_NUM_BARS = 8
 _CUT_WORDS = (
     "cut, lost: shares of the sequences and of the tokens. padding: of micro-batches in random order, padded to their "
     "longest. packed: by best fit, as trl's bfd."
@@ -26,17 +26,13 @@ def lengths_report(lengths: LengthDistribution, cuts: Iterable[Cut]) -> Group:
     facts = [
         ("read", read_words(lengths)),
         ("measured", measured_words(lengths)),
+        ("tokens", percentiles_words(lengths)),
         ("epoch", f"{format_count(lengths.epoch_tokens(lengths.max_tokens))} tokens"),
     ]
-    title = f"{model_words(lengths.path)}: {lengths.num_sequences:,} sequences, {lengths_words(lengths)}"
-    tables = (percentile_table(lengths), picture(lengths), cuts_table(lengths, cuts))
+    extent = f"mean {lengths.mean_tokens:,.0f}, longest {lengths.max_tokens:,} tokens"
+    title = f"{model_words(lengths.path)}: {lengths.num_sequences:,} sequences, {extent}"
+    tables = (picture(lengths), cuts_table(lengths, cuts))
     return Group(Text(title, style="bold"), facts_grid(facts), *tables)
-
-
-def lengths_words(lengths: LengthDistribution) -> str:
-    """Write the few figures that a distribution is known by."""
-    shown = [f"{_name(each)} {each.tokens:,}" for each in lengths.percentiles if each.fraction in _SHOWN]
-    return f"mean {lengths.mean_tokens:,.0f}, {', '.join(shown)}, longest {lengths.max_tokens:,} tokens"
 
 
 def read_words(lengths: LengthDistribution) -> str:
@@ -53,20 +49,19 @@ def measured_words(lengths: LengthDistribution) -> str:
     if lengths.mean_interval_tokens is None:
         return words
     low, high = lengths.mean_interval_tokens
-    return f"{words}; mean {low:,.0f} to {high:,.0f} (95 %); --data-all measures every sequence"
+    return f"{words}; mean {low:,.0f} to {high:,.0f}, intervals hold with 95 %; --data-all measures every sequence"
 
 
-def percentile_table(lengths: LengthDistribution) -> RenderableType:
+def percentiles_words(lengths: LengthDistribution) -> str:
     """List percentiles; of a sample with where those of all sequences lie."""
-    table = plain_table("How many are not longer", "share", "tokens", *(["95 % sure"] if lengths.is_sample else []))
-    for each in lengths.percentiles:
-        interval = [f"{each.interval_tokens[0]:,} to {each.interval_tokens[1]:,}"] if each.interval_tokens else []
-        table.add_row(f"{each.fraction:.1%}".replace(".0%", "%"), f"{each.tokens:,}", *interval)
-    return table
+    return ", ".join(f"{percentile_name(each)} {each.tokens:,}{_interval(each)}" for each in lengths.percentiles)
 
 
-def _name(percentile: LengthPercentile) -> str:
-    return "median" if percentile.fraction == 0.5 else f"p{percentile.fraction * 100:g}"
+def _interval(percentile: LengthPercentile) -> str:
+    if percentile.interval_tokens is None:
+        return ""
+    low, high = percentile.interval_tokens
+    return f" ({low:,} to {high:,})"
 
 
 def picture(lengths: LengthDistribution) -> RenderableType:
@@ -77,7 +72,7 @@ def picture(lengths: LengthDistribution) -> RenderableType:
     shares = [lengths.share_above(edge - width) - lengths.share_above(edge) for edge in edges]
     if edges and lengths.share_above(0) < 1:
         shares[0] += 1 - lengths.share_above(0)
-    table = plain_table("How many are how long", "tokens up to", "share", "")
+    table = plain_table("Lengths", "up to", "share", "")
     table.columns[2].justify = "left"
     for edge, share in zip(edges, shares, strict=True):
         table.add_row(f"{edge:,}", f"{share:.1%}", "#" * round(_BAR_CELLS * share / max(shares)))

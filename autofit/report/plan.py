@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autofit.plan import Plan, Rung
+from autofit.report.data import data_facts, epoch_line, sequences_words
 from autofit.report.words import (
     SHARDING_WORDS,
     batch_words,
@@ -20,9 +21,11 @@ from autofit.report.words import (
     method_words,
     model_words,
     precision_words,
+    share_words,
     tokens_words,
 )
 from autofit.spec.estimate import MemoryEstimate, Phase
+from autofit.timing.batches import step_tokens
 from autofit.units import GIB, format_bytes, format_seconds
 from autofit.writers.render import ACCELERATE_FILE, PLAN_FILE
 from autofit.writers.scripts import launch_options
@@ -39,6 +42,8 @@ def plan_report(plan: Plan, *, width: int) -> Group:
         parts.append(methods_table(plan, width=width))
     if plan.fallbacks:
         parts.append(ladder_table(plan, width=width))
+    if plan.truncations:
+        parts.append(truncations_table(plan))
     parts += [bullets("Why", plan.reasons), bullets("Not known", unknowns(plan))]
     return Group(*parts)
 
@@ -72,8 +77,8 @@ def decision(plan: Plan) -> str:
 
 def _facts(plan: Plan) -> Iterable[tuple[str, str | Text]]:
     configuration = plan.configuration
-    sequence_tokens = plan.inputs.job.workload.sequence_tokens
-    yield "batch", f"{batch_words(configuration)} sequences of {sequence_tokens:,} tokens"
+    yield "batch", f"{batch_words(configuration)} {sequences_words(plan)}"
+    yield from data_facts(plan)
     yield "sharding", SHARDING_WORDS[configuration.sharding]
     setup = (precision_words(configuration), configuration.optim, checkpointing_words(configuration))
     yield "setup", ", ".join([*setup, *further_words(configuration)])
@@ -83,6 +88,8 @@ def _facts(plan: Plan) -> Iterable[tuple[str, str | Text]]:
         yield "speed", speed_line(plan)
     if plan.cost.device_hours_per_million_tokens is not None:
         yield "price", price_line(plan)
+    if plan.epoch is not None:
+        yield "epoch", epoch_line(plan.epoch)
 
 
 def memory_line(memory: MemoryEstimate) -> Text:
@@ -209,6 +216,25 @@ def ladder_table(plan: Plan, *, width: int) -> Table:
     return _rung_table(title, columns, plan, plan.fallbacks, width=width)
 
 
+def truncations_table(plan: Plan) -> Table:
+    """List what cutting sequences at other lengths would save and lose, the planned length among them."""
+    table = plain_table(
+        "What this configuration would need and take if sequences were cut at",
+        *("tokens", "sequences cut", "tokens lost", "allocated GiB", "an epoch", "$"),
+    )
+    for each in plan.truncations:
+        table.add_row(
+            f"{each.sequence_tokens:,}",
+            share_words(each.sequences_cut_fraction),
+            share_words(each.tokens_lost_fraction),
+            f"{each.peak_allocated_bytes / GIB:.2f}",
+            "?" if each.epoch_seconds is None else format_seconds(each.epoch_seconds),
+            "?" if each.epoch_dollars is None else f"{each.epoch_dollars:,.2f}",
+            style="bold" if each.sequence_tokens == plan.inputs.job.workload.sequence_tokens else "",
+        )
+    return table
+
+
 def _rung_table(title: str, columns: Sequence[_Column], plan: Plan, rungs: Iterable[Rung], *, width: int) -> Table:
     shown = [column for column in columns if column.min_width <= width]
     table = plain_table(title, *(column.title for column in shown))
@@ -238,8 +264,7 @@ def _checkpointing_cell(_: Plan, rung: Rung) -> str:
 def _rate_cell(plan: Plan, rung: Rung) -> str:
     if rung.step_seconds is None:
         return "?"
-    workload = plan.inputs.job.workload
-    return tokens_words(workload.global_batch_sequences * workload.sequence_tokens / rung.step_seconds)
+    return tokens_words(step_tokens(plan.inputs.job.workload, rung.configuration) / rung.step_seconds)
 
 
 def _price_cell(plan: Plan, rung: Rung) -> str:

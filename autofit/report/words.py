@@ -101,9 +101,9 @@ def tokens_words(num_tokens: float) -> str:
 
 def share_words(fraction: float) -> str:
     """Write a share in per cent, with a decimal where that is all there is of it."""
-    if 0 < fraction < 0.0005:
-        return "<0.1%"
-    return f"{fraction:.1%}" if 0 < fraction < 0.1 else f"{fraction:.0%}"
+    if fraction < 1e-6:
+        return "0%"
+    return "<0.1%" if fraction < 0.0005 else f"{fraction:.1%}" if fraction < 0.1 else f"{fraction:.0%}"
 
 
 def model_words(name: str) -> str:

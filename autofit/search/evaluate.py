@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from autofit.errors import InputError
@@ -119,6 +119,11 @@ class Evaluator:
         self._times: dict[Regime, TimeModel] = {}
         self._memories: dict[Regime, MemoryModel] = {}
         self._replays: dict[Configuration, MemoryEstimate] = {}
+
+    def for_length(self, sequence_tokens: int) -> Evaluator:
+        """Return an evaluator of the same configurations for sequences cut at another length."""
+        workload = replace(self._workload, sequence_tokens=sequence_tokens)
+        return Evaluator(self._cluster, workload, self._profiles, self._micro_batches, self._estimate_memory)
 
     @property
     def can_grow_segments(self) -> bool:

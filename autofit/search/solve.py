@@ -16,6 +16,7 @@ from autofit.search.nothing_fits import Search, changes, refusal
 from autofit.search.rank import Cost, cheapest, cost_of, ladder
 from autofit.search.rules import RULES, Rule, broken_rule
 from autofit.search.space import METHODS, candidates
+from autofit.search.truncate import truncations
 from autofit.search.words import (
     allocator_reasons,
     count_reasons,
@@ -31,6 +32,7 @@ from autofit.spec.job import Job
 from autofit.spec.profile import ProfileSet, Regime, RegimeProfile
 from autofit.spec.regimes import regime_of
 from autofit.timing import estimate_cost
+from autofit.timing.batches import estimate_epoch
 
 
 def required_regimes(job: Job, cluster: Cluster) -> tuple[Regime, ...]:
@@ -259,12 +261,15 @@ def _plan(
 ) -> Plan:
     profile = evaluator.profile(chosen.configuration)
     assert profile is not None, "what was evaluated has a profile"
+    cost = estimate_cost(chosen.time, cluster, job.workload, chosen.configuration)
     return Plan(
         inputs=Inputs(job=job, cluster=cluster, profile_key=profile_key(profile)),
         configuration=chosen.configuration,
         memory=chosen.memory,
         time=chosen.time,
-        cost=estimate_cost(chosen.time, cluster, job.workload, chosen.configuration),
+        cost=cost,
+        epoch=estimate_epoch(chosen.time, cost, job.workload, chosen.configuration),
+        truncations=truncations(job, cluster, chosen.configuration, evaluator),
         fallbacks=tuple(_rung(each) for each in fallbacks),
         alternatives=tuple(_rung(each) for each in alternatives),
         reasons=reasons,

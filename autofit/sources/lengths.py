@@ -29,7 +29,7 @@ LARGEST_BYTES = 4 * 2**20
 them, unless it has far more tokens for its bytes than they have."""
 FRACTIONS = (0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999)
 CONFIDENCE = 0.95
-MAX_LONE_BINS = 64
+MAX_LONE_BINS = 80
 """Up to so many different lengths each has a bin of its own."""
 NUM_BODY_BINS = 32
 """Otherwise bins hold that part of the sequences each; the last is parted again and again, since the longest decide."""
@@ -72,6 +72,16 @@ def read_lengths(
             to_fix="give the --tokenizer that is trained with, or a --text-column whose text is whole",
         )
     return measure_lengths(data, layout, loaded, measures_all=measures_all, progress=progress)
+
+
+def planned_tokens(lengths: LengthDistribution, cut_tokens: int | None, model: Model, *, packs: bool) -> int:
+    """Return how long the longest sequence of a batch can be.
+
+    The longest that occurs, or where it is cut: by the user, or where the model's positions end. Of a sample the
+    longest is not known, so that a length to cut at is planned for whole; and so is a packed row.
+    """
+    bound = cut_tokens or model.max_positions or lengths.max_tokens
+    return bound if cut_tokens and (packs or lengths.is_sample) else min(bound, lengths.max_tokens)
 
 
 def measure_lengths(

@@ -104,6 +104,34 @@ class TimeEstimate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EpochEstimate:
+    """Training every sequence of a data set once."""
+
+    num_steps: int
+    """Optimizer steps; the last may hold fewer sequences than the others."""
+    tokens: int
+    """Of the data, without padding."""
+    mean_sequences: float
+    """Sequences of the data in one step; of packed rows more than there are rows."""
+    padding_fraction: float
+    """Share of padding, and of waiting for the slowest rank, among the tokens that a step takes the time of."""
+    seconds: float | None
+    dollars: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Truncation:
+    """What cutting sequences at a length loses, and what the chosen configuration then needs and takes."""
+
+    sequence_tokens: int
+    sequences_cut_fraction: float
+    tokens_lost_fraction: float
+    peak_allocated_bytes: int
+    epoch_seconds: float | None
+    epoch_dollars: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CostEstimate:
     """Price of training tokens."""
 

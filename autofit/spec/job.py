@@ -41,6 +41,16 @@ class Model:
     source: str = ""
     """Where the config was taken from."""
 
+    @property
+    def max_positions(self) -> int | None:
+        """Longest sequence that it has positions for; None where its config does not say."""
+        for part in (self.config, self.config.get("text_config")):
+            for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+                found = part.get(name) if isinstance(part, dict) else None
+                if isinstance(found, int) and found > 0:
+                    return found
+        return None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:

@@ -105,7 +105,7 @@ class LengthDistribution:
 
     def share_lost(self, cut_tokens: int) -> float:
         """Share of all tokens that lie behind a cut."""
-        return 1 - self.mean_cut(cut_tokens) / self.mean_tokens
+        return max(0.0, 1 - self.mean_cut(cut_tokens) / self.mean_tokens)
 
     def epoch_tokens(self, cut_tokens: int) -> float:
         """Tokens of all sequences, cut at so many."""

@@ -13,6 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 from autofit.spec.configuration import Configuration
+from autofit.spec.estimate import CostEstimate, EpochEstimate, TimeEstimate
 from autofit.spec.job import Workload
 from autofit.spec.lengths import Cut, LengthDistribution, PackedRows
 
@@ -23,7 +24,7 @@ Source: trl/data_utils.py 1.16, pack_dataset; datasets/arrow_dataset.py 5.2, Dat
 MIN_CELLS, MAX_GRID = 64, 2**12
 """Of the grid that sums of lengths are counted on: cells for one length, and for a sum."""
 RARELY_LONGER = (0.95, 0.99)
-MAX_CUTS = 8
+MAX_CUTS, SHORTEST_POWER = 10, 7
 IN_STEP = frozenset({"zero2", "zero3", "fsdp1", "fsdp2"})
 """Shardings whose ranks communicate in every micro-step, so that each waits for the slowest; the others wait once a
 step. Source: as in autofit.timing.collectives."""
@@ -72,6 +73,31 @@ def padding_share(workload: Workload, configuration: Configuration) -> float:
     return max(0.0, 1 - useful / (num * tokens))
 
 
+def estimate_epoch(
+    time: TimeEstimate, cost: CostEstimate, workload: Workload, configuration: Configuration
+) -> EpochEstimate | None:
+    """Estimate an epoch; None where the lengths of the data are not known.
+
+    Source: transformers/trainer.py 5.23, Trainer.set_initial_training_values (a last, incomplete step counts).
+    """
+    lengths, cut = workload.lengths, workload.sequence_tokens
+    if lengths is None:
+        return None
+    rows = packed_rows(lengths, cut) if configuration.batching == "packed" else None
+    num_samples = rows.num_rows if rows else lengths.num_sequences
+    num_steps = math.ceil(num_samples / workload.global_batch_sequences)
+    seconds = None if time.step_seconds is None else num_steps * time.step_seconds
+    hourly = cost.dollars_per_device_hour
+    return EpochEstimate(
+        num_steps=num_steps,
+        tokens=round(lengths.epoch_tokens(cut)),
+        mean_sequences=workload.global_batch_sequences * (rows.mean_sequences if rows else 1),
+        padding_fraction=padding_share(workload, configuration),
+        seconds=seconds,
+        dollars=None if seconds is None or hourly is None else seconds / 3600 * configuration.num_processes * hourly,
+    )
+
+
 def expected_slowest(values: Sequence[float], shares: Sequence[float], num_averaged: int, num_ranks: int) -> float:
     """Return the mean of the largest among ranks that each average some draws from a distribution.
 
@@ -115,14 +141,14 @@ def packed_rows(lengths: LengthDistribution, row_tokens: int) -> PackedRows:
     )
 
 
-def usual_cuts(lengths: LengthDistribution, num_cuts: int = MAX_CUTS) -> tuple[int, ...]:
+def usual_cuts(lengths: LengthDistribution) -> tuple[int, ...]:
     """Return lengths that are worth cutting at: where few sequences are longer, and the powers of two that are usual.
 
     Of too many, those are left out that lose most.
     """
     rare = {each.tokens for each in lengths.percentiles if each.fraction in RARELY_LONGER}
-    powers = {2**power for power in range(7, lengths.max_tokens.bit_length()) if 2**power < lengths.max_tokens}
-    return tuple(sorted({*rare, *powers, lengths.max_tokens})[-num_cuts:])
+    powers = {2**power for power in range(SHORTEST_POWER, lengths.max_tokens.bit_length())}
+    return tuple(sorted({*rare, *powers, lengths.max_tokens})[-MAX_CUTS:])
 
 
 def cut_at(lengths: LengthDistribution, tokens: int) -> Cut:

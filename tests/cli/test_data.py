@@ -65,3 +65,83 @@ def test_without_a_tokenizer_it_says_what_to_give(tmp_path, capsys):
     assert "--tokenizer" in capsys.readouterr().err
     assert cli.run(["data", str(path), "--model", "meta-llama/Llama-3.1-8B", "--json"]) == 2
     assert "--tokenizer" in json.loads(capsys.readouterr().out)["error"]["to_fix"]
+
+
+PLAN = ("plan", "--model", "meta-llama/Llama-3.1-8B", "--global-batch", "8", "--gpus", "1xA100-80G")
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ((), "give --seq-len, or --data"),
+        (("--seq-len", "512", "--text-column", "text"), "--text-column has no effect without --data"),
+        (("--seq-len", "512", "--data-all"), "--data-all has no effect without --data"),
+        (("--data", "nowhere.jsonl"), "there is no data at 'nowhere.jsonl'"),
+        (("--data", "LENGTHS", "--batching", "packed"), "no length of a row"),
+        (("--data", "LENGTHS", "--batching", "packed", "--batching", "padded", "--seq-len", "512"), "padding_free"),
+        (("--data", "LENGTHS", "--batching", "bucketed"), "equal, padded, padding_free, packed"),
+    ],
+    ids=str,
+)
+def test_a_plan_says_what_it_lacks(autofit, lengths_file, given, says):
+    """A plan without a length, with an idle option, or with ways to batch that do not go together is refused."""
+    result = autofit(*PLAN, *(str(lengths_file) if each == "LENGTHS" else each for each in given))
+    assert result.exit_code == 2
+    assert says in result.stderr
+
+
+MODEL = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 4,
+    "vocab_size": 1024,
+    "max_position_embeddings": 2048,
+}
+ONE_PATH = ("--method", "full", "--no-gradient-checkpointing", "--gpus", "1xA100-80G")
+
+
+@pytest.mark.slow
+def test_a_plan_for_data_from_end_to_end(tmp_path, autofit, lengths_file):
+    """From a file of lengths to a plan: cut where the model's positions end, memory for that, time for what there is.
+
+    The peak is that of `estimate` for padded sequences all of that length, to the byte. Another cut is one of the
+    plan's truncations, and what the same plan cut there takes. What is printed names each.
+    """
+    model = tmp_path / "config.json"
+    model.write_text(json.dumps(MODEL), encoding="utf-8")
+    data = ("--model", model, "--data", lengths_file, "--global-batch", "8", *ONE_PATH)
+    made = json.loads(autofit("plan", *data, "--json").stdout)
+    workload, batch = made["inputs"]["job"]["workload"], made["configuration"]["per_device_train_batch_size"]
+    assert workload["sequence_tokens"] == 2048
+    assert made["configuration"]["batching"] == "padded"
+    optim = ("--optim", made["configuration"]["optim"], "--micro-batch", str(batch))
+    fixed = ("--model", model, *ONE_PATH, *optim, "--gradient-accumulation-steps", str(8 // batch))
+    whole = json.loads(autofit("estimate", *fixed, "--seq-len", "2048", "--batching", "padded", "--json").stdout)
+    assert made["memory"] == whole["memory"]
+    assert made["time"]["step_seconds"] <= whole["time"]["step_seconds"]
+    cut = json.loads(autofit("estimate", *fixed, "--data", lengths_file, "--seq-len", "512", "--json").stdout)
+    (found,) = [each for each in made["truncations"] if each["sequence_tokens"] == 512]
+    assert found["epoch_seconds"] == cut["epoch"]["seconds"]
+    lost = 1 - np.minimum(LENGTHS, 512).sum() / LENGTHS.sum()
+    assert found["tokens_lost_fraction"] == pytest.approx(lost, abs=0.003)
+    printed = autofit("plan", *data).stdout
+    for words in ("sequences of at most 2,048 tokens", "where the model's positions end", "3,000 sequences of"):
+        assert words in printed
+    assert "375 steps" in printed
+
+
+def test_a_script_says_where_and_the_data_how_often(lengths_file):
+    """Given beside a script, a data set changes neither the length that the script has nor its global batch."""
+    from autofit.api import silent, with_data
+    from autofit.options import DataWish
+    from tests.search.worlds import a_job
+
+    job = a_job(8, 512)
+    found = with_data(job, DataWish(data=str(lengths_file)), allow_hub=False, display=silent)
+    assert found.workload.lengths.num_sequences == 3000
+    assert (found.workload.sequence_tokens, found.workload.global_batch_sequences) == (512, 8)
+    assert with_data(job, DataWish(), allow_hub=False, display=silent) == job

@@ -149,7 +149,11 @@ def test_a_dry_run_of_a_script_is_its_plan(folder):
     plan = json.loads(result.stdout)
     jsonschema.validate(plan, SCHEMA)
     assert plan["configuration"]["method"] == "full"
-    assert plan["inputs"]["job"]["workload"] == {"sequence_tokens": 32, "global_batch_sequences": 4}
+    assert plan["inputs"]["job"]["workload"] == {
+        "sequence_tokens": 32,
+        "global_batch_sequences": 4,
+        "lengths": None,
+    }
     assert sorted(folder.rglob("*")) == before
 
 

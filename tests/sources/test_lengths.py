@@ -220,7 +220,7 @@ def test_cuts_lose_what_numpy_says(tmp_path):
 
 
 def test_with_few_lengths_nothing_is_near(tmp_path):
-    """Where no more than 64 lengths occur, shares cut and lost are exact."""
+    """Where no more than 80 lengths occur, shares cut and lost are exact."""
     lengths = np.random.default_rng(2).choice([3, 80, 81, 500, 4000], 999)
     found = of_lengths(tmp_path, lengths)
     for cut in (2, 3, 80, 400, 4000, 9999):
