@@ -551,6 +551,8 @@ def _read(name: str, value: Any, hint: Any) -> Any:
         return None if value is None else [_in_bounds(name, each, (inner,), option) for each in many]
     if str in kinds and isinstance(value, (list, tuple)):
         return ",".join(map(str, value))
+    if str in kinds and isinstance(value, Path):
+        value = str(value)
     return _in_bounds(name, value, kinds, option)
 
 

@@ -62,9 +62,9 @@ def counterfactuals(made: Plan, other_sizes: Sequence[Device] = ()) -> Iterator[
     """
     job, cluster = made.inputs.job, made.inputs.cluster
     yield from _other_counts(job, cluster)
-    tokens = job.workload.sequence_tokens
+    tokens, lengths = job.workload.sequence_tokens, job.workload.lengths
     for other in (tokens // 2, tokens * 2):
-        if other:
+        if other and (lengths is None or other < lengths.max_tokens):
             yield Change(words=f"sequences of {other:,} tokens", kind="length", job=_of_length(other))
     if made.configuration.lora is not None and made.configuration.lora.r != LARGER_RANK:
         yield Change(words=f"LoRA rank {LARGER_RANK}", kind="rank", job=_of_rank(LARGER_RANK))

@@ -134,6 +134,20 @@ def test_a_plan_for_data_from_end_to_end(tmp_path, autofit, lengths_file):
     assert "375 steps" in printed
 
 
+def test_python_plans_for_data_too(lengths_file):
+    """A path is a path, and one column is one; a keyword that would be idle is refused as the option is."""
+    job = {"model": "meta-llama/Llama-3.1-8B", "gpus": "1xA100-80G", "global_batch": 8}
+    for given, says in (
+        ({"data": lengths_file, "text_column": "nothing"}, "no column 'nothing'"),
+        ({"data": lengths_file.parent / "none.jsonl"}, "there is no data"),
+        ({"seq_len": 512, "text_column": "text"}, "--text-column has no effect"),
+        ({}, "not given"),
+    ):
+        with pytest.raises(autofit.AutofitError) as refused:
+            autofit.make_plan(**job, **given)
+        assert says in refused.value.message
+
+
 def test_a_script_says_where_and_the_data_how_often(lengths_file):
     """Given beside a script, a data set changes neither the length that the script has nor its global batch."""
     from autofit.api import silent, with_data

@@ -11,6 +11,7 @@ import pytest
 from autofit.errors import InputError
 from autofit.plan import from_json, to_json
 from autofit.search import candidates, estimate, required_regimes, solve
+from autofit.search.whatif import counterfactuals
 from autofit.sources.lengths import planned_tokens
 from autofit.spec.job import Model
 from autofit.timing.batches import packed_rows
@@ -138,6 +139,14 @@ def test_a_length_with_another_code_path_is_left_out():
     made = solve(job, cluster, profiles, estimate_memory=MEMORY)
     assert min(each.sequence_tokens for each in made.truncations) >= 1000
     assert len(made.truncations) > 1
+
+
+def test_no_length_is_asked_about_that_does_not_occur():
+    """Of a plan for data it is not asked what longer sequences than the longest would need."""
+    for cut, asked in ((1024, {512, 2048}), (int(LENGTHS.max()), {int(LENGTHS.max()) // 2})):
+        made = planned(a_data_job(cut=cut), a_cluster())
+        words = {change.words for change in counterfactuals(made) if change.kind == "length"}
+        assert words == {f"sequences of {tokens:,} tokens" for tokens in asked}
 
 
 def test_no_data_no_epoch():

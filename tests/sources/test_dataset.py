@@ -16,6 +16,7 @@ from autofit.sources.dataset_arrow import ArrowChunk, row_bytes
 from autofit.sources.dataset_files import open_dataset
 from autofit.sources.lengths import read_lengths
 from tests.sources.corpora import (
+    TEMPLATE,
     TEXTS,
     WRITERS,
     rows_of,
@@ -172,8 +173,10 @@ def test_text_in_columns_that_is_no_utf8_is_refused(tmp_path, tokenizer):
             read_lengths(str(tmp_path / name), model=None, tokenizer=tokenizer)
 
 
-def test_messages_with_nulls_are_read_as_without(tmp_path, tokenizer):
-    """The nulls that a table puts in place of missing keys do not reach the chat template."""
+def test_messages_with_nulls_are_read_as_without(tmp_path):
+    """The nulls that a table puts in place of missing keys do not reach the chat template, which may ask for them."""
+    tokenizer = str(tmp_path / "tokenizer")
+    save_tokenizer(tokenizer, template=TEMPLATE + "{% if 'tool_calls' in messages[0] %}<|calls|>{% endif %}")
     plain = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
     nulls = [{"messages": [{**message, "tool_calls": None, "name": None} for message in plain[0]["messages"]]}]
     lengths = [

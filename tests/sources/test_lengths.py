@@ -105,7 +105,7 @@ def test_truncation_and_padding_of_a_tokenizer_file_are_off(tmp_path):
     file = tmp_path / "t" / "tokenizer.json"
     saved = json.loads(file.read_text(encoding="utf-8"))
     saved["truncation"] = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
-    padded = {"strategy": {"Fixed": 16}, "direction": "Right", "pad_to_multiple_of": None}
+    padded = {"strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None}
     saved["padding"] = {**padded, "pad_id": 0, "pad_type_id": 0, "pad_token": "<s>"}
     file.write_text(json.dumps(saved), encoding="utf-8")
     assert multiset(measured(tmp_path, rows_of("text"), str(tmp_path / "t"))) == expected
