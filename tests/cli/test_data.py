@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -56,6 +59,21 @@ def test_text_is_counted_by_the_model_s_tokenizer(tmp_path, capsys):
         printed = json.loads(capsys.readouterr().out)["lengths"]
         assert printed["tokenizer"] == str(tmp_path / "model")
         assert printed["num_sequences"] == len(rows_of("text"))
+
+
+def test_a_model_of_the_hub_s_cache_brings_its_tokenizer(tmp_path):
+    """What an earlier download left in the Hub's cache is found by the model's id, without the Hub."""
+    folder = tmp_path / "hub" / "models--nobody--tiny"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("abc", encoding="utf-8")
+    save_tokenizer(folder / "snapshots" / "abc")
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    (folder / "snapshots" / "abc" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    path = write_json_lines(tmp_path / "text.jsonl", rows_of("messages"))
+    command = [sys.executable, "-m", "autofit", "data", str(path), "--model", "nobody/tiny", "--json"]
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")}
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert json.loads(printed)["lengths"]["num_sequences"] == len(rows_of("messages"))
 
 
 def test_without_a_tokenizer_it_says_what_to_give(tmp_path, capsys):
