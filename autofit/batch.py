@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from collections import defaultdict
@@ -72,14 +73,14 @@ def estimate_rows(
     yield from _in_order(answers, _estimated(list(_tasks(todo, profiles, replays=replays)), num_processes), len(read))
 
 
-def read_rows(lines: Iterable[str]) -> Iterator[Row | InputError]:
+def read_rows(content: bytes) -> Iterator[Row | InputError]:
     """Read JSON lines; empty ones are left out, and one that is no object is an error in its place."""
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except ValueError as error:
+            row = json.loads(line.decode())
+        except (ValueError, RecursionError) as error:
             yield InputError(f"line {number} is not JSON: {error}")
             continue
         yield row if isinstance(row, dict) else InputError(f"line {number} is not a JSON object.")
@@ -106,7 +107,15 @@ def _refuse_impossible(case: Case) -> None:
 
 def _refused(row_id: Any, error: Exception) -> bytes:
     reason = error.message if isinstance(error, AutofitError) else f"{type(error).__name__}: {error}"
-    return msgspec.json.encode({"id": row_id, "refused": reason})
+    return b'{"id":%b,"refused":%b}' % (_echoed(row_id), json.dumps(reason).encode())
+
+
+def _echoed(row_id: Any) -> msgspec.Raw:
+    """Write an id as JSON, whatever it is."""
+    try:
+        return msgspec.Raw(json.dumps(row_id, separators=(",", ":"), allow_nan=False).encode())
+    except (ValueError, RecursionError):
+        return msgspec.Raw(b"null")
 
 
 def _key(model: Model) -> str:
@@ -116,7 +125,7 @@ def _key(model: Model) -> str:
 
 def _profiles(
     cases: Iterable[Case], progress: Progress
-) -> tuple[dict[_CodePath, RegimeProfile], dict[_CodePath, AutofitError]]:
+) -> tuple[dict[_CodePath, RegimeProfile], dict[_CodePath, Exception]]:
     """Look up or trace every code path, those of one model together."""
     models: dict[str, Model] = {}
     regimes: dict[tuple[str, int], dict[Regime, None]] = defaultdict(dict)
@@ -124,11 +133,11 @@ def _profiles(
         models[_key(case.model)] = case.model
         regimes[_key(case.model), case.workload.sequence_tokens][case.regime] = None
     found: dict[_CodePath, RegimeProfile] = {}
-    refused: dict[_CodePath, AutofitError] = {}
+    refused: dict[_CodePath, Exception] = {}
     for (key, tokens), wanted in sorted(regimes.items(), key=lambda item: item[0]):  # each model's file is read once
         try:
             traced, refusals = profiles_and_refusals(models[key], tuple(wanted), tokens, progress=progress)
-        except InputError as error:
+        except Exception as error:  # noqa: BLE001 - what goes wrong with one model must not lose the others
             refused |= {(key, regime, tokens): error for regime in wanted}
             continue
         found |= {(key, regime, tokens): profile for regime, profile in traced.items()}
@@ -188,7 +197,7 @@ def _answer(case: Case, model: MemoryModel, task: _Task) -> bytes:
         time = TimeModel(task.profile, case.cluster, case.workload).time(case.configuration)
     except Exception as error:  # noqa: BLE001 - what goes wrong with one row must not lose the others
         return _refused(case.id, error)
-    return msgspec.json.encode({"id": case.id, "memory": memory, "time": time})
+    return msgspec.json.encode({"id": _echoed(case.id), "memory": memory, "time": time})
 
 
 def _in_order(known: dict[int, bytes], parts: Iterator[dict[int, bytes]], num_rows: int) -> Iterator[bytes]:

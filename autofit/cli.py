@@ -314,10 +314,10 @@ def print_batch(path: Path, *, replay: bool, allow_hub: bool) -> None:
     from autofit.batch import estimate_rows, read_rows
 
     try:
-        text = sys.stdin.read() if path == Path("-") else path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        content = sys.stdin.buffer.read() if path == Path("-") else path.read_bytes()
+    except OSError as error:
         raise InputError(f"cannot read {str(path)!r}: {error}", to_fix="give a readable file of JSON lines") from error
-    rows = read_rows(text.splitlines())
+    rows = read_rows(content)
     with tracing() as progress:
         for line in estimate_rows(rows, replays=replay, allow_hub=allow_hub, progress=progress):
             typer.echo(line)

@@ -8,10 +8,11 @@ from functools import cached_property
 
 import numpy as np
 
+from autofit.errors import InputError
 from autofit.memory.adapter_casts import without_adapter_casts
 from autofit.memory.engines import Layout, Terms, layout
 from autofit.memory.fsdp import FsdpModel
-from autofit.memory.limits import refuse_unmodelled
+from autofit.memory.limits import refuse_absurd_numbers, refuse_unmodelled
 from autofit.memory.overheads import context_bytes, workspace_bytes, workspace_sizes
 from autofit.memory.phases import Run, stages
 from autofit.memory.replay import MAX_MICRO_STEPS, Replayed, Replayer
@@ -31,6 +32,7 @@ from autofit.spec.estimate import MemoryEstimate, Phase
 from autofit.spec.hardware import Cluster, Device
 from autofit.spec.job import Workload
 from autofit.spec.profile import RegimeProfile
+from autofit.units import format_bytes
 
 PHASE_NAMES = {"layer": "layer_forward", "head": "head_and_loss"}
 FORWARD_NAMES = ("embedding", "layer", "head")
@@ -40,6 +42,10 @@ NUM_INPUT_TENSORS = {"equal": (2, 1), "padded": (3, 2), "packed": (3, 2)}
 
 Trainer moves those of all micro-steps to the device before the first.
 Source: transformers/trainer.py, get_batch_samples."""
+
+
+MAX_REPLAYED_BYTES = 2**46
+"""64 TiB: what needs more on one device is a slip of the pen, and no allocator has addresses for it."""
 
 
 class MemoryModel:
@@ -52,6 +58,7 @@ class MemoryModel:
         whole: of another one of the same profile, to share what no length changes.
 
     Raises:
+        InputError: a number is beyond all reason.
         ValueError: a micro-batch is asked for that was not announced.
     """
 
@@ -63,6 +70,7 @@ class MemoryModel:
         *,
         whole: WholeModel | None = None,
     ) -> None:
+        refuse_absurd_numbers(sequence_tokens, *micro_batches)
         self.profile = profile
         self.sequence_tokens = sequence_tokens
         self._column = {batch: n for n, batch in enumerate(micro_batches)}
@@ -84,11 +92,13 @@ class MemoryModel:
                 `peak_reserved_bytes`, and to work out the stages apart from steady steps; otherwise those are None.
 
         Raises:
-            InputError: a knob of the configuration is not modelled.
+            InputError: a knob of the configuration is not modelled; or it is to be replayed, and is beyond any device.
         """
         refuse_unmodelled(configuration)
         plan = self._layout(configuration, cluster.device)
         phases = self._phases(plan, configuration, cluster.device)
+        if replays:
+            _refuse_absurd(phases)
         replayed = self._replay(plan, configuration, cluster) if replays else None
         if replayed is not None:
             phases = _with_rounding(phases, replayed.peak_allocated_bytes)
@@ -235,6 +245,15 @@ class WholeModel:
         if same not in self._layouts:
             self._layouts[same] = layout(same, self.tensors, self._static, self._profile.hidden_size, device.kind)
         return self._layouts[same]
+
+
+def _refuse_absurd(phases: Sequence[Phase]) -> None:
+    highest = max(phase.bytes for phase in phases)
+    if highest > MAX_REPLAYED_BYTES:
+        raise InputError(
+            f"{format_bytes(highest)} would have to be on one device.",
+            to_fix=f"check length and micro-batch: what needs more than {format_bytes(MAX_REPLAYED_BYTES)} is a slip",
+        )
 
 
 def _bucketed(peak: PhasePeak, column: int, plan: Layout) -> int:

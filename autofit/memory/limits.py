@@ -60,3 +60,13 @@ def _updates_in_backward(optim: Optim) -> bool:
     Source: lomo-optim 0.1.1 lomo.py, fuse_update; transformers/trainer_optimizer.py 5.23, _setup_low_rank_optimizer.
     """
     return optim in OPTIMIZERS and OPTIMIZERS[optim].in_backward
+
+
+def refuse_absurd_numbers(*numbers: int) -> None:
+    """Refuse numbers of tokens or sequences that 64 bits do not hold.
+
+    Raises:
+        InputError: one does not fit.
+    """
+    if (most := max(numbers, default=0)) >= 2**63:
+        raise InputError(f"{most} tokens or sequences are too many to count.", to_fix="check for a slip of the pen")

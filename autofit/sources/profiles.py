@@ -136,21 +136,18 @@ def profiles_for(model: Model, regimes: Sequence[Regime], sequence_tokens: int, 
 def profiles_and_refusals(
     model: Model, regimes: Sequence[Regime], sequence_tokens: int, *, progress: Progress
 ) -> tuple[ProfileSet, dict[Regime, InputError]]:
-    """Return a profile for each regime that has one or can be traced, and why the others cannot be.
-
-    Raises:
-        InputError: a profile is missing and the libraries to trace it are not installed.
-    """
+    """Return a profile for each regime that has one or can be traced, and why the others cannot be."""
     found = stored_profiles(model, regimes, sequence_tokens)
     missing = [regime for regime in regimes if regime not in found]
     if not missing:
         return found, {}
     if not can_trace():
-        raise InputError(
+        refusal = InputError(
             f"no profile of {model.name} is stored, and the libraries to trace one are not installed.",
             to_fix="pip install 'autofit-launcher[trace]'",
             hint="`autofit models` lists the models whose profiles are shipped",
         )
+        return found, dict.fromkeys(missing, refusal)
     answers = dict(_trace_all(model, missing, sequence_tokens, progress))
     traced = {regime: answer for regime, answer in answers.items() if isinstance(answer, RegimeProfile)}
     refused = {regime: answer for regime, answer in answers.items() if isinstance(answer, InputError)}
@@ -176,11 +173,21 @@ def _trace_all(
     progress(model.name, 0, len(regimes))
     done = 0
     with ThreadPoolExecutor(workers) as pool:
-        answers = pool.map(lambda share: answers_of_subprocess(model, share, sequence_tokens), shares)
+        answers = pool.map(lambda share: _answers(model, share, sequence_tokens), shares)
         for share, profiles in zip(shares, answers, strict=True):
             done += len(profiles)
             progress(model.name, done, len(regimes))
             yield from zip(share, profiles, strict=True)
+
+
+def _answers(model: Model, regimes: Sequence[Regime], sequence_tokens: int) -> list[RegimeProfile | InputError]:
+    """Trace regimes in one process; where it ends before it has answered, each in one of its own."""
+    try:
+        return answers_of_subprocess(model, regimes, sequence_tokens)
+    except InputError as error:
+        if len(regimes) == 1:
+            return [error]
+    return [answer for regime in regimes for answer in _answers(model, [regime], sequence_tokens)]
 
 
 def trace_in_subprocess(model: Model, regimes: Sequence[Regime], sequence_tokens: int) -> list[RegimeProfile]:

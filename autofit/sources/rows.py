@@ -46,6 +46,8 @@ OFFLOADS = {
     "optimizer cpu": "optimizer",
 }
 PURE = {"float32": "fp32", "bfloat16": "pure-bf16", "float16": "pure-fp16"}
+MAX_NUMBER = 2**31 - 1
+"""Of tokens, sequences or steps; nothing trains as many."""
 ALWAYS_UNQUANTISED = ("lm_head",)
 """What transformers leaves unquantised unasked."""
 
@@ -76,10 +78,7 @@ def read_case(row: Row, *, allow_hub: bool = False) -> Case:
     for name in REQUIRED:
         if row.get(name) is None:
             raise InputError(f"the row has no {name}.", to_fix=f"give {', '.join(REQUIRED)}")
-    for name in ("model", "gpus"):
-        if not isinstance(row[name], str):
-            raise InputError(f"the row's {name} is {row[name]!r}.", to_fix="give a text")
-    cluster, model = _cluster(row["gpus"]), _model(row["model"], allow_hub)
+    cluster, model = _cluster(_text(row, "gpus")), _model(_text(row, "model"), allow_hub)
     restrictions = read_restrictions(row, cluster)
     accumulation = _number(row, "gradient_accumulation_steps", 1)
     num_groups = max(1, cluster.num_devices // restrictions.sequence_parallel_size)
@@ -103,19 +102,19 @@ def read_restrictions(row: Row, cluster: Cluster) -> Restrictions:
         "methods": (_method(row),),
         "precision": _precision(row),
         "weights_dtype": row.get("weights_dtype"),
-        "optims": (row.get("optimizer") or "adamw_torch_fused",),
+        "optims": (_text(row, "optimizer") or "adamw_torch_fused",),
         "shardings": _shardings(row, cluster),
-        "reshard_after_forward": row.get("sharding") != "fsdp_shard_grad_op",
+        "reshard_after_forward": _text(row, "sharding") != "fsdp_shard_grad_op",
         "offload": _offload(row),
         "micro_batch_sequences": (_number(row, "micro_batch_size", 1),),
-        "gradient_checkpointing": bool(row.get("gradient_checkpointing")),
-        "attention": row.get("attention") or "sdpa",
+        "gradient_checkpointing": _flag(row, "gradient_checkpointing"),
+        "attention": _text(row, "attention") or "sdpa",
         "lora": _stated({"r": row.get("lora_rank"), "target_modules": _targets(row)}),
         "quantization": _quantization(row),
-        "loss": row.get("loss") or "stock",
-        "keeps_outputs": bool(row.get("outputs_kept")),
+        "loss": _text(row, "loss") or "stock",
+        "keeps_outputs": _flag(row, "outputs_kept"),
     }
-    if PINNED_IN_NOTES in (row.get("notes") or ""):
+    if PINNED_IN_NOTES in _notes(row):
         given["sdpa_kernel"] = "efficient"
     given |= {name: read(row[name]) for name, read in FURTHER.items() if row.get(name) is not None}
     if row.get("batching") is not None:
@@ -206,43 +205,66 @@ def _number(row: Row, name: str, default: int) -> int:
     value = row.get(name)
     if value is None:
         return default
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"the row's {name} is {value!r}.", to_fix="give a whole number of at least 1")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_NUMBER:
+        raise InputError(f"the row's {name} is {value!r}.", to_fix=f"give a whole number from 1 to {MAX_NUMBER}")
     return value
 
 
+def _text(row: Row, name: str) -> str:
+    """Return a text, empty where the row has none."""
+    value = row.get(name)
+    if value is None:
+        return ""
+    if not isinstance(value, str) or not value:
+        raise InputError(f"the row's {name} is {value!r}.", to_fix="give a text")
+    return value
+
+
+def _flag(row: Row, name: str) -> bool:
+    value = row.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise InputError(f"the row's {name} is {value!r}.", to_fix="give true or false")
+    return bool(value)
+
+
+def _notes(row: Row) -> str:
+    """What a person wrote; anything else says nothing."""
+    notes = row.get("notes")
+    return notes if isinstance(notes, str) else ""
+
+
 def _method(row: Row) -> str:
-    method = row.get("method") or "full"
+    method = _text(row, "method") or "full"
     quantised = row.get("quantization") is not None
     if quantised and method != "qlora":
         raise InputError(f"the row's method is {method!r}, and it is quantised.", to_fix="give the method qlora")
-    return str(method)
+    return method
 
 
 def _precision(row: Row) -> str:
     """Name what autocast and the weights' dtype come to; autocast `no` leaves it to the weights."""
-    autocast, weights = row.get("autocast"), row.get("weights_dtype")
-    if autocast not in {None, "no", "bf16", "fp16"}:
+    autocast, weights, rounds = _text(row, "autocast"), _text(row, "weights_dtype"), _flag(row, "tf32")
+    if autocast not in {"", "no", "bf16", "fp16"}:
         raise InputError(f"the row's autocast is {autocast!r}.", to_fix="give no, bf16 or fp16")
     if autocast != "no":
         return autocast or "auto"
-    if row.get("tf32") and weights in {None, "float32"}:
+    if rounds and weights in {"", "float32"}:
         return "tf32"
-    if weights is not None and weights not in PURE:
+    if weights and weights not in PURE:
         raise InputError(f"the row's weights_dtype is {weights!r}.", to_fix=f"give one of {', '.join(PURE)}")
     return PURE[weights or "float32"]
 
 
 def _shardings(row: Row, cluster: Cluster) -> tuple[str, ...]:
-    stated = row.get("sharding")
-    if stated is None or (stated == "none" and cluster.num_devices > 1):
+    stated = _text(row, "sharding")
+    if not stated or (stated == "none" and cluster.num_devices > 1):
         return ("none", "ddp")
-    return (SHARDINGS.get(stated, str(stated)),)
+    return (SHARDINGS.get(stated, stated),)
 
 
 def _offload(row: Row) -> str:
-    stated = row.get("offload") or "none"
-    return OFFLOADS.get(stated, str(stated))
+    stated = _text(row, "offload") or "none"
+    return OFFLOADS.get(stated, stated)
 
 
 def _targets(row: Row) -> list[str] | None:
@@ -255,7 +277,9 @@ def _quantization(row: Row) -> dict[str, Any]:
     known = {"bits", "type", "double_quant", "storage", "skip", "compute_dtype"}
     if not isinstance(stated, dict) or set(stated) - known:
         raise InputError(f"the row's quantization is {stated!r}.", to_fix=f"give null or {', '.join(sorted(known))}")
-    skipped = tuple(stated.get("skip") or ())
+    skipped = stated.get("skip") or ()
+    if not isinstance(skipped, list | tuple):
+        raise InputError(f"the row's quantization skips {skipped!r}.", to_fix="give a list of module names")
     return _stated(
         {
             "bits": stated.get("bits"),
@@ -264,14 +288,14 @@ def _quantization(row: Row) -> dict[str, Any]:
             "storage_dtype": stated.get("storage"),
             "compute_dtype": stated.get("compute_dtype"),
             "prepares_kbit": row.get("kbit_prepare"),
-            "skip_modules": () if skipped == ALWAYS_UNQUANTISED else skipped,
+            "skip_modules": () if tuple(skipped) == ALWAYS_UNQUANTISED else tuple(skipped),
             "recasts_tables": _recasts_tables(row),
         }
     )
 
 
 def _recasts_tables(row: Row) -> Any:
-    is_named = RECAST_IN_NOTES in (row.get("notes") or "")
+    is_named = RECAST_IN_NOTES in _notes(row)
     is_recast = is_named and row.get("kbit_prepare") and row.get("autocast") == "bf16"
     return row.get("recasts_tables", True if is_recast else None)
 

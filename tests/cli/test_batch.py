@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 
 import msgspec
 import pytest
 
 import autofit
+from autofit.errors import InputError
 from autofit.plan import to_json
 from tests.sources.test_rows import ROW
 
@@ -49,6 +51,90 @@ def test_every_row_is_answered_in_order(autofit, rows_file):
     assert [answer["id"] for answer in found] == ["a", None, None, "b", ["c"]]
     reasons = ("H900", "line 2 is not JSON", "line 4 is not a JSON object", "sgdd", "model is {}")
     assert all(reason in answer["refused"] for answer, reason in zip(found, reasons, strict=True))
+
+
+WRONG = {
+    b"5": "line 1 is not a JSON object",
+    b"[" * 100_000: "line 1 is not JSON",
+    b'{"id": 1, "notes": "caf\xe9"}': "line 1 is not JSON",
+    b'{"id": 1}': "no model",
+    b'{"id": 1, "model": 5}': "model is 5",
+    b'{"id": 1, "model": ""}': "model is ''",
+    b'{"id": 1, "model": "\\ud800"}': "neither a path nor in the catalogue",
+    b'{"id": 1, "model": "/bin/ls"}': "is not text",
+    b'{"id": 1, "model": "none/config.json"}': "there is no 'none/config.json'",
+    b'{"id": 1, "gpus": "2xFOO"}': "'FOO' is not a known GPU",
+    b'{"id": 1, "gpus": "0xA100-80G"}': "asks for 0 devices",
+    b'{"id": 1, "seq_len": "512"}': "seq_len is '512'",
+    b'{"id": 1, "seq_len": true}': "seq_len is True",
+    b'{"id": 1, "seq_len": 1e3}': "seq_len is 1000.0",
+    b'{"id": 1, "micro_batch_size": 99999999999999999999}': "micro_batch_size is 99999999999999999999",
+    b'{"id": 1, "method": ["lora"]}': "method is ['lora']",
+    b'{"id": 1, "gradient_checkpointing": "false"}': "gradient_checkpointing is 'false'",
+    b'{"id": 1, "outputs_kept": 1}': "outputs_kept is 1",
+    b'{"id": 1, "tf32": "yes"}': "tf32 is 'yes'",
+    b'{"id": 1, "sharding": {}}': "sharding is {}",
+    b'{"id": 1, "offload": []}': "offload is []",
+    b'{"id": 1, "optimizer": ""}': "optimizer is ''",
+    b'{"id": 1, "method": "qlora", "quantization": {"bits": 4, "skip": "lm_head"}}': "skips 'lm_head'",
+    b'{"id": 1, "lora_rank": "8"}': "lora.r",
+}
+
+
+@pytest.mark.parametrize(("line", "words"), WRONG.items(), ids=range(len(WRONG)))
+def test_a_wrong_row_is_answered_with_what_is_wrong(autofit, tmp_path, line, words):
+    """Whatever stands in a line, it is answered in its place, and the line after it too."""
+    complete = json.loads(line) if line.startswith(b"{") and b"\xe9" not in line else None
+    if complete is not None and complete != {"id": 1}:
+        line = json.dumps({name: value for name, value in ROW.items() if name != "id"} | complete).encode()
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(line + b"\n" + json.dumps(ROW | {"id": "after", "gpus": "1xH900"}).encode())
+    first, second = answers(autofit("estimate", "--batch", path))
+    assert words in first["refused"]
+    assert first["id"] == (None if complete is None else 1)
+    assert (second["id"], "H900" in second["refused"]) == ("after", True)
+
+
+@pytest.mark.parametrize("row_id", ["\ud800", 10**30, "a\u2028b", None, {"a": [1.5, True]}], ids=ascii)
+def test_an_id_comes_back_as_it_was_given(autofit, tmp_path, row_id):
+    """Also one that is no text, or that UTF-8 or 64 bits do not hold."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ROW | {"id": row_id, "gpus": "1xH900"}), encoding="utf-8")
+    assert answers(autofit("estimate", "--batch", path))[0]["id"] == row_id
+
+
+def test_only_a_line_feed_ends_a_row(autofit, tmp_path):
+    """A line separator inside a text is part of it, as JSON has it; a byte order mark and a carriage return are not."""
+    row = json.dumps(ROW | {"id": "a\u2028\x85b", "gpus": "1xH900"}, ensure_ascii=False).encode()
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(codecs.BOM_UTF8 + row + b"\r\n\r\n" + row + b"\r\n")
+    found = answers(autofit("estimate", "--batch", path))
+    assert [answer["id"] for answer in found] == ["a\u2028\x85b"] * 2
+    assert all("H900" in answer["refused"] for answer in found)
+
+
+def test_of_no_rows_nothing_is_said(autofit, tmp_path):
+    """An empty file is no mistake."""
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"")
+    assert answers(autofit("estimate", "--batch", path)) == []
+
+
+def test_a_tracer_that_dies_takes_no_other_row_with_it(monkeypatch, tmp_path, autofit, rows_file):
+    """Where a process ends in the middle of tracing several code paths, each is traced in a process of its own."""
+    monkeypatch.setenv("AUTOFIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("autofit.sources.profiles.MAX_TRACERS", 1)
+
+    def trace(model, regimes, sequence_tokens):
+        if any(regime.gradient_checkpointing for regime in regimes):
+            raise InputError("the process ended")
+        return [InputError(f"traced {regime.method}") for regime in regimes]
+
+    monkeypatch.setattr("autofit.sources.profiles.answers_of_subprocess", trace)
+    rows = [ROW | {"id": n, "seq_len": 77, "gradient_checkpointing": dies} for n, dies in enumerate((False, True))]
+    rows.append(rows[0] | {"id": 2, "method": "full", "quantization": None})
+    found = answers(autofit("estimate", "--batch", rows_file(*rows)))
+    assert [answer["refused"] for answer in found] == ["traced qlora", "the process ended", "traced full"]
 
 
 def test_options_beside_a_batch_are_refused(autofit, rows_file):
