@@ -135,6 +135,8 @@ DEFAULT_CELLS = (
         "b2-s256-ga1-ckpt-reentrant",
         "int8-none-bf16-adamw_torch_fused",
         "int8-ddp-bf16-adamw_torch_fused",
+        "int8-zero3-bf16-adamw_torch_fused",
+        "qlora-zero3-bf16-adamw_torch_fused",
     ),
     *_cells(
         "b2-s256-ga1-ckpt",

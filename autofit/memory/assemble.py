@@ -19,6 +19,7 @@ from autofit.memory.replay import MAX_MICRO_STEPS, Replayed, Replayer
 from autofit.memory.static import static_bytes
 from autofit.memory.tape import (
     PhasePeak,
+    kept_by_the_loss_bytes,
     kept_outputs_bytes,
     left_by_forward_bytes,
     offloaded_bytes,
@@ -78,6 +79,7 @@ class MemoryModel:
         self._offloaded = offloaded_bytes(profile, np.asarray(micro_batches), sequence_tokens)
         self._left = left_by_forward_bytes(profile, np.asarray(micro_batches), sequence_tokens)
         self._logits = returned_logits_bytes(profile, np.asarray(micro_batches), sequence_tokens)
+        self._kept_by_the_loss = kept_by_the_loss_bytes(profile, np.asarray(micro_batches), sequence_tokens)
         self._outputs = kept_outputs_bytes(profile, np.asarray(micro_batches), sequence_tokens)
         self.whole = whole or WholeModel(profile)
         self._fsdp = FsdpModel(self.whole.gathered, micro_batches, sequence_tokens)
@@ -166,7 +168,16 @@ class MemoryModel:
                 gradients = {"gradients": plan.accumulated_gradients if accumulates else 0}
                 phases.append(_phase("head_and_loss", [always, plan.forward, returned, gradients]))
         later = [("gradient_reduction", held) for held in plan.reduction] + [("optimizer_step", h) for h in plan.step]
-        return _highest_of_each_name([*phases, *(_phase(name, [always, outputs, held]) for name, held in later)])
+        loss = {"activations": self._held_in_the_step(configuration, column)}
+        return _highest_of_each_name([*phases, *(_phase(name, [always, outputs, loss, held]) for name, held in later)])
+
+    def _held_in_the_step(self, configuration: Configuration, column: int) -> int:
+        """What the loss keeps alive besides outputs: DeepSpeed steps inside `accelerator.backward`, before it is gone.
+
+        Source: accelerate/utils/deepspeed.py 1.15, DeepSpeedEngineWrapper.backward.
+        """
+        kept = self._kept_by_the_loss[column] - self._outputs[column]
+        return int(kept) if configuration.uses_deepspeed else 0
 
     def _phase(
         self, peak: PhasePeak, column: int, plan: Layout, always: Terms, outputs: Terms, *, accumulates: bool

@@ -20,6 +20,7 @@ Terms = dict[str, int]
 GradientMode = Literal["kept", "bucketed", "offloaded", "used"]
 
 PARAMETER_KINDS = ("parameter", "adapter", "quantized")
+EIGHT_BITS = 8
 MASTER_BYTES = 4
 """DeepSpeed's master weights and moments are fp32. Source: deepspeed/runtime/zero/config.py, bf16 block defaults."""
 NORM_BYTES = 8
@@ -56,6 +57,8 @@ class Layout:
     """State that the first step has not made at its highest moment."""
     host: int = 0
     """Host memory of one process: offloaded and paged state, and the buffers that serve it."""
+    host_made_later: int = 0
+    """What of it the first backward makes."""
 
 
 def layout(
@@ -186,6 +189,7 @@ def _zero2_offload(
     trained = [t.num_elements for t in model if t.trains]
     accumulates = configuration.gradient_accumulation_steps > 1
     small = max((n for n in trained if n <= settings.reduce_bucket_size), default=0)
+    host = zero2_buffers(partition, trained, element, accumulates=accumulates).num_bytes(device)
     return Layout(
         resident={**_weights(static), "offload_buffers": max(trained, default=0) * element, "optimizer_state": 0},
         backward={"communication_buckets": settings.reduce_bucket_size * element * (2 if settings.overlap_comm else 1)},
@@ -194,7 +198,8 @@ def _zero2_offload(
         reduction_fraction=NORM_BYTES / element,
         reduction_bytes=small * NORM_BYTES,
         step=({},),
-        host=zero2_buffers(partition, trained, element, accumulates=accumulates).num_bytes(device),
+        host=host,
+        host_made_later=host - zero2_buffers(partition, trained, element, accumulates=False).num_bytes(device),
     )
 
 
@@ -206,6 +211,8 @@ def _zero3(
     device: DeviceKind,
 ) -> Layout:
     """Everything in partitions; weights are gathered around the layer that needs them, up to a bound.
+
+    Packed weights stay whole from forward to the end of the step, see `_kept_packed_bytes`.
 
     The gradients of a bucket are interleaved in a copy before they are scattered; one that is alone in it only where
     it does not divide. The step flattens a sub-group's gradients into a copy, and casts that to fp32.
@@ -226,27 +233,28 @@ def _zero3(
     optimizer = partition_optimizer_bytes(partition, configuration.optim, device)
     sub_group = min(settings.sub_group_size, partition)
     flat, master = sub_group * element, sub_group * MASTER_BYTES
+    packed = _kept_packed_bytes(parameters, settings, configuration)
     largest = max((-(-t.num_elements // ranks) for t in parameters if t.trains), default=0)
     if configuration.offload != "none":
         return _zero3_offload(configuration, model, static, settings, device)
     return Layout(
         resident={
             "weights": shards + sum(t.num_bytes for t in persistent),
-            "quantized_weights": sum(t.num_bytes for t in model if t.kind == "quant_state"),
+            "quantized_weights": _replicated_packed_bytes(model, configuration),
             "buffers": static.buffers,
             "master_weights": partition * MASTER_BYTES,
             "optimizer_state": optimizer.state,
             "gradients": partition * element,
             "communication_buckets": settings.reduce_bucket_size * element,
         },
-        forward={"gathered_weights": _gathered_bytes(parameters, settings, configuration)},
+        forward={"gathered_weights": _gathered_bytes(parameters, settings, configuration), "quantized_weights": packed},
         backward={"communication_buckets": settings.reduce_bucket_size * element},
         gradients="bucketed",
         reduction_fraction=_interleaves(model, configuration, settings),
         step=(
-            {"optimizer_temporaries": largest * NORM_BYTES},
-            {"gradients": flat + (master if element != MASTER_BYTES else 0)},
-            {"gradients": master, "optimizer_temporaries": optimizer.step},
+            {"optimizer_temporaries": largest * NORM_BYTES, "quantized_weights": packed},
+            {"gradients": flat + (master if element != MASTER_BYTES else 0), "quantized_weights": packed},
+            {"gradients": master, "optimizer_temporaries": optimizer.step, "quantized_weights": packed},
         ),
         host=optimizer.host,
     )
@@ -268,22 +276,23 @@ def _zero3_offload(
     taken = NORM_BYTES + (element if device == "cuda" else 0)
     freed = 0.0 if _ties_embeddings(model) else 1.0
     offloads_weights = configuration.offload == "optimizer_and_parameters"
+    packed = _kept_packed_bytes(parameters, settings, configuration)
     host = zero3_buffers(trained, element, settings.sub_group_size).num_bytes(device)
     return Layout(
         resident={
             "weights": sum(t.num_bytes for t in persistent)
             + (0 if offloads_weights else sum(t.num_bytes for t in shards)),
-            "quantized_weights": sum(t.num_bytes for t in model if t.kind == "quant_state"),
+            "quantized_weights": _replicated_packed_bytes(model, configuration),
             "buffers": static.buffers,
             "communication_buckets": bucket,
             "optimizer_state": 0,
         },
-        forward={"gathered_weights": _gathered_bytes(parameters, settings, configuration)},
+        forward={"gathered_weights": _gathered_bytes(parameters, settings, configuration), "quantized_weights": packed},
         backward={"communication_buckets": bucket},
         gradients="bucketed",
         reduction_fraction=max(0.0, _interleaves(model, configuration, settings) + taken / (element * ranks) - freed),
         reduction_bytes=max((n for n in trained if n * ranks <= settings.reduce_bucket_size), default=0) * taken,
-        step=({},),
+        step=({"quantized_weights": packed},),
         host=host + (zero3_weight_buffers(shards).num_bytes(device) if offloads_weights else 0),
     )
 
@@ -309,11 +318,45 @@ def _gathered_bytes(parameters: list[Tensor], settings: DeepSpeedSettings, confi
     used = [*(t for t in below if is_tied and t.embeds), *parameters[len(below) :]]
     if adapts and not configuration.gradient_checkpointing and not is_tied:
         used = [t for t in used if not t.embeds or t.trains]
+    if _keeps_packed(configuration) or _is_int8(configuration):
+        used = [t for t in used if t.kind != "quantized"]
     held = [t for t in used if t.num_elements > settings.stage3_param_persistence_threshold]
     elements = sum(t.num_elements for t in held)
     whole = sum(t.num_bytes for t in held)
     bound = settings.stage3_max_live_parameters + settings.stage3_prefetch_bucket_size
     return whole if elements <= bound else whole * bound // elements
+
+
+def _is_int8(configuration: Configuration) -> bool:
+    return configuration.quantization is not None and configuration.quantization.bits == EIGHT_BITS
+
+
+def _replicated_packed_bytes(model: tuple[Tensor, ...], configuration: Configuration) -> int:
+    """What stage 3 does not shard of packed weights: their scales, and int8 weights, whole beside their shards.
+
+    bitsandbytes holds those itself, and gives them to the layer in every forward.
+    Source: bitsandbytes 0.50 nn/modules.py, Linear8bitLt.forward (`self.weight.data = self.state.CB`).
+    """
+    kinds = {"quant_state", "quantized"} if _is_int8(configuration) else {"quant_state"}
+    return sum(t.num_bytes for t in model if t.kind in kinds)
+
+
+def _keeps_packed(configuration: Configuration) -> bool:
+    """Whether the graph holds four-bit weights: bitsandbytes' product keeps its weight as an attribute.
+
+    Neither checkpoints that are not reentrant see that, nor backward's end; only the graph's own does.
+    Source: bitsandbytes 0.50 autograd/_functions.py, MatMul4Bit.forward (`ctx.tensors`).
+    """
+    recomputes_all = configuration.gradient_checkpointing and configuration.use_reentrant
+    return configuration.quantization is not None and not _is_int8(configuration) and not recomputes_all
+
+
+def _kept_packed_bytes(parameters: list[Tensor], settings: DeepSpeedSettings, configuration: Configuration) -> int:
+    """Packed weights that stay whole, though DeepSpeed lets go of them, until the loss is gone: after its step."""
+    if not _keeps_packed(configuration):
+        return 0
+    packed = (t for t in parameters if t.kind == "quantized")
+    return sum(t.num_bytes for t in packed if t.num_elements > settings.stage3_param_persistence_threshold)
 
 
 def _ties_embeddings(model: tuple[Tensor, ...]) -> bool:

@@ -170,7 +170,21 @@ def preparing(run: Run) -> Stage:
         return _preparing_zero12(run, weights)
     buckets = run.plan.resident.get("communication_buckets", 0)
     sent = broadcast_bytes(run.profile) if run.configuration.sharding == "ddp" else 0
-    return run.placed(weights + max(buckets, sent), 0)
+    return run.placed(weights + _moved_int8(run) + max(buckets, sent), 0)
+
+
+def _moved_int8(run: Run) -> int:
+    """A rank's CPU has a number, which makes it another device to `model.to`: int8 weights are copied.
+
+    bitsandbytes holds the old ones until the next forward. On a GPU nothing moves.
+    Source: accelerate/accelerator.py 1.15, prepare_model; accelerate/state.py, set_device; bitsandbytes 0.50
+    nn/modules.py, Linear8bitLt (`state.CB`).
+    """
+    quantization = run.configuration.quantization
+    moves = run.cluster.device.kind == "cpu" and run.configuration.num_processes > 1
+    if not moves or quantization is None or quantization.bits != EIGHT_BITS:
+        return 0
+    return run.total(t.num_bytes for t in run.model if t.kind == "quantized")
 
 
 def _preparing_zero12(run: Run, weights: int) -> Stage:
@@ -178,10 +192,10 @@ def _preparing_zero12(run: Run, weights: int) -> Stage:
     if run.configuration.offload == "none":
         return run.placed(weights + max(flat, 2 * MASTER_BYTES * _partition_elements(run)), 0)
     kept = run.plan.resident.get("offload_buffers", 0)
-    moments = _offloaded_moments(run)
+    host = run.plan.host - run.plan.host_made_later - _offloaded_moments(run)
     if run.cluster.device.kind == "cpu":
-        return run.placed(max(weights + flat, weights + kept + run.plan.host - moments), 0)
-    return run.placed(max(weights + flat, weights + kept), run.plan.host - moments)
+        return run.placed(max(weights + flat, weights + kept + host), 0)
+    return run.placed(max(weights + flat, weights + kept), host)
 
 
 def _preparing_zero3(run: Run) -> Stage:
@@ -191,7 +205,7 @@ def _preparing_zero3(run: Run) -> Stage:
     states = run.total(t.num_bytes for t in run.model if t.kind == "quant_state")
     rest = _buffers(run) + states
     master = partition * MASTER_BYTES
-    whole = run.total(t.num_bytes for t in run.parameters) if not run.builds_partitioned else 0
+    whole = _while_partitioning(run) if not run.builds_partitioned else 0
     if run.configuration.offload == "none":
         return run.placed(rest + max(whole, shards + master + sub_group), 0)
     offloads_weights = run.configuration.offload == "optimizer_and_parameters"
@@ -200,6 +214,18 @@ def _preparing_zero3(run: Run) -> Stage:
     if run.cluster.device.kind == "cpu":
         return run.placed(max(rest + whole, rest + shards + master + sub_group * 2, rest + shards + trained), 0)
     return run.placed(on_device, on_host)
+
+
+def _while_partitioning(run: Run) -> int:
+    """Every parameter in turn gives way to its shard, which is there before the whole is gone; int8 weights stay."""
+    quantization = run.configuration.quantization
+    stays = "quantized" if quantization is not None and quantization.bits == EIGHT_BITS else None
+    whole, highest = run.total(t.num_bytes for t in run.parameters), 0
+    for tensor in run.parameters:
+        shard = run.shards([tensor])
+        highest = max(highest, whole + shard)
+        whole += shard - (0 if tensor.kind == stays else run.total([tensor.num_bytes]))
+    return highest
 
 
 def first_step(run: Run) -> Stage:

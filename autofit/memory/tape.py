@@ -120,12 +120,21 @@ def kept_outputs_bytes(profile: RegimeProfile, micro_batches: npt.ArrayLike, seq
 
     It dies in the tape's last segment; it is alive in the optimizer's step and in the next forward.
     """
+    kept = kept_by_the_loss_bytes(profile, micro_batches, sequence_tokens)
+    return kept if profile.regime.keeps_outputs else np.zeros_like(kept)
+
+
+def kept_by_the_loss_bytes(profile: RegimeProfile, micro_batches: npt.ArrayLike, sequence_tokens: int) -> Bytes:
+    """Return what dies in the tape's last segment: all that the loss, or the output that has it, keeps alive.
+
+    Backward frees what its graph has saved, but not what it holds otherwise: the input of checkpointed layers and its
+    gradient, where that input is a leaf.
+    """
     sizes = size_table(profile, micro_batches, sequence_tokens)
     kept: Bytes = np.zeros(sizes.shape[1])
-    if profile.regime.keeps_outputs:
-        for event in profile.segments[-1].events:
-            if len(event) > BIRTH_FIELDS and event[1] not in {ON_HOST, GRADIENT}:
-                kept = kept + sizes[event[0]] * _num_meant(profile, profile.segments[-1], event)
+    for event in profile.segments[-1].events:
+        if len(event) > BIRTH_FIELDS and event[1] not in {ON_HOST, GRADIENT}:
+            kept = kept + sizes[event[0]] * _num_meant(profile, profile.segments[-1], event)
     return kept
 
 

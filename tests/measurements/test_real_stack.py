@@ -51,8 +51,8 @@ def test_the_peak_of_a_real_run_is_predicted(results):
 
 
 def test_each_phase_of_a_real_run_is_predicted(results):
-    """Phases of a steady step and the stages around it, each by itself: within 3 %."""
+    """Phases of a steady step and the stages around it, each by itself: within 2 %."""
     for result in results:
         for name in SURE:
             if name in result["figures"]:
-                assert abs(result["figures"][name]["error"]) < 0.03, (result["cell"], name, result["figures"][name])
+                assert abs(result["figures"][name]["error"]) < 0.02, (result["cell"], name, result["figures"][name])

@@ -12,7 +12,7 @@ from autofit.memory.loading import broadcast_buckets, broadcast_bytes
 from autofit.memory.phases import Run, first_step, loading, preparing, saving, stages
 from autofit.memory.static import static_bytes
 from autofit.memory.tensors import Tensor, tensors
-from autofit.spec.configuration import Configuration
+from autofit.spec.configuration import Configuration, Lora, Quantization
 from autofit.spec.estimate import Phase, Stages
 from autofit.spec.hardware import Cluster
 from autofit.spec.profile import StaticTensor
@@ -172,3 +172,26 @@ def zero3_gathered(configuration: Configuration, model: list[Tensor]) -> int:
     """Return what a stage 3 layout keeps gathered of a model whose tensors are all above the threshold."""
     plan = layout(configuration, tuple(model), static_bytes(tuple(model), "cpu"), HIDDEN, "cpu")
     return plan.forward["gathered_weights"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "bits", "kept", "resident"),
+    [
+        ({"gradient_checkpointing": True}, 4, 8e9, 0),
+        ({"gradient_checkpointing": True, "use_reentrant": True}, 4, 1e9, 0),
+        ({"gradient_checkpointing": True, "use_reentrant": True}, 8, 0, 8e9),
+    ],
+    ids=["held by the graph", "computed again as a whole", "int8"],
+)
+def test_stage_3_does_not_free_packed_weights_that_others_hold(changes, bits, kept, resident):
+    """Four-bit weights stay whole where the graph has them, as many as may live otherwise; int8 ones always do."""
+    packed = tuple(Tensor(10**9, 1, trains=False, embeds=False, kind="quantized") for _ in range(8))
+    model = (*packed, Tensor(4096, 2, trains=True, embeds=False, kind="adapter"))
+    configuration = a_configuration(
+        method="qlora", sharding="zero3", num_processes=8, quantization=Quantization(bits=bits), lora=Lora(), **changes
+    )
+    plan = layout(configuration, model, static_bytes(model, "cuda"), HIDDEN, "cuda")
+    whole = plan.forward.get("quantized_weights", 0) + plan.forward["gathered_weights"]
+    assert whole == pytest.approx(kept, rel=0.06, abs=model[-1].num_bytes)
+    assert plan.resident["quantized_weights"] == resident
+    assert plan.step[-1].get("quantized_weights", 0) == (kept if kept == 8e9 else 0)
