@@ -292,7 +292,7 @@ def _zero3_offload(
         gradients="bucketed",
         reduction_fraction=max(0.0, _interleaves(model, configuration, settings) + taken / (element * ranks) - freed),
         reduction_bytes=max((n for n in trained if n * ranks <= settings.reduce_bucket_size), default=0) * taken,
-        step=({"quantized_weights": packed},),
+        step=({"quantized_weights": packed} if packed else {},),
         host=host + (zero3_weight_buffers(shards).num_bytes(device) if offloads_weights else 0),
     )
 
