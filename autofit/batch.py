@@ -19,10 +19,10 @@ from autofit.errors import AutofitError, InputError
 from autofit.memory.assemble import MemoryModel, WholeModel
 from autofit.memory.limits import refuse_unmodelled
 from autofit.search.evaluate import refuse_length
-from autofit.search.rules import broken_rule
+from autofit.search.rules import Site, broken_rule, rules_for_given
 from autofit.sources.profiles import Progress, profiles_and_refusals
 from autofit.sources.rows import Case, Row, read_case
-from autofit.spec.job import Model, Restrictions
+from autofit.spec.job import Model
 from autofit.spec.profile import Regime, RegimeProfile
 from autofit.timing import TimeModel
 
@@ -100,7 +100,8 @@ def _read(row: Row | InputError, *, allow_hub: bool) -> Case | bytes:
 def _refuse_impossible(case: Case) -> None:
     """Refuse what is not modelled, and what a library refuses to run in a Trainer; a loop of one's own may do it."""
     refuse_unmodelled(case.configuration)
-    rule = broken_rule(case.configuration, case.cluster, Restrictions(optims=(case.configuration.optim,)))
+    site = Site(cluster=case.cluster, config=case.model.config)
+    rule = broken_rule(case.configuration, site, rules_for_given(case.cluster.software))
     if rule is not None and not case.configuration.keeps_outputs:
         raise InputError(f"{rule.reason} ({rule.name}: {rule.library} {rule.releases}).", to_fix="correct the row")
 

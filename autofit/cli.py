@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from autofit.search.compare import Offer
     from autofit.search.whatif import Answer
     from autofit.sources.script import Overrides
+    from autofit.spec.hardware import Cluster
     from autofit.spec.job import Job
 
 
@@ -175,12 +176,20 @@ def plan_for_script(
     from autofit.sources.hardware import parse_cluster
     from autofit.sources.script import discover, job_from_discovery
 
-    cluster = parse_cluster(gpus)
+    cluster = here(parse_cluster(gpus))
     with discovery_display(side_console(), script):
         discovered = discover(script, arguments, allow_hub=allow_hub)
     job = job_from_discovery(discovered, cluster, said, script=script, arguments=arguments)
     job = with_data(job, wishes, allow_hub=allow_hub, display=measuring)
     return solve_job(with_allocator_of(os.environ, job), cluster, tracing)
+
+
+def here(cluster: Cluster) -> Cluster:
+    """Say of a cluster that what is installed here is what will train on it: a launch starts here."""
+    from autofit.search.rules import LIBRARIES
+    from autofit.spec.libraries import software_here
+
+    return replace(cluster, software=software_here(LIBRARIES, trains_here=True))
 
 
 def with_allocator_of(environment: Mapping[str, str], job: Job) -> Job:
@@ -540,6 +549,23 @@ def models(*, as_json: JsonOption = False) -> None:
     entries = model_catalogue().models
     known = {name: entry.num_params for entry in entries for name in entry.ids}
     show(models_table(known), {"models": known}, as_json=as_json)
+
+
+@app.command()
+def rules(*, as_json: JsonOption = False) -> None:
+    """List the combinations that libraries refuse or break, and which of them hold here."""
+    from autofit.report.rules import rules_table
+    from autofit.search.rules import LIBRARIES, RULES
+    from autofit.spec.libraries import software_here
+
+    software = software_here(LIBRARIES, trains_here=True)
+    if as_json:
+        print_json({"rules": [rule.described(software) for rule in RULES]})
+        return
+    from autofit.report.console import result_console
+
+    console = result_console()
+    console.print(rules_table(RULES, software, width=console.width))
 
 
 @app.command()

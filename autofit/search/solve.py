@@ -14,7 +14,7 @@ from autofit.plan import Inputs, Plan, Rung
 from autofit.search.evaluate import Evaluated, Evaluator, MemoryEstimator, has_ample_room
 from autofit.search.nothing_fits import Search, changes, refusal
 from autofit.search.rank import Cost, cheapest, cost_of, ladder
-from autofit.search.rules import RULES, Rule, broken_rule
+from autofit.search.rules import Rule, Site, broken_rule, rules_for, rules_for_given
 from autofit.search.space import METHODS, candidates
 from autofit.search.truncate import truncations
 from autofit.search.words import (
@@ -148,9 +148,10 @@ class _Allowed:
     fallen: Counter[Rule]
 
 
-def _allowed(job: Job, cluster: Cluster, rules: tuple[Rule, ...] = RULES) -> _Allowed:
+def _allowed(job: Job, cluster: Cluster) -> _Allowed:
     every = candidates(job, cluster)
-    verdicts = [broken_rule(each, cluster, job.restrictions, rules) for each in every]
+    site, rules = Site(cluster=cluster, config=job.model.config), rules_for(cluster.software, job.restrictions)
+    verdicts = [broken_rule(each, site, rules) for each in every]
     fallen = Counter(rule for rule in verdicts if rule is not None)
     allowed = tuple(each for each, rule in zip(every, verdicts, strict=True) if rule is None)
     if allowed:
@@ -164,8 +165,8 @@ def _allowed(job: Job, cluster: Cluster, rules: tuple[Rule, ...] = RULES) -> _Al
 
 def _refuse_broken(job: Job, cluster: Cluster, configuration: Configuration) -> None:
     """Refuse what a library refuses; what a rule only avoids was asked for."""
-    asked = replace(job.restrictions, optims=(configuration.optim,))
-    rule = broken_rule(configuration, cluster, asked)
+    site = Site(cluster=cluster, config=job.model.config)
+    rule = broken_rule(configuration, site, rules_for_given(cluster.software))
     if rule is not None:
         raise InputError(
             f"{describe(configuration)} cannot run: {rule.reason} ({rule.library} {rule.releases}; {rule.source}).",

@@ -91,15 +91,18 @@ def configuration(
 ) -> Configuration:
     """Complete the free knobs with what follows from them.
 
-    Reentrant checkpointing for an adapter under stage 3 alone: there the other implementation fails on older releases.
-    Source: huggingface/transformers#47254, deepspeedai/DeepSpeed#8130.
+    Reentrant checkpointing for an adapter under stage 3, where the other implementation fails on older releases, and
+    for int8 weights, whose inputs the other keeps.
+    Source: huggingface/transformers#47254, deepspeedai/DeepSpeed#8130; the rule int8-checkpoints-with-reentry.
     """
     precision = resolved_precision(restrictions.precision, cluster.device)
     dtypes = dtypes_of(precision, method, sharding)
-    reentrant_by_need = method in ADAPTER_METHODS and sharding == "zero3"
+    quantization = _quantization(restrictions.quantization, dtypes, sharding) if method == "qlora" else None
+    is_int8 = quantization is not None and quantization.bits == 8
+    reentrant_by_need = (method in ADAPTER_METHODS and sharding == "zero3") or is_int8
     return Configuration(
         method=method,
-        quantization=_quantization(restrictions.quantization, dtypes, sharding) if method == "qlora" else None,
+        quantization=quantization,
         lora=restrictions.lora if method in ADAPTER_METHODS else None,
         freeze=restrictions.freeze if method == "freeze" else None,
         optim=optim,

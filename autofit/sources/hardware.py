@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from autofit.errors import InputError, nearest
+from autofit.search.rules import LIBRARIES
 from autofit.sources.detect import (
     cpu_computes_bf16,
     detected_device,
@@ -20,6 +21,7 @@ from autofit.sources.detect import (
 )
 from autofit.sources.gpus import FIGURE_NAMES, Catalogue, Figures, Gpu, SizedName, catalogue, device, find, split_size
 from autofit.spec.hardware import Cluster, Device
+from autofit.spec.libraries import software_here
 from autofit.units import GIB, parse_bytes
 
 _TEXT = re.compile(r"(?:(?P<first>[-+]?\d+)\s*[xX]\s*)?(?:(?P<second>[-+]?\d+)\s*[xX]\s*)?(?P<device>.+)", re.DOTALL)
@@ -66,6 +68,7 @@ def parse_cluster(
         num_devices_per_node=num_devices,
         inter_node_bytes_per_second=None if around.inter_node_gb_s is None else around.inter_node_gb_s * 1e9,
         host_memory_bytes=None if around.host_memory_gib is None else int(around.host_memory_gib * GIB),
+        software=software_here(LIBRARIES, trains_here=False),
     )
 
 
@@ -90,6 +93,7 @@ def _detected(text: str, detect: Callable[[], str], environment: Mapping[str, st
         device=detected_device(gpus, catalogue()),
         num_devices_per_node=len(gpus),
         host_memory_bytes=host_memory_bytes(),
+        software=software_here(LIBRARIES, trains_here=True),
     )
 
 

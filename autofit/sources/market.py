@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from autofit.errors import InputError
+from autofit.search.rules import LIBRARIES
 from autofit.sources.gpus import catalogue, device
 from autofit.sources.hardware import parse_cluster
 from autofit.spec.hardware import Cluster, Device
+from autofit.spec.libraries import software_here
 
 ANY = "any"
 NUM_DEVICES_OFFERED = (1, 2, 4, 8)
@@ -45,7 +47,12 @@ def hardware(named: Sequence[str], max_dollars_per_hour: float | None) -> tuple[
 def every_priced() -> tuple[Cluster, ...]:
     """Return 1, 2, 4 and 8 of every CUDA GPU that the catalogue has a price for."""
     priced = [gpu for gpu in catalogue().gpus if gpu.platform == "cuda" and gpu.figures.dollars_per_hour is not None]
-    return tuple(Cluster(device=device(gpu), num_devices_per_node=n) for gpu in priced for n in NUM_DEVICES_OFFERED)
+    software = software_here(LIBRARIES, trains_here=False)
+    return tuple(
+        Cluster(device=device(gpu), num_devices_per_node=n, software=software)
+        for gpu in priced
+        for n in NUM_DEVICES_OFFERED
+    )
 
 
 def other_sizes(of: Device) -> tuple[Device, ...]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from autofit.spec.software import Software
 
 DeviceKind = Literal["cuda", "cpu"]
 
@@ -54,6 +56,8 @@ class Cluster:
     """Of one node to the others, one direction; None: not known."""
     host_memory_bytes: int | None = None
     """Memory of one node; None: not known, and then not checked."""
+    software: Software = field(default_factory=Software)
+    """What is installed on every node, as far as it is known."""
 
     @property
     def num_devices(self) -> int:

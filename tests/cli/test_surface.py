@@ -96,6 +96,7 @@ SURFACE = {
     "data": {"--model", "--tokenizer", "--text-column", "--data-all", "--allow-hub", "--json"},
     "devices": {"--json"},
     "models": {"--json"},
+    "rules": {"--json"},
     "templates": {"--json"},
     "doctor": {"--json"},
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-GENERATED = ["README.md", "docs/cli.md"]
+GENERATED = ["README.md", "docs/cli.md", "docs/search.md"]
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
 
 
