@@ -9,8 +9,8 @@ runs a bare Accelerate loop, which keeps the model's output alive through backwa
 
 Sharded cells run on two gloo ranks; under FSDP, `cpu_fsdp/` makes accelerate take them for GPUs. Measured is the most
 bytes that tensor storages held at one time, on the rank that held most: from the first step to the last, and in each
-phase by itself. A CPU rank's device is the host, so what is offloaded counts as what is not: predicted is the sum of
-both.
+phase by itself. A CPU rank's device is the host, so what DeepSpeed offloads counts as what it does not: predicted is
+the sum of both. What FSDP offloads is counted apart (`host_memory.py`).
 
 FILE keeps what was measured, one line a run, and cells that it has are not run again: an interrupted benchmark goes on,
 and predictions, which are always made anew, can be compared without training again. Two runs of a cell are two rows.
@@ -130,6 +130,10 @@ DEFAULT_CELLS = (
         "lora-fsdp1-bf16-adamw_torch_fused",
         "lora-fsdp2-bf16-adamw_torch_fused",
         "qlora_bf16-fsdp2-bf16-adamw_torch_fused",
+        "full-fsdp1_offload_all-bf16-adamw_torch_fused",
+        "full-fsdp2_offload_all-bf16-adamw_torch_fused",
+        "lora-fsdp1_offload_all-bf16-adamw_torch_fused",
+        "lora-fsdp2_offload_all-bf16-adamw_torch_fused",
     ),
     *_cells(
         "b2-s256-ga1-ckpt-reentrant",
@@ -155,6 +159,7 @@ DEFAULT_CELLS = (
         "full-fsdp1-bf16-adamw_torch_fused",
         "lora-fsdp2-bf16-adamw_torch_fused",
         "qlora_bf16-fsdp2-bf16-adamw_torch_fused",
+        "qlora_bf16-fsdp2_offload_all-bf16-adamw_torch_fused",
     ),
     *_cells("b2-s256-ga2", "full-ddp-bf16-adamw_torch_fused"),
     *_cells(
@@ -208,6 +213,8 @@ DEFAULT_CELLS = (
         "full-zero3-bf16-adamw_8bit",
         "full-fsdp1-bf16-adamw_torch_fused",
         "full-fsdp1-bf16-adamw_8bit",
+        "full-fsdp1_offload_all-bf16-sgd",
+        "full-fsdp2_offload_all-fp32-adamw_torch",
         "full-fsdp2-bf16-adamw_torch",
     ),
     # A bare loop keeps the model's output.
@@ -372,33 +379,37 @@ def run(cells: Sequence[str], measurements: Measurements) -> Iterator[Result]:
 
 
 def _result(cell: str, predicted: MemoryEstimate, ranks: Ranks) -> Result:
+    host = _host_bytes(predicted, ranks)
     return Result(
         cell=cell,
-        predicted_bytes=predicted.peak_allocated_bytes + _host_bytes(predicted),
+        predicted_bytes=predicted.peak_allocated_bytes + host,
         phase=max(predicted.phases, key=lambda phase: phase.bytes).name,
         measured_bytes=_measured(ranks, "first ", "early ", "steady "),
-        predicted_after_step_bytes=(predicted.after_step_allocated_bytes or 0) + _host_bytes(predicted),
+        predicted_after_step_bytes=(predicted.after_step_allocated_bytes or 0) + host,
         measured_after_step_bytes=max(rank["after_step_bytes"] for rank in ranks),
         figures=dict(_figures(predicted, ranks)),
     )
 
 
-def _host_bytes(predicted: MemoryEstimate) -> int:
-    return predicted.host_bytes or 0
+def _host_bytes(predicted: MemoryEstimate, ranks: Ranks) -> int:
+    """Of the host what was counted with the device."""
+    return 0 if any(rank.get("host_peaks") for rank in ranks) else predicted.host_bytes or 0
 
 
-def _measured(ranks: Ranks, *starts: str) -> int:
+def _measured(ranks: Ranks, *starts: str, peaks: str = "peaks") -> int:
     """Return the highest peak of all ranks in the phases whose names begin so; 0 where none was entered."""
     return max(
-        (peak for rank in ranks for name, peak in rank["peaks"].items() if name.startswith(starts)),
+        (peak for rank in ranks for name, peak in rank.get(peaks, {}).items() if name.startswith(starts)),
         default=0,
     )
 
 
 def _figures(predicted: MemoryEstimate, ranks: Ranks) -> Iterator[tuple[str, Figure]]:
     for name, held in PHASES.items():
-        highest = max(phase.bytes for phase in predicted.phases if phase.name in held) + _host_bytes(predicted)
+        highest = max(phase.bytes for phase in predicted.phases if phase.name in held) + _host_bytes(predicted, ranks)
         yield name, Figure(predicted_bytes=highest, measured_bytes=_measured(ranks, f"steady {name}"))
+    if kept := _measured(ranks, "first ", "early ", "steady ", peaks="host_peaks"):
+        yield "host", Figure(predicted_bytes=predicted.host_bytes or 0, measured_bytes=kept)
     for name, start in STAGES.items():
         stage = getattr(predicted.stages, name)
         if stage is not None and (measured := _measured(ranks, start)):

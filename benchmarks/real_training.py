@@ -7,6 +7,7 @@ Reads RUN_FOLDER/request.json, writes RUN_FOLDER/rankN.json: the peak of each ph
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -16,6 +17,7 @@ from typing import Any
 
 import msgspec
 import torch
+from host_memory import HostMemory
 
 from autofit.runtime.live_bytes import LiveBytes
 from autofit.runtime.run import leave_process_group
@@ -36,11 +38,14 @@ class PhasePeaks:
 
     Args:
         live: the counter.
+        host: what the host of a GPU would keep, where that is told apart, and its counter.
     """
 
-    def __init__(self, live: LiveBytes) -> None:
+    def __init__(self, live: LiveBytes, host: tuple[HostMemory, LiveBytes] | None = None) -> None:
         self.peaks: dict[str, int] = {}
-        self._live = live
+        self.host_peaks: dict[str, int] = {}
+        self.host, host_live = host or (None, None)
+        self._counters = [(self.peaks, live)] + ([(self.host_peaks, host_live)] if host_live else [])
         self._name = ""
 
     def enter(self, name: str) -> None:
@@ -50,12 +55,13 @@ class PhasePeaks:
 
     def leave(self) -> None:
         """End the phase, and wait until gloo's threads have let go of what they sent: the next one has none of it."""
-        if self._name:
-            self.peaks[self._name] = max(self.peaks.get(self._name, 0), self._live.peak_bytes)
+        for peaks, live in self._counters if self._name else []:
+            peaks[self._name] = max(peaks.get(self._name, 0), live.peak_bytes)
         self._name = ""
         if torch.distributed.is_initialized():
             time.sleep(SETTLING_SECONDS)
-        self._live.reset_peak()
+        for _, live in self._counters:
+            live.reset_peak()
 
 
 class StepPhases:
@@ -91,8 +97,10 @@ def train(run_folder: Path) -> None:
 
     request = json.loads((run_folder / "request.json").read_text(encoding="utf-8"))
     configuration = msgspec.convert(request["configuration"], Configuration)
-    with LiveBytes() as live:
-        peaks = PhasePeaks(live)
+    with contextlib.ExitStack() as stack:
+        host = HostMemory() if configuration.uses_fsdp and configuration.offload != "none" else None
+        live = stack.enter_context(LiveBytes(counts=host and host.is_elsewhere))
+        peaks = PhasePeaks(live, host and (host, stack.enter_context(LiveBytes(counts=host.keeps))))
         # Made before the model: under ZeRO-3 transformers then loads the weights partitioned.
         arguments = TrainingArguments(
             output_dir=str(run_folder / "out"),
@@ -111,7 +119,7 @@ def train(run_folder: Path) -> None:
         loop = train_in_a_loop if configuration.keeps_outputs else train_with_trainer
         after_step = loop(model, arguments, dataset, configuration, live, peaks)
         peaks.leave()
-        figures = {"peaks": peaks.peaks, "after_step_bytes": after_step}
+        figures = {"peaks": peaks.peaks, "host_peaks": peaks.host_peaks, "after_step_bytes": after_step}
     (run_folder / f"rank{arguments.process_index}.json").write_text(json.dumps(figures), encoding="utf-8")
     leave_process_group()
 
@@ -142,7 +150,11 @@ def train_with_trainer(
         def on_step_begin(self, _arguments: Any, state: Any, _control: Any, **_: Any) -> None:
             if state.global_step == 0:
                 live.count_existing()
-                steps.watch(getattr(trainer.model_wrapped, "optimizer", None) or trainer.optimizer)
+                optimizer = getattr(trainer.model_wrapped, "optimizer", None) or trainer.optimizer
+                if peaks.host is not None:
+                    optimizer.step = peaks.host.runs(optimizer.step)
+                    trainer.accelerator.clip_grad_norm_ = peaks.host.runs(trainer.accelerator.clip_grad_norm_)
+                steps.watch(optimizer)
 
         def on_step_end(self, _arguments: Any, state: Any, _control: Any, **_: Any) -> None:
             steps.num_done = state.global_step

@@ -9,6 +9,7 @@ distributed/fsdp/_runtime_utils.py, _flat_param.py for FSDP1; what is wrapped: a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -17,6 +18,7 @@ import numpy as np
 
 from autofit.errors import InputError
 from autofit.memory.engines import Layout, Terms
+from autofit.memory.host import fsdp_buffers
 from autofit.memory.static import optimizer_bytes, rounded
 from autofit.memory.tape import BIRTH_FIELDS, PER_TOKEN, Bytes, size_table
 from autofit.memory.tensors import Tensor, tensors
@@ -296,19 +298,37 @@ def between_steps(configuration: Configuration, units: Units) -> Terms:
 def lay_out(configuration: Configuration, profile: RegimeProfile, units: Units) -> Layout:
     """Lay out shards and state: what is held around the script of a step.
 
-    Offloaded, all of it is on the host, in pinned memory, and the optimizer steps there.
-    Source: torch v2.13 distributed/fsdp/_fully_shard/_fsdp_api.py, `CPUOffloadPolicy`.
+    Offloaded, all of it is on the host, and the optimizer steps there. Between steps FSDP1 keeps the gradients too.
+    Source: torch v2.13 distributed/fsdp/_fully_shard/_fsdp_api.py, `CPUOffloadPolicy`; distributed/fsdp/api.py,
+    `CPUOffload`.
     """
-    offloads = configuration.offload != "none"
-    optimizer = optimizer_bytes(units.state, configuration.optim, "cpu" if offloads else profile.regime.device)
+    device = profile.regime.device
+    if configuration.offload != "none":
+        return Layout(resident=units.replicated, step=({},), host=_host_bytes(configuration, units, device))
+    optimizer = optimizer_bytes(units.state, configuration.optim, device)
     shards, gradients = units.total("shard"), units.total("kept")
-    if offloads:
-        return Layout(resident=units.replicated, step=({},), host=shards + gradients + optimizer.state + optimizer.host)
     return Layout(
         resident={**units.replicated, "weights": shards, "optimizer_state": optimizer.state},
         step=({"gradients": gradients, "optimizer_temporaries": optimizer.step},),
         host=optimizer.host,
     )
+
+
+def _host_bytes(configuration: Configuration, units: Units, device: DeviceKind) -> int:
+    """Of one process whose shards, gradients and optimizer are on the host.
+
+    When FSDP1 gathers a layer again it finds the last step's gradients exposed and none of its own, and makes zeros of
+    that size, which it lets go of when the layer's backward begins: by then it has gathered the next one early.
+    Source: torch v2.13 distributed/fsdp/_flat_param.py, `_writeback_orig_params`, `prepare_gradient_for_backward`.
+    """
+    parts = [part for unit in units.all() for part in unit.parts]
+    optimizer = optimizer_bytes(units.state, configuration.optim, "cpu")
+    shards = [part.shard for part in parts]
+    if configuration.sharding == "fsdp2":
+        return fsdp_buffers(shards, [part.kept for part in parts], optimizer.state + optimizer.step).num_bytes(device)
+    zeros = [unit.total("kept") for unit in (*units.layers, units.root)]
+    passing = max(optimizer.step, *(first + second for first, second in itertools.pairwise(zeros)))
+    return fsdp_buffers(shards, shards, optimizer.state + passing).num_bytes(device)
 
 
 Key = Hashable
@@ -491,19 +511,34 @@ class _Script:
     def _gather(self, name: str, unit: Unit) -> None:
         if name in self._gathered or name in self._unsharded or not unit.parts:
             return
-        self._take(("cast", name), "gathered_weights", self._copied(unit))
+        copies = self._copy_to_gather(name, unit)
         self._take(("gathered" if self._is_second else "whole", name), "gathered_weights", unit.total("whole"))
-        self._give(("cast", name))
+        for copy in copies:
+            self._give(copy)
         if self._is_second:
             self._gathered.add(name)
         else:
             self._unsharded.add(name)
 
-    def _copied(self, unit: Unit) -> int:
-        """This rank's shards in the dtype that computes; an offloaded one is copied to the device as it is stored."""
+    def _copy_to_gather(self, name: str, unit: Unit) -> list[Key]:
+        """Copy this rank's shards into the dtype that computes, if they are stored in another one.
+
+        An offloaded shard is first copied to the device as it is stored, one parameter at a time; one that needs no
+        other dtype stays until the unit is gathered. Source: torch v2.13 _fully_shard/_fsdp_param.py,
+        `all_gather_inputs`; _flat_param.py, `_use_low_precision_shard`, `pre_unshard`.
+        """
         if not self._offloads:
-            return unit.total("cast")
-        return unit.total("cast") + max((part.shard for part in unit.parts), default=0)
+            self._take(("cast", name), "gathered_weights", unit.total("cast"))
+            return [("cast", name)]
+        kept: list[Key] = []
+        for number, part in enumerate(unit.parts):
+            fetched, cast = ("fetched", name, number), ("cast", name, number)
+            self._take(fetched, "gathered_weights", part.shard)
+            self._take(cast, "gathered_weights", part.cast)
+            if part.cast:
+                self._give(fetched)
+            kept.append(cast if part.cast else fetched)
+        return kept
 
     def _copy_out(self, name: str, unit: Unit) -> None:
         self._take(("whole", name), "gathered_weights", unit.total("whole"))
@@ -661,7 +696,7 @@ class _Script:
                 self._held_to_the_end.add(name)
             else:
                 self._give(("reduced", name))
-        if self._offloads:
+        if self._offloads and self._is_second:
             self._give(("kept", name))
 
     def _end_first(self, name: str, unit: Unit, *, is_first: bool, is_last: bool) -> None:
@@ -706,7 +741,7 @@ class _Script:
         self._retained.clear()
         if is_last:
             for name, unit in units.items():
-                if unit.trains and not self._offloads:
+                if unit.trains and not (self._offloads and self._is_second):
                     self._give(("kept", name))
 
 

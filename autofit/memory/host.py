@@ -1,4 +1,4 @@
-"""Host memory: a second budget, of each node. What DeepSpeed keeps there for a device whose state is offloaded."""
+"""Host memory: a second budget, of each node. What DeepSpeed and FSDP keep there instead of on the device."""
 
 from __future__ import annotations
 
@@ -127,3 +127,22 @@ def zero3_weight_buffers(shards: Sequence[Tensor]) -> HostBuffers:
     frozen = tuple(shard.num_bytes for shard in shards if not shard.trains)
     trained = tuple(shard.num_bytes for shard in shards if shard.trains)
     return HostBuffers(pinned=(*frozen, sum(trained)), ordinary=(), left_pinned=trained)
+
+
+def fsdp_buffers(shards: Iterable[int], gradients: Iterable[int], optimizer_bytes: int) -> HostBuffers:
+    """Return what one process keeps on the host under FSDP with everything offloaded.
+
+    Each shard is pinned by itself, and so is each gradient's: FSDP2 copies it there without waiting, which makes torch
+    take pinned memory for it; FSDP1 pins one for every flat parameter, frozen ones too. The optimizer's state and its
+    temporaries are ordinary memory.
+
+    Source: torch v2.13 distributed/fsdp/_fully_shard/_fsdp_param.py (`_init_sharded_param`), _fsdp_collectives.py
+    (`foreach_reduce`, "D2H copy"), aten/src/ATen/native/TensorConversions.cpp (`_to_copy`, `pin_out`);
+    distributed/fsdp/_flat_param.py (`init_flat_param_attributes`, `_cpu_grad`).
+
+    Args:
+        shards: bytes of this process's part of each parameter, or flat parameter.
+        gradients: bytes of each gradient's part.
+        optimizer_bytes: its state, and what its step takes for a moment.
+    """
+    return HostBuffers(pinned=(*shards, *gradients), ordinary=(optimizer_bytes,))

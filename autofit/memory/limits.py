@@ -10,7 +10,9 @@ from autofit.memory.optimizers import OPTIMIZERS, UNMODELLED
 from autofit.spec.configuration import Configuration, Optim
 
 MODELLED_SHARDINGS = ("none", "ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2")
-OFFLOADED_SHARDINGS = ("zero2", "zero3")
+OFFLOADED_SHARDINGS = ("zero2", "zero3", "fsdp1", "fsdp2")
+FSDP_HOST_OPTIMS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+"""torch's own, which step on tensors of the host as they are. Others have kernels for GPUs, or none for DTensors."""
 
 
 def refuse_unmodelled(configuration: Configuration) -> None:
@@ -34,6 +36,11 @@ def unmodelled(configuration: Configuration) -> str | None:
         (c.optim.endswith("layerwise") and c.gradient_accumulation_steps > 1, f"accumulation under optim {c.optim}"),
         (c.sharding not in MODELLED_SHARDINGS, f"sharding {c.sharding}"),
         (c.offload != "none" and c.sharding not in OFFLOADED_SHARDINGS, f"offload {c.offload} under {c.sharding}"),
+        (c.uses_fsdp and c.offload == "optimizer", f"offload of the optimizer alone under {c.sharding}"),
+        (
+            c.uses_fsdp and c.offload != "none" and c.optim not in FSDP_HOST_OPTIMS,
+            f"optim {c.optim} on the host under {c.sharding}",
+        ),
         (c.num_replicas != 1 and not c.uses_fsdp, f"a hybrid shard (num_replicas) under {c.sharding}"),
         (c.sequence_parallel_size != 1, "sequence parallelism (sequence_parallel_size)"),
         (not c.reshard_after_forward and not c.uses_fsdp, f"reshard_after_forward off under {c.sharding}"),

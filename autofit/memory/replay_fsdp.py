@@ -20,7 +20,8 @@ from autofit.memory.unroll import DeepTape
 from autofit.spec.configuration import Configuration
 from autofit.units import BYTES_PER_ELEMENT
 
-COMPUTES, GATHERS, REDUCES = 0, 1, 2
+COMPUTES, GATHERS, REDUCES, COPIES = 0, 1, 2, 3
+"""FSDP1 copies shards into another dtype on a stream of its own (`_pre_unshard_stream`)."""
 
 
 class FsdpWriter:
@@ -143,6 +144,8 @@ class FsdpWriter:
 
 def _stream(key: Key, *, is_second: bool) -> int:
     what = key[0] if isinstance(key, tuple) else key
-    if what in {"gathered", "cast"} or (what == "whole" and not is_second):
+    if what in {"cast", "fetched"}:
+        return GATHERS if is_second else COPIES
+    if what == "gathered" or (what == "whole" and not is_second):
         return GATHERS
     return REDUCES if what in {"reduced", "kept"} else COMPUTES

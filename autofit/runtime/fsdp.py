@@ -35,6 +35,15 @@ def num_shards(engine: Any) -> int:
     return next((int(group.mesh_info.shard_mesh_size) for group in _layer_groups(engine)), 1)
 
 
+def offload_name(engine: Any) -> str:
+    """Say what waits on the host, in the plan's words: everything, or nothing."""
+    if fsdp_name(engine) == "fsdp1":
+        offloads = bool(engine.cpu_offload.offload_params)
+    else:
+        offloads = any(type(group.offload_policy).__name__ == "CPUOffloadPolicy" for group in _layer_groups(engine))
+    return "optimizer_and_parameters" if offloads else "none"
+
+
 def checkpoints_units(engine: Any) -> bool:
     """Tell whether FSDP's own checkpointing wraps the layers."""
     return any(_has_class(module, "CheckpointWrapper") for module in engine.modules())

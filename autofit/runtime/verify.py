@@ -8,7 +8,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from autofit.plan import Plan
-from autofit.runtime.fsdp import checkpoints_units, fsdp_name, num_shards, num_wrapped_layers, reshards_after_forward
+from autofit.runtime.fsdp import (
+    checkpoints_units,
+    fsdp_name,
+    num_shards,
+    num_wrapped_layers,
+    offload_name,
+    reshards_after_forward,
+)
 from autofit.runtime.model import dtype_name
 from autofit.spec.configuration import Configuration, Quantization
 from autofit.spec.deepspeed import bucket_settings, hidden_size
@@ -126,6 +133,7 @@ def _check_units(configuration: Configuration, engine: Any) -> Iterator[Check]:
     yield _check("layers sharded by themselves", _num_layers(engine.config), num_wrapped_layers(engine, layers))
     yield _check("processes in a shard", configuration.num_processes // configuration.num_replicas, num_shards(engine))
     yield _check("reshard_after_forward", configuration.reshard_after_forward, reshards_after_forward(engine))
+    yield _check("offload", configuration.offload, offload_name(engine))
 
 
 def _num_layers(config: Any) -> int:

@@ -29,6 +29,7 @@ class PatchState(importlib.abc.MetaPathFinder):
         def exec_module(module: Any) -> None:
             execute(module)
             module.PartialState._prepare_backend = prepare_backend_of(module)  # noqa: SLF001 (there is no public seam)
+            pretend_to_pin()
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
@@ -43,6 +44,15 @@ def prepare_backend_of(module: Any) -> Any:
         return None, module.DistributedType.NO
 
     return prepare_backend
+
+
+def pretend_to_pin() -> None:
+    """Leave tensors where they are that would be pinned for a GPU, or waited for: torch refuses to without one."""
+    import torch
+
+    torch.Tensor.pin_memory = lambda tensor, *_args: tensor  # type: ignore[method-assign, assignment]
+    torch.Tensor.is_pinned = lambda _tensor, *_args: True  # type: ignore[method-assign, assignment]
+    torch.cpu.Stream.synchronize = lambda _stream: None  # type: ignore[attr-defined]
 
 
 sys.meta_path.insert(0, PatchState())

@@ -29,6 +29,7 @@ SCRIPT_WITHOUT_SAVING = SCRIPT.replace("trainer.save_model()", "")
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "fsdp2": {"sharding": "fsdp2", "gradient_checkpointing": True},
     "fsdp1": {"sharding": "fsdp1", "gradient_accumulation_steps": 1},
+    "fsdp2 offloaded": {"sharding": "fsdp2", "offload": "optimizer_and_parameters"},
     "fsdp2 qlora": {
         "sharding": "fsdp2",
         "method": "qlora",
@@ -55,7 +56,8 @@ def test_a_plan_is_in_effect_and_holds_what_was_predicted(
 ) -> None:
     """The run passes its own verification (version, layers, groups, checkpoints), and each rank's peak is the estimate.
 
-    Within 1 %: between the predicted and the counted bytes of live tensor storages, peak and between two steps.
+    Within 1 %: between the predicted and the counted bytes of live tensor storages, peak and between two steps. What is
+    offloaded lies where the device's memory does, and nothing is copied between the two: there no figure is compared.
     """
     monkeypatch.setenv("PYTHONPATH", str(PRETENDING_GPUS))
     configuration = a_configuration(**CONFIGURATIONS[name])
@@ -72,6 +74,8 @@ def test_a_plan_is_in_effect_and_holds_what_was_predicted(
     ranks = outcome.summary["memory"]["ranks"]
     predicted = estimate(configuration)
     assert len(ranks) == 2
+    if configuration.offload != "none":
+        return
     assert predicted.peak_allocated_bytes == pytest.approx(max(rank["peak_bytes"] for rank in ranks), rel=0.01)
     after = max(rank["after_step_bytes"] for rank in ranks)
     assert predicted.after_step_allocated_bytes == pytest.approx(after, rel=0.01, abs=HELD_BY_THE_LOOP_BYTES)

@@ -21,10 +21,14 @@ CELLS = (
     "full-zero3-bf16-adamw_torch_fused-b1-s32-ga1",
     "full-zero2_offload-bf16-adamw_torch-b1-s32-ga1",
     "full-none-fp32-adamw_torch_fused-b2-s256-ga1-accelerate",
+    "full-fsdp1_offload_all-bf16-adamw_torch_fused-b2-s256-ga1",
+    "qlora_bf16-fsdp2_offload_all-bf16-adamw_torch_fused-b2-s256-ga1-ckpt",
 )
 """Activations are the peak of most; in one the optimizer's step is, in one what offloading a gradient takes."""
-SURE = ("forward", "backward", "optimizer_step", "first_step", "preparing", "evaluation")
+SURE = ("forward", "backward", "optimizer_step", "host", "first_step", "preparing", "evaluation")
 """Phases, and stages that decide most peaks."""
+HELD_BY_THE_LOOP_BYTES = 2**15
+"""Losses, norms and token ids: all that a device holds whose optimizer steps on the host."""
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +51,9 @@ def test_the_peak_of_a_real_run_is_predicted(results):
     """What tensors hold at most, from the first step to the last, and what they hold afterwards: within 1 %."""
     for result in results:
         assert abs(result["error"]) < 0.01, result
-        assert result["predicted_after_step_bytes"] == pytest.approx(result["measured_after_step_bytes"], rel=0.01)
+        assert result["predicted_after_step_bytes"] == pytest.approx(
+            result["measured_after_step_bytes"], rel=0.01, abs=HELD_BY_THE_LOOP_BYTES
+        )
 
 
 def test_each_phase_of_a_real_run_is_predicted(results):
@@ -55,4 +61,6 @@ def test_each_phase_of_a_real_run_is_predicted(results):
     for result in results:
         for name in SURE:
             if name in result["figures"]:
-                assert abs(result["figures"][name]["error"]) < 0.02, (result["cell"], name, result["figures"][name])
+                figure = result["figures"][name]
+                near = pytest.approx(figure["measured_bytes"], rel=0.02, abs=HELD_BY_THE_LOOP_BYTES)
+                assert figure["predicted_bytes"] == near, (result["cell"], name, figure)

@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from autofit.errors import InputError
 from autofit.memory.adapter_casts import without_adapter_casts
 from autofit.memory.assemble import estimate_memory
-from autofit.memory.fsdp import FsdpModel, make_units
+from autofit.memory.fsdp import FsdpModel, Give, Take, make_units
 from autofit.memory.tape import left_by_forward_bytes
 from autofit.profile.trace import trace
 from autofit.spec.configuration import Configuration
@@ -207,6 +207,51 @@ def test_layers_that_stay_gathered_cost_their_bytes(sharding: str) -> None:
     )
     assert keeps.peak_allocated_bytes > frees.peak_allocated_bytes
     assert keeps.after_step_allocated_bytes == frees.after_step_allocated_bytes
+
+
+@pytest.mark.parametrize(("sharding", "highest_bytes"), [("fsdp1", 2 * (1_000 + 1_000 + 4_000)), ("fsdp2", 2 * 2_000)])
+def test_an_offloaded_share_of_a_gradient_leaves_at_once_or_at_the_end(sharding: str, highest_bytes: int) -> None:
+    """FSDP2 copies a unit's share to the host and forgets it; FSDP1 keeps all on the device until backward ends."""
+    configuration, profile = hand_made(sharding=sharding, offload="optimizer_and_parameters")
+    held: dict[Any, int] = {}
+    highest_held = 0
+    for operation in FsdpModel(profile, (1,), 1).operations(configuration):
+        if isinstance(operation, Take) and operation.key[0] == "kept":  # type: ignore[index]
+            held[operation.key] = operation.num_bytes
+            highest_held = max(highest_held, sum(held.values()))
+        elif isinstance(operation, Give):
+            held.pop(operation.key, None)
+    assert highest_held == highest_bytes
+    assert not held
+
+
+@pytest.mark.parametrize(("precision", "left"), [("no", 4), ("bf16", 2)])
+def test_an_offloaded_shard_is_fetched_as_it_is_stored(precision: str, left: int) -> None:
+    """A layer of 1,000 fp32 weights, halved: 2,000 bytes come to the device, and 1,000 stay where 16 bits compute."""
+    configuration, profile = hand_made(
+        sharding="fsdp2", offload="optimizer_and_parameters", mixed_precision=precision, weights_dtype="float32"
+    )
+    if precision == "bf16":
+        computing = tuple(replace(tensor, dtype="bfloat16") for tensor in profile.tensors)
+        profile = replace(profile, tensors=computing)
+    held: dict[Any, int] = {}
+    for operation in FsdpModel(profile, (1,), 1).operations(configuration):
+        if isinstance(operation, Take) and operation.key == ("gathered", "layer 0"):
+            break
+        if isinstance(operation, Take):
+            held[operation.key] = operation.num_bytes
+            assert operation.key != ("fetched", "layer 0", 0) or operation.num_bytes == 2_000
+        elif isinstance(operation, Give):
+            held.pop(operation.key, None)
+    assert sum(size for key, size in held.items() if key[1:] == ("layer 0", 0)) == left * 500
+
+
+def test_only_what_steps_on_the_host_is_offloaded() -> None:
+    """bitsandbytes' kernels and transformers' Adafactor are refused by name, and state alone cannot leave."""
+    with pytest.raises(InputError, match="optim adamw_8bit on the host"):
+        estimate(a_configuration(sharding="fsdp1", offload="optimizer_and_parameters", optim="adamw_8bit"))
+    with pytest.raises(InputError, match="offload of the optimizer alone"):
+        estimate(a_configuration(sharding="fsdp2", offload="optimizer"))
 
 
 def test_what_was_not_looked_into_is_refused() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from autofit.errors import InputError
 from autofit.memory.engines import Layout, layout
-from autofit.memory.host import HostBuffers, zero2_buffers, zero3_buffers, zero3_weight_buffers
+from autofit.memory.host import HostBuffers, fsdp_buffers, zero2_buffers, zero3_buffers, zero3_weight_buffers
 from autofit.memory.limits import refuse_unmodelled
 from autofit.memory.static import static_bytes
 from autofit.memory.tensors import Tensor
@@ -124,6 +124,13 @@ def test_what_a_shard_leaves_behind_stays_pinned():
     buffers = zero3_weight_buffers(shards)
     assert (buffers.pinned, buffers.left_pinned) == ((200, 200), (200,))
     assert buffers.num_bytes("cpu") == 400
+
+
+def test_fsdp_pins_each_shard_and_each_gradient():
+    """By themselves, each rounded up to a power of two; the optimizer's state is ordinary memory."""
+    buffers = fsdp_buffers([3 * MIB, MIB], [3 * MIB], 5)
+    assert buffers.num_bytes("cuda") == (4 + 1 + 4) * MIB + 5
+    assert buffers.num_bytes("cpu") == 7 * MIB + 5
 
 
 def test_offload_is_planned_for_the_stages_that_are_modelled():
