@@ -78,6 +78,7 @@ class MemoryModel:
         self._peaks = phase_peaks(profile, np.asarray(micro_batches), sequence_tokens)
         self._offloaded = offloaded_bytes(profile, np.asarray(micro_batches), sequence_tokens)
         self._left = left_by_forward_bytes(profile, np.asarray(micro_batches), sequence_tokens)
+        self._before_head = left_by_forward_bytes(profile, np.asarray(micro_batches), sequence_tokens, with_head=False)
         self._logits = returned_logits_bytes(profile, np.asarray(micro_batches), sequence_tokens)
         self._kept_by_the_loss = kept_by_the_loss_bytes(profile, np.asarray(micro_batches), sequence_tokens)
         self._outputs = kept_outputs_bytes(profile, np.asarray(micro_batches), sequence_tokens)
@@ -168,6 +169,9 @@ class MemoryModel:
                 gradients = {"gradients": plan.accumulated_gradients if accumulates else 0}
                 phases.append(_phase("head_and_loss", [always, plan.forward, returned, gradients]))
         later = [("gradient_reduction", held) for held in plan.reduction] + [("optimizer_step", h) for h in plan.step]
+        if plan.gathering_bytes:
+            gathering = {"activations": int(self._before_head[column]), "gathered_weights": plan.gathering_bytes}
+            phases.append(_phase("head_and_loss", [always, plan.forward, gathering]))
         loss = {"activations": self._held_in_the_step(configuration, column)}
         return _highest_of_each_name([*phases, *(_phase(name, [always, outputs, loss, held]) for name, held in later)])
 

@@ -37,6 +37,8 @@ class Layout:
     """Held from before the first step to the end."""
     forward: Terms = field(default_factory=dict)
     """Held while forward and backward run."""
+    gathering_bytes: int = 0
+    """What gathering the head takes beside its weight, before its forward."""
     backward: Terms = field(default_factory=dict)
     """Held while backward runs."""
     gradients: GradientMode = "kept"
@@ -248,6 +250,7 @@ def _zero3(
             "communication_buckets": settings.reduce_bucket_size * element,
         },
         forward={"gathered_weights": _gathered_bytes(parameters, settings, configuration), "quantized_weights": packed},
+        gathering_bytes=_gathering_bytes(parameters, configuration),
         backward={"communication_buckets": settings.reduce_bucket_size * element},
         gradients="bucketed",
         reduction_fraction=_interleaves(model, configuration, settings),
@@ -288,6 +291,7 @@ def _zero3_offload(
             "optimizer_state": 0,
         },
         forward={"gathered_weights": _gathered_bytes(parameters, settings, configuration), "quantized_weights": packed},
+        gathering_bytes=_gathering_bytes(parameters, configuration),
         backward={"communication_buckets": bucket},
         gradients="bucketed",
         reduction_fraction=max(0.0, _interleaves(model, configuration, settings) + taken / (element * ranks) - freed),
@@ -325,6 +329,17 @@ def _gathered_bytes(parameters: list[Tensor], settings: DeepSpeedSettings, confi
     whole = sum(t.num_bytes for t in held)
     bound = settings.stage3_max_live_parameters + settings.stage3_prefetch_bucket_size
     return whole if elements <= bound else whole * bound // elements
+
+
+def _gathering_bytes(parameters: list[Tensor], configuration: Configuration) -> int:
+    """Weights that are gathered together arrive in one buffer, of which each is then made: at most the largest again.
+
+    The head is fetched ahead with the adapters before it; without any, the last layer's matrix fills the bucket.
+    Source: deepspeed/runtime/zero/partition_parameters.py 0.19.8, AllGatherCoalescedHandle.wait (`torch.cat`).
+    """
+    if configuration.lora is None:
+        return 0
+    return max((t.num_bytes for t in parameters if t.kind != "quantized"), default=0)
 
 
 def _is_int8(configuration: Configuration) -> bool:

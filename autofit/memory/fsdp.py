@@ -150,6 +150,17 @@ class _Sharder:
         rows = _rows(tensor)
         return -(-rows // self._ranks) * (tensor.num_elements // rows)
 
+    def first_parts(self, members: Sequence[StaticTensor]) -> dict[str, int]:
+        """Elements of each that the first rank holds where FSDP1 flattens all of them in order; of FSDP2 nothing."""
+        if self._configuration.sharding != "fsdp1":
+            return {}
+        left = -(-sum(tensor.num_elements for tensor in members) // self._ranks)
+        found: dict[str, int] = {}
+        for tensor in members:
+            found[tensor.name] = min(tensor.num_elements, left)
+            left -= found[tensor.name]
+        return found
+
     def parts(self, members: Sequence[StaticTensor]) -> tuple[Part, ...]:
         """Cut the parameters of a unit."""
         if self._configuration.sharding == "fsdp2":
@@ -263,12 +274,13 @@ def _layer_units(sharder: _Sharder, sharded: Sequence[StaticTensor], profile: Re
 
 
 def _state_tensors(sharder: _Sharder, sharded: Sequence[StaticTensor], profile: RegimeProfile) -> Iterator[Tensor]:
+    """This rank's parts of what trains: the first rank's, whose part of FSDP1's flat root begins with the embedding."""
+    outside = sharder.first_parts([t for t in sharded if not t.repeats and _real_layer(t, profile) is None])
     for tensor in sharded:
-        if tensor.trains:
+        num_elements = outside.get(tensor.name, sharder.shard_elements(tensor))
+        if tensor.trains and num_elements:
             one = tensors(replace(profile, tensors=(replace(tensor, repeats=False),)))[0]
-            shard = replace(
-                one, num_elements=sharder.shard_elements(tensor), bytes_per_element=sharder.stored_bytes(tensor)
-            )
+            shard = replace(one, num_elements=num_elements, bytes_per_element=sharder.stored_bytes(tensor))
             yield from [shard] * (profile.num_layers if tensor.repeats else 1)
 
 

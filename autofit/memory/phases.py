@@ -256,13 +256,18 @@ def _partition_elements(run: Run) -> int:
 def _in_first_step(phase: Phase, run: Run) -> int:
     if phase.name == "optimizer_step":
         return _first_update(phase, run)
+    if phase.name == "end" and run.plan.gradients == "used":
+        return phase.bytes  # each update in backward has made its state by then
     without = phase.bytes - phase.terms.get("optimizer_state", 0) - phase.terms.get("outputs", 0)
     if run.configuration.gradient_accumulation_steps > 1:
         return without
     without -= phase.terms.get("gathered_weights", 0)
     if "gathered_weights" not in phase.terms or phase.name == "loss_backward":
         return without
-    return without + max((t.num_bytes for t in run.parameters), default=0)
+    tables = {t.num_elements for t in run.parameters if t.embeds}
+    in_layer = [t.num_bytes for t in run.parameters if t.num_elements not in tables]
+    everywhere = [t.num_bytes for t in run.parameters]
+    return without + max(in_layer if phase.name.startswith("layer") else everywhere, default=0)
 
 
 def _first_update(phase: Phase, run: Run) -> int:

@@ -152,12 +152,15 @@ def returned_logits_bytes(profile: RegimeProfile, micro_batches: npt.ArrayLike, 
     return sizes[min(dying, key=lambda size: profile.sizes[size])] if dying else np.zeros(sizes.shape[1])
 
 
-def left_by_forward_bytes(profile: RegimeProfile, micro_batches: npt.ArrayLike, sequence_tokens: int) -> Bytes:
-    """Return what is alive between forward and backward, the model's output not counted."""
+def left_by_forward_bytes(
+    profile: RegimeProfile, micro_batches: npt.ArrayLike, sequence_tokens: int, *, with_head: bool = True
+) -> Bytes:
+    """Return what is alive between forward and backward, the model's output not counted; or when the head begins."""
     sizes = size_table(profile, micro_batches, sequence_tokens)
     left = np.zeros(sizes.shape[1])
-    for segment in profile.segments:
-        if segment.kind == "forward" and segment.events:
+    forward = [segment for segment in profile.segments if segment.kind == "forward"]
+    for segment in forward if with_head else forward[:-1]:
+        if segment.events:
             net = _curves(segment.events, sizes, _nums_meant(profile, segment, segment.events), 0).net_activations
             left = left + profile.repeats(segment) * net
     return left
