@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, replace
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autofit.errors import InputError, NothingFitsError
-from autofit.options import DataWish, EveryWish, Wishes, for_inference, one_of_each, restrictions, wishes_of
+from autofit.options import DataWish, EveryWish, RunWish, Wishes, for_inference, one_of_each, restrictions, wishes_of
 
 if TYPE_CHECKING:
     from autofit.memory.explain import ExplainedPhase, Symbols
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from autofit.search.whatif import Answer
     from autofit.spec.configuration import Configuration, Sharding
     from autofit.spec.hardware import Cluster
-    from autofit.spec.job import Job, Model, Workload
+    from autofit.spec.job import Job, Model, RunLength, Workload
     from autofit.spec.lengths import Cut, LengthDistribution
     from autofit.spec.profile import ProfileSet, Regime
 
@@ -453,6 +454,27 @@ def with_data(job: Job, wishes: DataWish, *, allow_hub: bool, display: Display) 
     return replace(job, workload=replace(job.workload, lengths=lengths))
 
 
+def run_length(wishes: RunWish) -> RunLength | None:
+    """Say how much is trained, if the user does.
+
+    Raises:
+        InputError: tokens and epochs are both given, neither is a positive number, or there is no data to go over.
+    """
+    from autofit.spec.job import RunLength
+
+    given = {name: value for name in ("tokens", "epochs") if (value := getattr(wishes, name)) is not None}
+    if not given:
+        return None
+    if len(given) > 1:
+        raise InputError("--tokens and --epochs are both given.", to_fix="leave one of them out")
+    if not all(isfinite(value) and value > 0 for value in given.values()):
+        name, value = next(iter(given.items()))
+        raise InputError(f"--{name} {value:g} is not a positive number.", to_fix="give one, for instance 3")
+    if "epochs" in given and wishes.data is None:
+        raise InputError("--epochs has no effect without --data.", to_fix="give --data, or --tokens instead")
+    return RunLength(**given)
+
+
 def with_cuts(lengths: LengthDistribution) -> MeasuredData:
     """Add what cutting at the usual lengths would lose."""
     from autofit.timing.batches import cut_at, usual_cuts
@@ -471,9 +493,7 @@ def planned_job(
     measuring: Display = silent,
 ) -> tuple[Job, Cluster]:
     """Read what is to be planned, and on what."""
-    from autofit.sources.hardware import parse_cluster
-
-    cluster = parse_cluster(gpus)
+    cluster = cluster_of(gpus, wishes)
     job = job_of(
         model=model,
         seq_len=seq_len,
@@ -508,7 +528,15 @@ def job_of(
         allow_hub=allow_hub,
         display=measuring,
     )
-    return Job(model=resolved, workload=workload, restrictions=wanted)
+    return Job(model=resolved, workload=workload, restrictions=wanted, run=run_length(wishes))
+
+
+def cluster_of(gpus: str, wishes: RunWish) -> Cluster:
+    """Read what is planned on, at the price that the user gives."""
+    from autofit.sources.hardware import parse_cluster
+    from autofit.sources.prices import priced, read_prices
+
+    return priced(parse_cluster(gpus), read_prices(wishes.price))
 
 
 def estimated_job(
@@ -522,11 +550,10 @@ def estimated_job(
     measuring: Display = silent,
 ) -> tuple[Job, Cluster]:
     """Read what is to be estimated: a job that leaves one configuration."""
-    from autofit.sources.hardware import parse_cluster
     from autofit.sources.models import resolve_model
     from autofit.spec.job import Job
 
-    cluster = parse_cluster(gpus)
+    cluster = cluster_of(gpus, wishes)
     chosen = restrictions(one_of_each(wishes))
     num_groups = max(1, cluster.num_devices // chosen.sequence_parallel_size)
     sequences = chosen.micro_batch_sequences[0] * gradient_accumulation_steps * num_groups
@@ -540,7 +567,7 @@ def estimated_job(
         allow_hub=allow_hub,
         display=measuring,
     )
-    return Job(model=resolved, workload=workload, restrictions=chosen), cluster
+    return Job(model=resolved, workload=workload, restrictions=chosen, run=run_length(wishes)), cluster
 
 
 def solve_job(job: Job, cluster: Cluster, display: Display = silent) -> Plan:
@@ -622,13 +649,15 @@ def compare(
         InputError: something given cannot be used; `message` says what, `to_fix` what to do.
     """
     from autofit.sources.market import hardware
+    from autofit.sources.prices import read_prices
 
-    clusters = hardware(gpus, max_dollars_per_hour)
+    read = wishes_of(Wishes, wishes)
+    clusters = hardware(gpus, max_dollars_per_hour, read_prices(read.price))
     job = job_of(
         model=model,
         seq_len=seq_len,
         global_batch=global_batch,
-        wishes=wishes_of(Wishes, wishes),
+        wishes=read,
         allow_hub=allow_hub,
     )
     return compare_job(job, clusters)

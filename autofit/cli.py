@@ -26,6 +26,7 @@ from autofit.options import (
     EveryWish,
     JsonOption,
     OutputOption,
+    RunWish,
     SectionedCommand,
     TextColumnOption,
     TokenizerOption,
@@ -167,21 +168,20 @@ def overrides(
 
 
 def plan_for_script(
-    script: Path, arguments: Sequence[str], gpus: str, wishes: DataWish, said: Overrides, *, allow_hub: bool
+    script: Path, arguments: Sequence[str], gpus: str, wishes: RunWish, said: Overrides, *, allow_hub: bool
 ) -> Plan:
     """Find out what a script is about to train, and plan it."""
-    from autofit.api import solve_job, with_data
+    from autofit.api import cluster_of, run_length, solve_job, with_data
     from autofit.report.console import side_console
     from autofit.report.progress import discovery_display
-    from autofit.sources.hardware import parse_cluster
     from autofit.sources.script import discover, job_from_discovery
 
-    cluster = here(parse_cluster(gpus))
+    cluster, run = here(cluster_of(gpus, wishes)), run_length(wishes)
     with discovery_display(side_console(), script):
         discovered = discover(script, arguments, allow_hub=allow_hub)
     job = job_from_discovery(discovered, cluster, said, script=script, arguments=arguments)
     job = with_data(job, wishes, allow_hub=allow_hub, display=measuring)
-    return solve_job(with_allocator_of(os.environ, job), cluster, tracing)
+    return solve_job(with_allocator_of(os.environ, replace(job, run=run)), cluster, tracing)
 
 
 def here(cluster: Cluster) -> Cluster:
@@ -473,8 +473,9 @@ def compare(
     """Plan the same job on several kinds of hardware: which is cheapest, which is fastest."""
     from autofit.api import compare_job, job_of
     from autofit.sources.market import hardware
+    from autofit.sources.prices import read_prices
 
-    clusters = hardware(gpus, max_dollars_per_hour)
+    clusters = hardware(gpus, max_dollars_per_hour, read_prices(wishes.price))
     job = job_of(
         model=model,
         seq_len=seq_len,

@@ -74,7 +74,7 @@ def _any_of(values: Iterable[str]) -> str:
 
 _METHOD, _QUANT, _PRECISION = "Method", "Quantisation", "Precision and optimizer"
 _SHARDING, _BATCH, _ACTIVATIONS = "Sharding and offload", "Batch", "Activations"
-_MODEL, _ALLOCATOR, _DATA = "Model and loss", "Allocator", "Data"
+_MODEL, _ALLOCATOR, _DATA, _COST = "Model and loss", "Allocator", "Data", "Time and price"
 
 
 DATA = typer.Option(
@@ -118,7 +118,30 @@ class DataWish:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wishes(DataWish):
+class RunWish(DataWish):
+    """How much is trained, on which data, and what the hardware costs."""
+
+    price: Annotated[
+        str | None,
+        _option(
+            "--price",
+            section=_COST,
+            metavar="DOLLARS|FILE[:spot]",
+            help="Dollars per device-hour, or a .yaml or .json file of them by GPU (default: the lowest published).",
+        ),
+    ] = None
+    tokens: Annotated[
+        float | None,
+        _option("--tokens", section=_COST, metavar="N", min=1, help="Say hours and price of training so many tokens."),
+    ] = None
+    epochs: Annotated[
+        float | None,
+        _option("--epochs", section=_COST, metavar="N", min=0, help="The same of going over --data so often."),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wishes(RunWish):
     """The options that plan, launch and estimate share. Each restricts one dimension; left out, it is free."""
 
     method: Annotated[
@@ -587,9 +610,9 @@ def with_option(restrictions_now: Restrictions, text: str) -> Restrictions:
     name = ALIASES.get(name, name)
     if not equals or not value.strip():
         raise InputError(f"{text!r} is not NAME=VALUE.", to_fix="write for instance zero_stage=3 or method=full")
-    of_data = {field.name for field in fields(DataWish)}
+    of_run = {field.name for field in fields(RunWish)}
     every = get_type_hints(Wishes, include_extras=True)
-    hints = {known: hint for known, hint in every.items() if known not in of_data}
+    hints = {known: hint for known, hint in every.items() if known not in of_run}
     if name not in hints:
         raise InputError(f"{name!r} is no option of plan.", to_fix=f"the nearest are {nearest(name, hints)}")
     wish = wishes_of(Wishes, {name: _from_text(value.strip(), hints[name])})

@@ -10,7 +10,7 @@ import msgspec
 
 from autofit.errors import InputError
 from autofit.spec.configuration import Configuration
-from autofit.spec.estimate import CostEstimate, EpochEstimate, MemoryEstimate, TimeEstimate, Truncation
+from autofit.spec.estimate import CostEstimate, EpochEstimate, MemoryEstimate, RunCost, TimeEstimate, Truncation
 from autofit.spec.hardware import Cluster
 from autofit.spec.job import Job
 
@@ -49,6 +49,8 @@ class Plan:
     cost: CostEstimate
     epoch: EpochEstimate | None = None
     """None where the lengths of the data are not known."""
+    run: RunCost | None = None
+    """None where nobody has said how much is trained."""
     truncations: tuple[Truncation, ...] = ()
     """Of the chosen configuration, shortest first; the length that is planned is one of them."""
     fallbacks: tuple[Rung, ...]

@@ -11,6 +11,9 @@ echo
 echo "## Published figures, transformers 4.48.1"
 PYTHONPATH=$(bash benchmarks/make_environment.sh 4.48.1) "$python" benchmarks/accuracy.py
 echo
+echo "## Published speeds"
+"$python" benchmarks/throughput.py
+echo
 echo "## The real training stack on two CPU ranks"
 "$python" benchmarks/real_stack.py
 echo

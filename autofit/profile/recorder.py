@@ -22,6 +22,12 @@ from autofit.spec.profile import ACTIVATION, GRADIENT, INSIDE, SegmentKind
 aten = torch.ops.aten
 _FLASH = aten._scaled_dot_product_flash_attention_for_cpu.default
 _FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_IS_CAUSAL_ARGUMENT = {
+    _FLASH: 4,
+    aten._scaled_dot_product_flash_attention.default: 4,
+    aten._scaled_dot_product_efficient_attention.default: 6,
+}
+"""Fused attention, and where its arguments say that it leaves out what lies ahead."""
 
 
 @dataclass(slots=True)
@@ -69,6 +75,8 @@ class Recorder(TorchDispatchMode):
         self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._category = ACTIVATION
         self.segments: list[RawSegment] = []
+        self.attends_causally = True
+        """Whether every fused attention so far left out what lies ahead."""
 
     def mark(self, name: str, kind: SegmentKind, layer: int | None = None) -> None:
         """Begin a segment; what happens from now on is in it."""
@@ -154,6 +162,7 @@ class Recorder(TorchDispatchMode):
     def _count_work(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         segment = self.segments[-1]
         segment.num_kernels += 1
+        self.attends_causally &= _attends_causally(func, args)
         moved = _moved_bytes((args, kwargs, out))
         flops = _flops(func, args, kwargs, out)
         if flops:
@@ -184,6 +193,11 @@ def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     if _is_quantized_product(func):
         return 2 * args[0].numel() * math.prod(args[2]) // args[0].shape[-1]
     return 0
+
+
+def _attends_causally(func: Any, args: Any) -> bool:
+    position = _IS_CAUSAL_ARGUMENT.get(func)
+    return position is None or (len(args) > position and bool(args[position]))
 
 
 def _is_quantized_product(func: Any) -> bool:

@@ -87,6 +87,7 @@ def trace(
         segments=tape.segments,
         min_sequence_tokens=lengths.min_sequence_tokens,
         max_sequence_tokens=lengths.max_sequence_tokens,
+        attends_causally=tape.attends_causally,
         versions=installed_versions(),
     )
 
@@ -100,6 +101,7 @@ class _Tape:
     tensors: tuple[StaticTensor, ...]
     sizes: tuple[Polynomial, ...]
     segments: tuple[Segment, ...]
+    attends_causally: bool
 
 
 def _whole_tape(config: Any, regime: Regime, points: Sequence[Point], progress: Progress) -> _Tape:
@@ -113,6 +115,7 @@ def _whole_tape(config: Any, regime: Regime, points: Sequence[Point], progress: 
         tensors=tuple(tensor for _, tensor in traced.tensors),
         sizes=sizes,
         segments=segments,
+        attends_causally=traced.attends_causally,
     )
 
 
@@ -140,6 +143,7 @@ def _shallow_tape(
             tensors=fold_layers(traced.tensors, name),
             sizes=sizes,
             segments=segments,
+            attends_causally=traced.attends_causally,
         )
     num_layers = len({segment.layer for segment in deep if segment.layer is not None})
     return _Tape(
@@ -148,6 +152,7 @@ def _shallow_tape(
         tensors=tuple(tensor for _, tensor in tensors),
         sizes=sizes,
         segments=deep,
+        attends_causally=traced.attends_causally,
     )
 
 
@@ -159,6 +164,7 @@ class Traced:
     tensors: list[tuple[str, StaticTensor]]
     first_indices: dict[str, int]
     """By dotted name of a stack that ran: the index of its first layer."""
+    attends_causally: bool
 
     def stack(self, name: str) -> tuple[str, int]:
         """Return a stack's name, which an adapter prefixes, and the index of its first layer."""
@@ -198,7 +204,12 @@ def trace_model(model: nn.Module, regime: Regime, points: Sequence[Point], progr
                 run_step(model, recorder, regime, point)
                 steps.append(recorder.finished())
                 refuse_other_structure(model, steps, points)
-        return Traced(steps=steps, tensors=static_tensors(model), first_indices=watch.first_indices())
+        return Traced(
+            steps=steps,
+            tensors=static_tensors(model),
+            first_indices=watch.first_indices(),
+            attends_causally=recorder.attends_causally,
+        )
 
 
 @contextmanager

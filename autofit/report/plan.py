@@ -26,7 +26,7 @@ from autofit.report.words import (
 )
 from autofit.spec.estimate import MemoryEstimate, Phase
 from autofit.timing.batches import step_tokens
-from autofit.units import GIB, format_bytes, format_seconds
+from autofit.units import GIB, format_bytes, format_count, format_seconds
 from autofit.writers.render import ACCELERATE_FILE, PLAN_FILE
 from autofit.writers.scripts import launch_options
 
@@ -90,6 +90,8 @@ def _facts(plan: Plan) -> Iterable[tuple[str, str | Text]]:
         yield "price", price_line(plan)
     if plan.epoch is not None:
         yield "epoch", epoch_line(plan.epoch)
+    if plan.run is not None:
+        yield "run", run_line(plan)
 
 
 def memory_line(memory: MemoryEstimate) -> Text:
@@ -149,9 +151,23 @@ def price_line(plan: Plan) -> str:
     """Write what a million tokens cost, in dollars where the device has a price and in device-hours where not."""
     cost = plan.cost
     if cost.dollars_per_million_tokens is not None and cost.dollars_per_device_hour is not None:
-        price = f"at ${cost.dollars_per_device_hour:.2f} per device-hour, the lowest price found"
+        origin = plan.inputs.cluster.device.price_origin or "the lowest price found"
+        price = f"at ${cost.dollars_per_device_hour:.2f} per device-hour, {origin}"
         return f"${cost.dollars_per_million_tokens:.3g} per million tokens {price}"
     return f"{cost.device_hours_per_million_tokens:.3g} device-hours per million tokens; this device has no price"
+
+
+def run_line(plan: Plan) -> str:
+    """Write what the whole run takes: hours, and dollars where the device has a price."""
+    run, length = plan.run, plan.inputs.job.run
+    assert run is not None, "asked for only where there is one"
+    assert length is not None, "a run has a length"
+    epochs = "" if length.epochs is None else f"{length.epochs:g} epochs, "
+    line = f"{epochs}{format_count(run.tokens)} tokens"
+    if run.hours is None or run.device_hours is None:
+        return f"{line}; how long they take is not known"
+    dollars = "; this device has no price" if run.dollars is None else f", ${run.dollars:,.2f}"
+    return f"{line} in {format_seconds(run.hours * 3600)}, {run.device_hours:,.3g} device-hours{dollars}"
 
 
 def memory_table(memory: MemoryEstimate, *, width: int) -> RenderableType:

@@ -31,7 +31,7 @@ from autofit.spec.hardware import Cluster
 from autofit.spec.job import Job
 from autofit.spec.profile import ProfileSet, Regime, RegimeProfile
 from autofit.spec.regimes import regime_of
-from autofit.timing import estimate_cost
+from autofit.timing import estimate_cost, run_cost
 from autofit.timing.batches import estimate_epoch
 
 
@@ -263,13 +263,17 @@ def _plan(
     profile = evaluator.profile(chosen.configuration)
     assert profile is not None, "what was evaluated has a profile"
     cost = estimate_cost(chosen.time, cluster, job.workload, chosen.configuration)
+    epoch = estimate_epoch(chosen.time, cost, job.workload, chosen.configuration)
     return Plan(
         inputs=Inputs(job=job, cluster=cluster, profile_key=profile_key(profile)),
         configuration=chosen.configuration,
         memory=chosen.memory,
         time=chosen.time,
         cost=cost,
-        epoch=estimate_epoch(chosen.time, cost, job.workload, chosen.configuration),
+        epoch=epoch,
+        run=None
+        if job.run is None
+        else run_cost(job.run, chosen.time, cost, epoch, chosen.configuration.num_processes),
         truncations=truncations(job, cluster, chosen.configuration, evaluator),
         fallbacks=tuple(_rung(each) for each in fallbacks),
         alternatives=tuple(_rung(each) for each in alternatives),

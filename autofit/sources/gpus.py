@@ -179,6 +179,7 @@ def device(gpu: Gpu, given: Figures | None = None) -> Device:
         peer_bytes_per_second=_scaled(figures.peer_gb_s, 1e9),
         host_bytes_per_second=_scaled(figures.host_gb_s, 1e9),
         dollars_per_hour=figures.dollars_per_hour,
+        price_origin="as given" if "dollars_per_hour" in own or not gpu.price_sources else None,
         sources=(*gpu.sources, *gpu.price_sources, *([f"given: {', '.join(own)}"] if own else [])),
     )
 

@@ -100,7 +100,9 @@ class TimeEstimate:
     tokens_per_second_lower: float | None
     tokens_per_second_upper: float | None
     terms: dict[str, float]
-    """Seconds of a step by what they are spent on."""
+    """Seconds of a step by what they are spent on, as if nothing overlapped."""
+    model_flops_utilization: float | None = None
+    """FLOPs of the model, without recomputation, over the dense peak of the data sheet; see docs/time_model.md."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,3 +142,13 @@ class CostEstimate:
     device_hours_per_million_tokens: float | None
     dollars_per_device_hour: float | None
     """The price it was computed with."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunCost:
+    """Time and price of a whole run; None where the speed or the price is not known."""
+
+    tokens: float
+    hours: float | None
+    device_hours: float | None
+    dollars: float | None

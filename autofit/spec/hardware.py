@@ -41,6 +41,8 @@ class Device:
     """To the host's memory, one direction."""
     dollars_per_hour: float | None = None
     """The lowest published cloud price of one device; a range, not a quote."""
+    price_origin: str | None = None
+    """Whose price it is; None: the catalogue's, the lowest that was found."""
     sources: tuple[str, ...] = ()
     """Where the row's figures come from."""
 

@@ -120,12 +120,22 @@ class Restrictions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RunLength:
+    """How much is trained: tokens, or the data so many times over."""
+
+    tokens: float | None = None
+    epochs: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """One training job."""
 
     model: Model
     workload: Workload
     restrictions: Restrictions
+    run: RunLength | None = None
+    """How much is trained; None: nobody has said, and only rates are known."""
     script: str | None = None
     """Path of the training script; None when only planning."""
     script_arguments: tuple[str, ...] = ()

@@ -152,6 +152,8 @@ class RegimeProfile:
     max_sequence_tokens: int | None = None
     """Longest sequence that the tape holds for (a sliding window changes the code path); None: any."""
     min_sequence_tokens: int = 1
+    attends_causally: bool = True
+    """Whether fused attention leaves out what lies ahead; a profile that does not say is of a causal model."""
     versions: dict[str, str]
     """Of the libraries that were traced."""
 

@@ -1,44 +1,179 @@
-"""Bytes that every rank sends for one optimizer step, by what sharding makes the ranks exchange."""
+"""What ranks send each other in one optimizer step, by what sharding makes them exchange, and when."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
+
 from autofit.spec.configuration import Configuration
+from autofit.spec.deepspeed import DeepSpeedSettings
+from autofit.timing.links import CollectiveKind, Fabric, Group, collective_seconds, occupied_seconds
 from autofit.timing.parameters import ParameterTotals
 
+DDP_BUCKET_BYTES = 25 * 2**20
+"""Source: torch/nn/parallel/distributed.py, `bucket_cap_mb`."""
 
-def all_reduce_bytes(num_bytes: float, num_ranks: int) -> float:
-    """Bytes each rank sends to sum a tensor over a ring.
 
-    Source: NVIDIA/nccl-tests doc/PERFORMANCE.md, 2 (n - 1) / n of the tensor.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collective:
+    """Messages of one kind."""
+
+    kind: CollectiveKind
+    num_bytes: float
+    """Of all tensors whole, over all messages."""
+    num_messages: float
+    over_replicas: bool = False
+    """Among the ranks that hold the same shard (hybrid shard), rather than among those that share a copy."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """The collectives of a step by when they run."""
+
+    forward: tuple[Collective, ...] = ()
+    """In the forward pass of every micro-step."""
+    backward: tuple[Collective, ...] = ()
+    """In the backward pass of every micro-step."""
+    last_backward: tuple[Collective, ...] = ()
+    """In that of the last micro-step only."""
+    step: tuple[Collective, ...] = ()
+    """After it, when nothing else runs."""
+    overlaps: bool = False
+    """Whether kernels run meanwhile."""
+
+    def all(self, num_micro_steps: int) -> Iterator[tuple[int, Collective]]:
+        """Yield every collective with how often it runs in a step."""
+        yield from ((num_micro_steps, each) for each in (*self.forward, *self.backward))
+        yield from ((1, each) for each in (*self.last_backward, *self.step))
+
+
+def step_traffic(totals: ParameterTotals, configuration: Configuration, settings: DeepSpeedSettings) -> Traffic:
+    """List what ranks exchange.
+
+    DDP sums once a step, for accumulation runs under no_sync. So does stage 1, and then gathers the updated weights;
+    stage 2 sums in every micro-step. Both sum everywhere and drop what is another rank's
+    (`use_multi_rank_bucket_allreduce`), which the ZeRO paper counts as half. Stage 3 gathers all weights, frozen ones
+    too, for forward and again for backward, and sums into shards in every micro-step. FSDP does the same, but leaves
+    the summing to the last micro-step.
+    Source: Rajbhandari et al. 2020 (ZeRO), section 7; deepspeed/runtime/zero/stage_1_and_2.py 0.19.8 (average_tensor)
+    and stage3.py; torch/nn/parallel/distributed.py (no_sync); transformers/trainer.py 5.23 (accelerate's no_sync
+    outside DeepSpeed).
     """
-    return 2 * (num_ranks - 1) / num_ranks * num_bytes
+    sharding = configuration.sharding
+    if sharding == "ddp":
+        return Traffic(last_backward=(_buckets(totals.trained_bytes, DDP_BUCKET_BYTES),), overlaps=True)
+    if sharding in {"zero1", "zero2"}:
+        return _partitioned(totals, configuration, settings)
+    if sharding == "zero3":
+        return _zero3(totals, settings)
+    return _fsdp(totals, configuration) if configuration.uses_fsdp else Traffic()
 
 
-def gather_bytes(num_bytes: float, num_ranks: int) -> float:
-    """Bytes each rank sends to gather a tensor from its shards, or to reduce it into them.
+def _buckets(num_bytes: float, bucket_bytes: float) -> Collective:
+    return Collective(kind="all_reduce", num_bytes=num_bytes, num_messages=max(1, ceil(num_bytes / bucket_bytes)))
 
-    Source: NVIDIA/nccl-tests doc/PERFORMANCE.md, (n - 1) / n of the whole tensor.
+
+def _partitioned(totals: ParameterTotals, configuration: Configuration, settings: DeepSpeedSettings) -> Traffic:
+    bytes_per_param = totals.trained_bytes_per_param
+    gathered = Collective(
+        kind="all_gather",
+        num_bytes=totals.trained_bytes,
+        num_messages=max(1, ceil(totals.num_trained / settings.allgather_bucket_size)),
+    )
+    summed = (_buckets(totals.trained_bytes, settings.reduce_bucket_size * bytes_per_param or 1),)
+    every = configuration.sharding == "zero2"
+    return Traffic(
+        backward=summed if every else (),
+        last_backward=() if every else summed,
+        step=(gathered,),
+        overlaps=settings.overlap_comm,
+    )
+
+
+def _zero3(totals: ParameterTotals, settings: DeepSpeedSettings) -> Traffic:
+    """A module's weights are one message; gradients go in buckets, or by themselves where they are larger."""
+    gathered = Collective(kind="all_gather", num_bytes=totals.whole_bytes, num_messages=totals.num_matrices)
+    summed = Collective(
+        kind="reduce_scatter",
+        num_bytes=totals.trained_bytes,
+        num_messages=max(1, min(totals.num_matrices, ceil(totals.num_trained / settings.reduce_bucket_size))),
+    )
+    return Traffic(forward=(gathered,), backward=(gathered, summed), overlaps=settings.overlap_comm)
+
+
+def _fsdp(totals: ParameterTotals, configuration: Configuration) -> Traffic:
+    """A layer is one message; what is kept from forward is not gathered again, and replicas sum each shard."""
+    gathered = Collective(kind="all_gather", num_bytes=totals.whole_bytes, num_messages=totals.num_units)
+    num_shards = configuration.num_processes // configuration.num_replicas
+    summed = [Collective(kind="reduce_scatter", num_bytes=totals.trained_bytes, num_messages=totals.num_units)]
+    if configuration.num_replicas > 1:
+        shard_bytes = totals.trained_bytes / num_shards
+        summed.append(
+            Collective(kind="all_reduce", num_bytes=shard_bytes, num_messages=totals.num_units, over_replicas=True)
+        )
+    return Traffic(
+        forward=(gathered,),
+        backward=(gathered,) if configuration.reshard_after_forward else (),
+        last_backward=tuple(summed),
+        overlaps=True,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrafficSeconds:
+    """The times of a step's collectives, by when they run."""
+
+    forward_seconds: float
+    backward_seconds: float
+    last_backward_seconds: float
+    step_seconds: float
+    overlaps: bool
+    hidden_fraction: float
+    """What can at best go on behind kernels: all but the first message, or the last."""
+    occupied_fraction: float
+    """What of the time that collectives go on behind kernels they take from those."""
+
+
+def traffic_seconds(traffic: Traffic, configuration: Configuration, fabric: Fabric) -> TrafficSeconds:
+    """Time a step's collectives."""
+    shards, replicas = groups(configuration, fabric)
+
+    def seconds(each: Collective) -> float:
+        group = replicas if each.over_replicas else shards
+        return collective_seconds(each.kind, each.num_bytes, group, fabric, num_messages=each.num_messages)
+
+    overlapping = [*traffic.forward, *traffic.backward, *traffic.last_backward] if traffic.overlaps else []
+    fewest = min((each.num_messages for each in overlapping), default=1)
+    overlapping_seconds = sum(map(seconds, overlapping))
+    occupied = sum(
+        occupied_seconds(each.kind, each.num_bytes, replicas if each.over_replicas else shards) for each in overlapping
+    )
+    return TrafficSeconds(
+        forward_seconds=sum(map(seconds, traffic.forward)),
+        backward_seconds=sum(map(seconds, traffic.backward)),
+        last_backward_seconds=sum(map(seconds, traffic.last_backward)),
+        step_seconds=sum(map(seconds, traffic.step)),
+        overlaps=traffic.overlaps,
+        hidden_fraction=1 - 1 / fewest,
+        occupied_fraction=min(1.0, occupied / overlapping_seconds) if overlapping_seconds else 0.0,
+    )
+
+
+def groups(configuration: Configuration, fabric: Fabric) -> tuple[Group, Group]:
+    """Return the ranks that share a copy, and those that hold the same shard of different copies.
+
+    Ranks of a copy are neighbours.
+    Source: torch/distributed/fsdp/_init_utils.py, _init_intra_node_process_group and _init_inter_node_process_group.
     """
-    return (num_ranks - 1) / num_ranks * num_bytes
-
-
-def step_traffic_bytes(totals: ParameterTotals, configuration: Configuration) -> float:
-    """Bytes each rank sends in one optimizer step.
-
-    DDP reduces once a step (accumulation runs under no_sync); stage 1 reduces into shards and gathers the updated
-    weights, once a step; stage 2 reduces in every micro-step; stage 3 gathers all weights, frozen ones too, for
-    forward and again for backward.
-    Source: Rajbhandari et al. 2020 (ZeRO), section 7; deepspeed/runtime/zero/stage_1_and_2.py and stage3.py.
-    """
-    num_ranks, num_micro_steps = configuration.num_processes, configuration.gradient_accumulation_steps
-    shard = gather_bytes(totals.trained_bytes, num_ranks)
-    whole = gather_bytes(totals.whole_bytes, num_ranks)
-    return {
-        "none": 0.0,
-        "ddp": all_reduce_bytes(totals.trained_bytes, num_ranks),
-        "zero1": 2 * shard,
-        "zero2": (num_micro_steps + 1) * shard,
-        "zero3": num_micro_steps * (2 * whole + shard),
-        "fsdp1": num_micro_steps * (2 * whole + shard),
-        "fsdp2": num_micro_steps * (2 * whole + shard),
-    }[configuration.sharding]
+    ranks, replicas = configuration.num_processes, configuration.num_replicas
+    per_node = fabric.num_devices_per_node
+    shards = ranks // replicas
+    return (
+        Group(num_ranks=shards, num_nodes=ceil(shards / per_node)),
+        Group(
+            num_ranks=replicas,
+            num_nodes=min(replicas, ceil(ranks / per_node)),
+            num_sharing=max(1, min(shards, per_node)),
+        ),
+    )

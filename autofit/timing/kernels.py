@@ -1,77 +1,125 @@
-"""Seconds of one micro-step's kernels: a roofline over the traced FLOPs and bytes."""
+"""Seconds of one micro-step's kernels, from the traced FLOPs and bytes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from autofit.spec.profile import MONOMIALS, Polynomial, RegimeProfile, Segment
-from autofit.timing.rates import Rates, known
+from autofit.spec.profile import MONOMIALS, ON_HOST, Polynomial, Regime, RegimeProfile, Segment, SegmentKind
+from autofit.timing.parameters import num_elements
+from autofit.timing.rates import (
+    EFFICIENT_RAMP_TOKENS,
+    FLASH_RAMP_TOKENS,
+    WHOLE_SQUARE_RAMP_TOKENS,
+    Rates,
+    known,
+    runs_efficient_attention,
+)
 from autofit.units import BYTES_PER_ELEMENT
 
+SQUARES = tuple(n for n, (_, s) in enumerate(MONOMIALS) if s == 2)
+"""Which coefficients of a polynomial grow with the square of the length: in a transformer, attention's alone."""
+UNFUSED_BYTES_PER_FLOP = 0.005
+"""Attention without a fused kernel writes its scores and reads them again, some ten bytes for each.
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MicroStepTime:
-    """Forward and backward of one micro-batch on one device."""
-
-    matmul_seconds: float
-    memory_seconds: float
-    """Everything that is no matrix product: its time is that of the bytes it moves."""
-    dequantization_seconds: float
-    launch_seconds: float
-    """What the host needs to issue the operations."""
-    backward_seconds: float
-    """The device's part of backward, which gradients can be reduced behind."""
-
-    @property
-    def device_seconds(self) -> float:
-        """Kernels of one stream run one after the other, whatever resource each is bound by."""
-        return self.matmul_seconds + self.memory_seconds + self.dequantization_seconds
-
-    @property
-    def seconds(self) -> float:
-        """The host runs ahead of the device, so the slower of the two sets the pace."""
-        return max(self.device_seconds, self.launch_seconds)
+A score is 4 FLOPs for each of a head's columns (at most 256), so at least this much. A mask is read once for all heads.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _SegmentTime:
-    matmul_seconds: float
-    memory_seconds: float
-    dequantization_seconds: float
+class PassWork:
+    """What the forward or the backward pass of a micro-step does, over all layers of the real model."""
 
-    @property
-    def seconds(self) -> float:
-        return self.matmul_seconds + self.memory_seconds + self.dequantization_seconds
+    product_flops: Polynomial
+    """Of matrix products, fused attention left out."""
+    attention_flops: Polynomial
+    """Of fused attention, over the whole square of scores."""
+    product_bytes: Polynomial
+    """That both read and write."""
+    other_bytes: Polynomial
+    """That everything else reads and writes."""
+    host_bytes: Polynomial
+    """Activations that go to the host, or come back."""
+    adapter_flops_per_token: float
+    """Of products in fp32 where all others are in half precision: an adapter's, without autocast."""
+    unpacked_bytes: float
+    """Weights unpacked from four bits inside a product: written, and read again."""
+    num_kernels: int
 
 
-def micro_step_time(
-    profile: RegimeProfile, num_sequences: float, sequence_tokens: float, rates: Rates
-) -> MicroStepTime:
-    """Add up the segments of one micro-step, each as often as the real model has it."""
-    powers = _powers(*profile.regime.rows(num_sequences, sequence_tokens))
-    times = [(segment, _segment_time(profile, segment, powers, rates)) for segment in profile.segments]
-    return MicroStepTime(
-        matmul_seconds=sum(time.matmul_seconds for _, time in times),
-        memory_seconds=sum(time.memory_seconds for _, time in times),
-        dequantization_seconds=sum(time.dequantization_seconds for _, time in times),
-        launch_seconds=rates.launch_seconds * sum(profile.repeats(s) * s.num_kernels for s in profile.segments),
-        backward_seconds=sum(time.seconds for segment, time in times if segment.kind == "backward"),
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroStepWork:
+    """What a micro-step does, as polynomials of its size. Made once for a profile."""
+
+    regime: Regime
+    attends_causally: bool
+    forward: PassWork
+    backward: PassWork
+    recomputed_flops: Polynomial
+    """Of what backward does again because forward did not keep it."""
+
+
+def micro_step_work(profile: RegimeProfile) -> MicroStepWork:
+    """Add up a profile's segments, each as often as the real model has it."""
+    layers = [segment for segment in profile.segments if segment.kind == "forward" and segment.layer is not None]
+    checkpoints = profile.regime.gradient_checkpointing
+    share = 1 / profile.regime.checkpoint_every_n_layers if checkpoints else 0.0
+    return MicroStepWork(
+        regime=profile.regime,
+        attends_causally=profile.attends_causally,
+        forward=_pass_work(profile, "forward"),
+        backward=_pass_work(profile, "backward"),
+        recomputed_flops=_times(_total(profile, layers, "matmul_flops"), share),
     )
 
 
-def _segment_time(profile: RegimeProfile, segment: Segment, powers: tuple[float, ...], rates: Rates) -> _SegmentTime:
-    """Time a segment as a roofline: a product takes as long as its FLOPs or its bytes, whichever is longer.
+def _pass_work(profile: RegimeProfile, kind: SegmentKind) -> PassWork:
+    segments = [segment for segment in profile.segments if segment.kind == kind]
+    flops, other_bytes = (_total(profile, segments, name) for name in ("matmul_flops", "other_bytes"))
+    squares = tuple(flops[n] if n in SQUARES else 0.0 for n in range(len(MONOMIALS)))
+    attention = squares if _is_fused(squares, other_bytes) else (0.0,) * len(MONOMIALS)
+    return PassWork(
+        product_flops=_less(flops, attention),
+        attention_flops=attention,
+        product_bytes=_total(profile, segments, "matmul_bytes"),
+        other_bytes=other_bytes,
+        host_bytes=_host_bytes(profile),
+        adapter_flops_per_token=_adapter_flops_per_token(profile, kind),
+        unpacked_bytes=2
+        * _unpacked_bytes_per_element(profile)
+        * sum(profile.repeats(segment) * unpacked_for_products(profile, segment) for segment in segments),
+        num_kernels=sum(profile.repeats(segment) * segment.num_kernels for segment in segments),
+    )
 
-    Source: Williams et al. 2009 (roofline).
+
+def _is_fused(attention_flops: Polynomial, other_bytes: Polynomial) -> bool:
+    scores_bytes = sum(other_bytes[n] for n in SQUARES)
+    return scores_bytes < UNFUSED_BYTES_PER_FLOP * sum(attention_flops)
+
+
+def _host_bytes(profile: RegimeProfile) -> Polynomial:
+    """Add up the checkpoints that go to the host in forward; the same come back in backward."""
+    total = (0.0,) * len(MONOMIALS)
+    for segment in profile.segments:
+        births = [event for event in segment.events if len(event) == 2 and event[1] == ON_HOST]
+        for size, _ in births:
+            total = _plus(total, _times(profile.sizes[size], profile.repeats(segment)))
+    return total
+
+
+def _adapter_flops_per_token(profile: RegimeProfile, kind: SegmentKind) -> float:
+    """Count the products of fp32 adapters: one forward; two in backward, for inputs and weights, and what is redone.
+
+    peft makes adapters fp32 and casts their inputs; under autocast they run in its dtype like all others.
+    Source: peft/tuners/lora/layer.py 0.21 (`_cast_input_dtype`).
     """
-    repeats, bandwidth = profile.repeats(segment), known(rates.memory_bytes_per_second)
-    flops_seconds = _value(segment.matmul_flops, powers) / known(rates.matmul_flops_per_second)
-    unpacked_bytes = _unpacked_bytes_per_element(profile) * unpacked_for_products(profile, segment)
-    return _SegmentTime(
-        matmul_seconds=repeats * max(flops_seconds, _value(segment.matmul_bytes, powers) / bandwidth),
-        memory_seconds=repeats * _value(segment.other_bytes, powers) / bandwidth,
-        dequantization_seconds=repeats * 2 * unpacked_bytes / bandwidth,
-    )
+    regime = profile.regime
+    in_fp32 = regime.autocast == "no" and regime.adapter_dtype == "float32" and regime.weights_dtype != "float32"
+    if not in_fp32 or regime.lora is None:
+        return 0.0
+    elements = sum(num_elements(tensor, profile) for tensor in profile.tensors if tensor.kind == "adapter")
+    passes = 1 if kind == "forward" else 3 if regime.gradient_checkpointing else 2
+    return 2.0 * elements * passes
 
 
 def unpacked_for_products(profile: RegimeProfile, segment: Segment) -> float:
@@ -91,8 +139,128 @@ def _unpacked_bytes_per_element(profile: RegimeProfile) -> int:
     return BYTES_PER_ELEMENT[quantization.compute_dtype] if quantization else 0
 
 
-def _powers(num_sequences: float, sequence_tokens: float) -> tuple[float, ...]:
-    return tuple(num_sequences**b * sequence_tokens**s for b, s in MONOMIALS)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassTime:
+    """The forward or the backward pass of one micro-batch on one device, by what each part is bound by."""
+
+    product_seconds: float
+    """Matrix products' arithmetic."""
+    attention_seconds: float
+    product_bytes_seconds: float
+    """What products read and write. A part of it is hidden behind their arithmetic: see `device_seconds`."""
+    memory_seconds: float
+    """Everything that is no matrix product: its time is that of the bytes it moves."""
+    dequantization_seconds: float
+    host_link_seconds: float
+    launch_seconds: float
+    """What the host needs to issue the operations."""
+
+    @property
+    def arithmetic_seconds(self) -> float:
+        """Of the tensor cores."""
+        return self.product_seconds + self.attention_seconds
+
+    @property
+    def bytes_seconds(self) -> float:
+        """Of the device's memory."""
+        return self.product_bytes_seconds + self.memory_seconds + self.dequantization_seconds
+
+    @property
+    def device_seconds(self) -> float:
+        """Kernels of one stream run one after the other, whatever resource each is bound by.
+
+        Of a product both its arithmetic and its bytes count: it begins by reading and ends by writing, and the more
+        bytes it moves for its arithmetic, the less of them is hidden. So large square products are a few per cent
+        below the rate that the best of shapes reach, and small or flat ones (an adapter's) far below, as measured.
+        Source: A800 192 and 215 TFLOPS at 2,048 and 8,192 rows, RTX 3090 Ti 71.5 and 81.3 (mli/transformers-benchmarks,
+        issue 4 and micro_bench.ipynb): both follow from one rate each so, and from none by the larger of the two.
+        """
+        return self.arithmetic_seconds + self.bytes_seconds + self.host_link_seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroStepTime:
+    """Forward and backward of one micro-batch on one device."""
+
+    forward: PassTime
+    backward: PassTime
+    model_flops: float
+    """Of products and attention, over the whole square of scores, without what is computed again."""
+
+    def total(self, name: str) -> float:
+        """Add up one figure of both passes."""
+        return float(getattr(self.forward, name) + getattr(self.backward, name))
+
+
+def micro_step_time(work: MicroStepWork, num_sequences: float, sequence_tokens: float, rates: Rates) -> MicroStepTime:
+    """Time a micro-batch."""
+    rows, tokens = work.regime.rows(num_sequences, sequence_tokens)
+    powers = tuple(rows**b * tokens**s for b, s in MONOMIALS)
+    square = square_share(work.regime, tokens, attends_causally=work.attends_causally)
+    flops = _plus(_plus(work.forward.product_flops, work.forward.attention_flops), _flops(work.backward))
+    return MicroStepTime(
+        forward=_pass_time(work.forward, powers, square, rates),
+        backward=_pass_time(work.backward, powers, square, rates),
+        model_flops=_value(_less(flops, work.recomputed_flops), powers),
+    )
+
+
+def _flops(work: PassWork) -> Polynomial:
+    return _plus(work.product_flops, work.attention_flops)
+
+
+def _pass_time(work: PassWork, powers: tuple[float, ...], square: float, rates: Rates) -> PassTime:
+    bandwidth, rate = known(rates.memory_bytes_per_second), known(rates.matmul_flops_per_second)
+    slower_seconds = 1 / (rates.fp32_flops_per_second or rate) - 1 / rate
+    num_tokens = powers[MONOMIALS.index((1, 1))]
+    attention = _value(work.attention_flops, powers) * square
+    on_host = _value(work.host_bytes, powers)
+    return PassTime(
+        product_seconds=_value(work.product_flops, powers) / rate
+        + num_tokens * work.adapter_flops_per_token * slower_seconds,
+        attention_seconds=attention / known(rates.attention_flops_per_second),
+        product_bytes_seconds=_value(work.product_bytes, powers) / bandwidth,
+        memory_seconds=_value(work.other_bytes, powers) / bandwidth,
+        dequantization_seconds=work.unpacked_bytes / bandwidth,
+        host_link_seconds=on_host / known(rates.host_bytes_per_second) if on_host else 0.0,
+        launch_seconds=rates.launch_seconds * work.num_kernels,
+    )
+
+
+def square_share(regime: Regime, sequence_tokens: float, *, attends_causally: bool) -> float:
+    """Return what a fused kernel's time is, over that of the whole square of scores at its full rate.
+
+    Under a causal mask half the square is left out. sdpa with a mask of its own computes all of it.
+
+    Args:
+        regime: says which kernel runs.
+        sequence_tokens: of what attention takes for one sequence; a row with a mask is one.
+        attends_causally: whether the kernel knows that what lies ahead does not count.
+    """
+    efficient = runs_efficient_attention(regime)
+    if not attends_causally or (efficient and regime.batching != "equal"):
+        return 1 + WHOLE_SQUARE_RAMP_TOKENS / sequence_tokens
+    ramp = EFFICIENT_RAMP_TOKENS if efficient else FLASH_RAMP_TOKENS
+    return (1 + ramp / sequence_tokens) / 2
+
+
+def _total(profile: RegimeProfile, segments: Iterable[Segment], name: str) -> Polynomial:
+    total = (0.0,) * len(MONOMIALS)
+    for segment in segments:
+        total = _plus(total, _times(getattr(segment, name), profile.repeats(segment)))
+    return total
+
+
+def _plus(left: Polynomial, right: Polynomial) -> Polynomial:
+    return tuple(a + b for a, b in zip(left, right, strict=True))
+
+
+def _less(left: Polynomial, right: Polynomial) -> Polynomial:
+    return tuple(a - b for a, b in zip(left, right, strict=True))
+
+
+def _times(polynomial: Polynomial, factor: float) -> Polynomial:
+    return tuple(factor * coefficient for coefficient in polynomial)
 
 
 def _value(polynomial: Polynomial, powers: tuple[float, ...]) -> float:

@@ -19,6 +19,10 @@ class ParameterTotals:
     trained_bytes: int
     """Also of their gradients."""
     whole_bytes: int
+    num_matrices: int
+    """Weights that are no vectors: about as many as modules that own one."""
+    num_units: int
+    """What FSDP gathers together: the layers, and the rest."""
 
     @property
     def trained_bytes_per_param(self) -> float:
@@ -31,15 +35,22 @@ def parameter_totals(profile: RegimeProfile) -> ParameterTotals:
     parameters = [tensor for tensor in profile.tensors if tensor.kind in _SHARDABLE]
     trained = [tensor for tensor in parameters if tensor.trains]
     return ParameterTotals(
-        num_trained=sum(_num_elements(tensor, profile) for tensor in trained),
+        num_trained=sum(num_elements(tensor, profile) for tensor in trained),
         trained_bytes=sum(_bytes(tensor, profile) for tensor in trained),
         whole_bytes=sum(_bytes(tensor, profile) for tensor in parameters),
+        num_matrices=max(1, sum(_count(tensor, profile) for tensor in parameters if tensor.rows > 1)),
+        num_units=profile.num_layers + 1,
     )
 
 
-def _num_elements(tensor: StaticTensor, profile: RegimeProfile) -> int:
-    return tensor.num_elements * (profile.num_layers if tensor.repeats else 1)
+def num_elements(tensor: StaticTensor, profile: RegimeProfile) -> int:
+    """Count a tensor's elements over the layers of the real model."""
+    return tensor.num_elements * _count(tensor, profile)
+
+
+def _count(tensor: StaticTensor, profile: RegimeProfile) -> int:
+    return profile.num_layers if tensor.repeats else 1
 
 
 def _bytes(tensor: StaticTensor, profile: RegimeProfile) -> int:
-    return _num_elements(tensor, profile) * _ELEMENT_BYTES[tensor.dtype]
+    return num_elements(tensor, profile) * _ELEMENT_BYTES[tensor.dtype]

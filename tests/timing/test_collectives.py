@@ -1,4 +1,4 @@
-"""What ranks send each other, against published volumes."""
+"""What ranks send each other, against published volumes and what the libraries' sources say."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autofit.timing.collectives import all_reduce_bytes, gather_bytes, step_traffic_bytes
+from autofit.spec.deepspeed import bucket_settings
+from autofit.timing.collectives import step_traffic
+from autofit.timing.links import sent_bytes
 from autofit.timing.parameters import parameter_totals
 from tests.plans import a_configuration
 from tests.timing.hand_profiles import a_profile, a_regime, an_adapted_profile
@@ -17,34 +19,49 @@ HALF = a_profile(num_params=PSI, regime=a_regime(weights_dtype="bfloat16", autoc
 
 def traffic(profile, **changes):
     """Return what each rank sends in a step of a configuration with the given changes."""
-    return step_traffic_bytes(parameter_totals(profile), a_configuration(**changes))
+    configuration = a_configuration(**changes)
+    settings = bucket_settings(configuration, profile.hidden_size)
+    ranks = configuration.num_processes
+    found = step_traffic(parameter_totals(profile), configuration, settings)
+    return sum(
+        times * sent_bytes(each.kind, each.num_bytes, ranks)
+        for times, each in found.all(configuration.gradient_accumulation_steps)
+    )
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "factor"),
-    [(2, 1.0), (4, 1.5), (8, 1.75)],
+    ("sharding", "times_psi"), [("ddp", 2), ("zero1", 3), ("zero2", 3), ("zero3", 3), ("fsdp1", 3), ("fsdp2", 3)]
 )
-def test_all_reduce_factor_is_the_one_nccl_tests_prints(num_ranks, factor):
-    """nccl-tests converts algorithm to bus bandwidth of an all-reduce by 2 (n - 1) / n: 1, 1.5 and 1.75."""
-    assert all_reduce_bytes(1.0, num_ranks) == factor
-    assert gather_bytes(1.0, num_ranks) == factor / 2
-
-
-@pytest.mark.parametrize(("sharding", "times_psi"), [("ddp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 3)])
 def test_volume_of_a_step_is_the_papers(sharding, times_psi):
-    """ZeRO, section 7: 2 Psi elements a step for data parallelism and stages 1 and 2, 3 Psi for stage 3."""
+    """ZeRO, section 7: 2 Psi elements a step for data parallelism, 3 Psi for stage 3 and a full shard.
+
+    For stages 1 and 2 the paper has 2 Psi; DeepSpeed sums everywhere (2 Psi) and gathers (1 Psi).
+    """
     sent = traffic(HALF, sharding=sharding, num_processes=1024, gradient_accumulation_steps=1)
     assert sent == pytest.approx(times_psi * PSI * 2 * 1023 / 1024)
 
 
 def test_accumulation_multiplies_only_what_runs_in_every_micro_step():
-    """With 8 micro-steps DDP and stage 1 send as much as with one, stage 2 reduces 8 times, stage 3 repeats all."""
+    """With 8 micro-steps DDP and stage 1 send as much as with one, stage 2 sums 8 times, stage 3 repeats all.
+
+    A full shard gathers 16 times and sums once: 17 for 3.
+    """
     ratio = {
         sharding: traffic(HALF, sharding=sharding, gradient_accumulation_steps=8)
         / traffic(HALF, sharding=sharding, gradient_accumulation_steps=1)
-        for sharding in ("ddp", "zero1", "zero2", "zero3")
+        for sharding in ("ddp", "zero1", "zero2", "zero3", "fsdp1")
     }
-    assert ratio == {"ddp": 1, "zero1": 1, "zero2": 4.5, "zero3": 8}
+    expected = {"ddp": 1, "zero1": 1, "zero2": 17 / 3, "zero3": 8, "fsdp1": 17 / 3}
+    assert ratio == pytest.approx(expected)
+
+
+def test_what_is_kept_from_forward_is_not_gathered_again():
+    """Without resharding after forward a step gathers once: 2 Psi instead of 3."""
+    kept, gathered = (
+        traffic(HALF, sharding="fsdp1", gradient_accumulation_steps=1, reshard_after_forward=reshards)
+        for reshards in (False, True)
+    )
+    assert kept / gathered == pytest.approx(2 / 3)
 
 
 def test_stage_3_gathers_the_frozen_weights_of_lora():

@@ -1,0 +1,320 @@
+"""Compares predicted speeds with those that others measured on GPUs and published.
+
+    python benchmarks/throughput.py [FILE] [--json] [--rows]
+
+Each row is read as a configuration, or listed with the reason why it cannot be (`published_speed.py`). It is traced
+under the libraries of this environment, whatever release it was measured with; traces are kept as `autofit plan`'s are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from published_speed import RefusedError, Row, Stated, state
+
+from autofit.api import profiles_of
+from autofit.errors import AutofitError
+from autofit.memory.assemble import MemoryModel
+from autofit.search.evaluate import misfit_of, refuse_length
+from autofit.spec.estimate import MemoryEstimate, TimeEstimate
+from autofit.spec.profile import RegimeProfile
+from autofit.timing import TimeModel
+
+PUBLISHED = Path(__file__).parent / "data" / "published_throughput.jsonl"
+DEVELOPMENT_SOURCES = ("foundation-model-stack/fms-acceleration", "QwenLM/Qwen")
+"""Rows that were looked at while the model was built. Chosen by source before anything was changed; every other source,
+also one that is not in our file, is held out."""
+GOALS = {"median": 0.15, "90th percentile": 0.35, "Spearman": 0.9, "median regret": 0.0, "95th percentile regret": 0.05}
+SMALLEST_SWEEP = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """One row with what was predicted for it, or why nothing was."""
+
+    id: str
+    source: str
+    table: str
+    """The source and the table in it: one published sweep."""
+    held_out: bool
+    model: str
+    gpus: str
+    seq_len: int
+    method: str
+    software: str
+    num_devices: int
+    measured: float
+    """Tokens a second over all devices."""
+    predicted: float | None = None
+    lower: float | None = None
+    upper: float | None = None
+    terms: dict[str, float] | None = None
+    step_seconds: float | None = None
+    needed_bytes: int | None = None
+    """Of device memory; None: memory is not modelled for it."""
+    fits: bool = True
+    """Whether a plan may choose it; it ran, so it does where its memory is not modelled."""
+    nearest: str | None = None
+    refused: str | None = None
+
+    @property
+    def error(self) -> float:
+        """Predicted over measured tokens a second, less one."""
+        assert self.predicted is not None, "a refused row has no error"
+        return self.predicted / self.measured - 1
+
+    @property
+    def is_between(self) -> bool:
+        """Whether the measured speed lies between the bounds."""
+        assert self.lower is not None, "a refused row has no bounds"
+        assert self.upper is not None, "a refused row has no bounds"
+        return self.lower <= self.measured <= self.upper
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", nargs="?", type=Path, default=PUBLISHED)
+    parser.add_argument("--json", action="store_true", help="print one JSON list instead of tables")
+    parser.add_argument("--rows", action="store_true", help="print every row too")
+    options = parser.parse_args(arguments)
+    rows = [json.loads(line) for line in options.file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    with tempfile.TemporaryDirectory(prefix="autofit-configs-") as folder:
+        compared = [compare(row, Path(folder)) for row in rows]
+    if options.json:
+        print(json.dumps([asdict(each) for each in compared], indent=1))
+    else:
+        print_all(compared, with_rows=options.rows)
+    return 0
+
+
+def compare(row: Row, folder: Path) -> Compared:
+    """Predict one row, unless it cannot be stated, traced or timed."""
+    bare = {
+        "id": row["id"],
+        "source": source_name(row["source"]),
+        "table": row["source"],
+        "held_out": not row["source"].startswith(DEVELOPMENT_SOURCES),
+        "model": row["model"],
+        "gpus": f"{row['gpus_count']}x {row['gpu']}",
+        "seq_len": row["seq_len"],
+        "method": row["method"],
+        "num_devices": row["gpus_count"],
+        "measured": row["tokens_per_second_total"],
+    }
+    try:
+        stated = state(row, folder)
+        profile = profiles_of(stated.case.model, (stated.regime,), row["seq_len"])[stated.regime]
+        refuse_length(profile, row["seq_len"])
+        time = predict(stated, profile)
+    except RefusedError as refusal:
+        return Compared(**bare, software="", refused=str(refusal))
+    except AutofitError as error:
+        return Compared(**bare, software="", refused=error.message)
+    memory = memory_of(stated, profile)
+    return Compared(
+        **bare,
+        software=stated.software,
+        nearest=stated.nearest,
+        needed_bytes=None if memory is None else memory.needed_bytes,
+        fits=memory is None or misfit_of(memory, stated.case.cluster) == "none",
+        predicted=time.tokens_per_second,
+        lower=time.tokens_per_second_lower,
+        upper=time.tokens_per_second_upper,
+        terms=time.terms,
+        step_seconds=time.step_seconds,
+    )
+
+
+def predict(stated: Stated, profile: RegimeProfile) -> TimeEstimate:
+    """Time a row's configuration.
+
+    Raises:
+        RefusedError: a figure of the hardware is not known.
+    """
+    case = stated.case
+    model = TimeModel(profile, case.cluster, case.workload)
+    missing = model.missing(case.configuration)
+    if missing:
+        raise RefusedError(f"of a {case.cluster.device.name} is not known: {', '.join(missing)}")
+    return model.time(case.configuration)
+
+
+def memory_of(stated: Stated, profile: RegimeProfile) -> MemoryEstimate | None:
+    """Estimate what a row needs, as a search does; None where that is not modelled."""
+    case = stated.case
+    try:
+        model = MemoryModel(profile, case.workload.sequence_tokens, (case.configuration.per_device_train_batch_size,))
+        return model.estimate(case.configuration, case.cluster, replays=False)
+    except AutofitError:
+        return None
+
+
+def source_name(source: str) -> str:
+    """Shorten a source to whom and what it is from."""
+    whole = re.split(r"README\.md|\(IB|\(Ra", source)
+    return " ".join(part.strip(" :") for part in whole if part.strip(" :"))[:90]
+
+
+def print_all(compared: Sequence[Compared], *, with_rows: bool) -> None:
+    """Print errors by source, then what matters for choosing, then what was not compared."""
+    predicted = [row for row in compared if row.refused is None]
+    if with_rows:
+        _print_rows(predicted)
+    halves: dict[str, list[Compared]] = {"held out": [], "development": [], "all": list(predicted)}
+    by_source: dict[str, list[Compared]] = defaultdict(list)
+    for row in predicted:
+        halves["held out" if row.held_out else "development"].append(row)
+        by_source[("" if row.held_out else "(development) ") + row.source].append(row)
+    print("| source | rows | median error | 90th percentile | bias (median) | between the bounds |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for name, rows in (*sorted(by_source.items()), *((f"**{half}**", each) for half, each in halves.items())):
+        if rows:
+            print(_error_cells(name, rows))
+    exact = {half: [row for row in rows if row.nearest is None] for half, rows in halves.items()}
+    for half, rows in exact.items():
+        if rows and len(rows) < len(halves[half]):
+            print(_error_cells(f"{half}, without rows stated as the nearest that is modelled", rows))
+    _print_ranks(predicted)
+    for title, key in (("model, GPUs and length", _group), ("model, GPUs, length and software", _group_of_software)):
+        _print_regrets(title, predicted, key)
+    _print_reasons("Rows stated as the nearest that is modelled", ((row.id, row.nearest) for row in compared))
+    _print_reasons("Rows that were not compared", ((row.id, row.refused) for row in compared))
+
+
+def _error_cells(name: str, rows: Sequence[Compared]) -> str:
+    sizes = sorted(abs(row.error) for row in rows)
+    bias = statistics.median(row.error for row in rows)
+    between = sum(row.is_between for row in rows) / len(rows)
+    return (
+        f"| {name} | {len(rows)} | {statistics.median(sizes):.1%} | {percentile(sizes, 0.9):.1%} | {bias:+.1%} "
+        f"| {between:.0%} |"
+    )
+
+
+def _print_rows(predicted: Iterable[Compared]) -> None:
+    print("| row | model | GPUs | length | method | measured, tokens/s | predicted | between | error |")
+    print("| --- | --- | --- | ---: | --- | ---: | ---: | ---: | ---: |")
+    for row in predicted:
+        print(
+            f"| {row.id} | {row.model} | {row.gpus} | {row.seq_len} | {row.method} {row.software} "
+            f"| {row.measured:.0f} | {row.predicted:.0f} | {row.lower:.0f} to {row.upper:.0f} | {row.error:+.1%} |"
+        )
+    print()
+
+
+def percentile(ordered: Sequence[float], fraction: float) -> float:
+    """Interpolate between the two nearest of an ordered sequence."""
+    position = fraction * (len(ordered) - 1)
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+
+
+def ranks(values: Sequence[float]) -> list[float]:
+    """Rank values from 1; equal ones share the mean of their ranks."""
+    ordered = sorted(values)
+    first = {value: ordered.index(value) for value in ordered}
+    return [first[value] + (ordered.count(value) + 1) / 2 for value in values]
+
+
+def spearman(left: Sequence[float], right: Sequence[float]) -> float | None:
+    """Return the rank correlation; None where one side does not vary."""
+    if len(set(left)) < 2 or len(set(right)) < 2:
+        return None
+    return statistics.correlation(ranks(left), ranks(right))
+
+
+def _print_ranks(predicted: Sequence[Compared]) -> None:
+    """Print how well speeds per device are ordered, in each table of one model."""
+    sweeps: dict[tuple[str, str], list[Compared]] = defaultdict(list)
+    for row in predicted:
+        sweeps[row.table, row.model].append(row)
+    print(f"\n| sweep: one published table and model | rows | Spearman (goal {GOALS['Spearman']}) |")
+    print("| --- | ---: | ---: |")
+    found = []
+    for (table, model), rows in sorted(sweeps.items()):
+        each = spearman(
+            [row.measured / row.num_devices for row in rows], [(row.predicted or 0) / row.num_devices for row in rows]
+        )
+        if len(rows) >= SMALLEST_SWEEP and each is not None:
+            found.append(each)
+            print(f"| {source_name(table)}: {model} | {len(rows)} | {each:.3f} |")
+    if found:
+        reached = sum(each >= GOALS["Spearman"] for each in found)
+        print(f"\n{reached} of {len(found)} sweeps reach the goal; median {statistics.median(found):.3f}.")
+
+
+def _group(row: Compared) -> Hashable:
+    return (row.model, row.gpus, row.seq_len)
+
+
+def _group_of_software(row: Compared) -> Hashable:
+    return (row.table, row.software, *_group(row))  # type: ignore[misc]
+
+
+def regret(rows: Sequence[Compared]) -> tuple[float, Compared, Compared]:
+    """Return how much slower the one that a plan would choose is than the fastest measured, and both.
+
+    A plan takes the fastest by prediction of those that fit; where none does, the one that needs least.
+    """
+    fitting = [row for row in rows if row.fits]
+    if fitting:
+        chosen = max(fitting, key=lambda row: row.predicted or 0)
+    else:
+        chosen = min(rows, key=lambda row: row.needed_bytes or 0)
+    fastest = max(rows, key=lambda row: row.measured)
+    return fastest.measured / chosen.measured - 1, chosen, fastest
+
+
+def _print_regrets(title: str, predicted: Sequence[Compared], key: Callable[[Compared], Hashable]) -> None:
+    groups: dict[Hashable, list[Compared]] = defaultdict(list)
+    for row in predicted:
+        groups[key(row)].append(row)
+    several = [rows for rows in groups.values() if len(rows) > 1]
+    if not several:
+        return
+    print(f"\n| group: {title} | rows | that fit | regret | chosen | fastest |")
+    print("| --- | ---: | ---: | ---: | --- | --- |")
+    regrets: dict[str, list[float]] = defaultdict(list)
+    for rows in several:
+        loss, chosen, fastest = regret(rows)
+        regrets["all"].append(loss)
+        regrets["held out" if rows[0].held_out else "development"].append(loss)
+        where = f"{chosen.model}, {chosen.gpus}, {chosen.seq_len}"
+        names = [" ".join(filter(None, (row.id, row.software))) for row in (chosen, fastest)]
+        fitting = sum(row.fits for row in rows)
+        print(f"| {where} | {len(rows)} | {fitting} | {loss:.1%} | {names[0]} | {names[1]} |")
+    for half, losses in regrets.items():
+        within = sum(loss <= GOALS["95th percentile regret"] for loss in losses) / len(losses)
+        print(
+            f"\n{half}: {len(losses)} groups, median regret {statistics.median(losses):.1%} (goal 0 %), "
+            f"95th percentile {percentile(sorted(losses), 0.95):.1%} (goal 5 %), {within:.0%} within 5 %."
+        )
+
+
+def _print_reasons(title: str, reasons: Iterable[tuple[str, str | None]]) -> None:
+    grouped = defaultdict(list)
+    for row_id, reason in reasons:
+        if reason is not None:
+            grouped[reason].append(row_id)
+    if grouped:
+        print(f"\n{title}:")
+    for reason, ids in grouped.items():
+        print(f"- {reason}: {len(ids)} rows ({', '.join(ids[:6])}{' ...' if len(ids) > 6 else ''})")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""The time of kernels, against products and attention that others measured on GPUs."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+
+import pytest
+
+from autofit.sources.gpus import catalogue, device, find
+from autofit.spec.hardware import Cluster
+from autofit.timing.kernels import micro_step_time, micro_step_work, square_share
+from autofit.timing.rates import attention_flops_per_second, matmul_fraction, rates_of
+from tests.timing.hand_profiles import a_profile, a_regime, a_segment, constant
+
+HALF = a_regime(weights_dtype="bfloat16", autocast="no")
+
+
+def measured_device(name):
+    """Return a device of the catalogue."""
+    return device(find(name, catalogue()))
+
+
+def product_tflops(name, rows, columns, inner, dtype="bfloat16"):
+    """Predict the rate of one product."""
+    flops = 2.0 * rows * columns * inner
+    moved = 2.0 * (rows * inner + inner * columns + rows * columns)
+    profile = a_profile(
+        segments=(a_segment(matmul_flops=constant(flops), matmul_bytes=constant(moved)),),
+        regime=a_regime(weights_dtype=dtype, autocast="no"),
+    )
+    rates = rates_of(profile.regime, Cluster(device=measured_device(name), num_devices_per_node=1))
+    return flops / micro_step_time(micro_step_work(profile), 1, 1, rates).forward.device_seconds / 1e12
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "columns", "inner", "tflops", "tolerance"),
+    [
+        ("A100-PCIe-80G", 2048, 2048, 2048, 192.5, 0.05),
+        ("A100-PCIe-80G", 8192, 8192, 8192, 215.3, 0.05),
+        ("RTX3090-24G", 2048, 2048, 2048, 71.5, 0.10),
+        ("RTX3090-24G", 8192, 8192, 8192, 81.3, 0.12),
+        ("RTX4090-24G", 8192, 8192, 8192, 158.6, 0.05),
+        ("RTXA6000-48G", 8192, 8192, 8192, 95, 0.30),
+        ("A100-SXM-80G", 8192, 8192, 8192, 230, 0.15),
+        ("A100-SXM-80G", 2048, 2048, 2048, 233.0, 0.10),
+        ("A100-SXM-80G", 3200, 3200, 3200, 244.3, 0.10),
+        ("H100-SXM-80G", 2048, 2048, 2048, 515.2, 0.15),
+        ("H100-SXM-80G", 2048, 4096, 4096, 613.7, 0.10),
+        ("H100-SXM-80G", 2048, 8192, 8192, 721.6, 0.10),
+        ("H100-SXM-80G", 10240, 10240, 10240, 719.7, 0.10),
+    ],
+)
+def test_products_are_as_fast_as_measured(name, rows, columns, inner, tflops, tolerance):
+    """Rates of half-precision products by shape.
+
+    Source: mli/transformers-benchmarks (A800 PCIe, RTX 3090 Ti for the 3090, 4090, A6000, A100), triton-lang/triton
+    issues 3551 (A100) and 2339 (H100), zzc0721/torch-performance-test-data issue 79 (H100, its largest).
+    """
+    assert product_tflops(name, rows, columns, inner) == pytest.approx(tflops, rel=tolerance)
+
+
+def test_flat_products_are_bound_by_memory():
+    """An adapter's product, 16 columns wide, runs at less than an eighth of a square one's rate."""
+    assert product_tflops("A100-SXM-80G", 16384, 16, 4096) < product_tflops("A100-SXM-80G", 16384, 4096, 4096) / 8
+
+
+CAUSAL = {
+    "A100-SXM-80G": {512: 99, 1024: 133, 2048: 155, 4096: 173, 8192: 182, 16384: 189},
+    "H100-SXM-80G": {512: 163, 1024: 221, 2048: 265, 4096: 294, 8192: 308, 16384: 328},
+}
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_attention_is_as_fast_as_measured_at_every_length(name):
+    """Dao-AILab/flash-attention README: forward and backward with a causal mask, heads of 128, half the square counted.
+
+    All twelve figures within 7 %.
+    """
+    rate = attention_flops_per_second(HALF, measured_device(name), "bf16")
+    for tokens, tflops in CAUSAL[name].items():
+        predicted = rate / (2 * square_share(HALF, tokens, attends_causally=True)) / 1e12
+        assert predicted == pytest.approx(tflops, rel=0.07), tokens
+
+
+def test_attention_without_a_causal_mask_is_the_whole_square():
+    """The same source, whole square: H100 248 294 320 326 335 338 TFLOPS, within 4 %."""
+    rate = attention_flops_per_second(HALF, measured_device("H100-SXM-80G"), "bf16")
+    for tokens, tflops in {512: 248, 1024: 294, 2048: 320, 4096: 326, 8192: 335, 16384: 338}.items():
+        predicted = rate / square_share(HALF, tokens, attends_causally=False) / 1e12
+        assert predicted == pytest.approx(tflops, rel=0.04), tokens
+
+
+def test_the_memory_efficient_kernel_has_its_own_pace():
+    """The same source, xformers with a causal mask on an A100: 58 72 82 87 91 92 TFLOPS, within 2 %."""
+    efficient = a_regime(sdpa_kernel="efficient")
+    rate = attention_flops_per_second(efficient, measured_device("A100-SXM-80G"), "bf16")
+    for tokens, tflops in {512: 58, 1024: 72, 2048: 82, 4096: 87, 8192: 91, 16384: 92}.items():
+        predicted = rate / (2 * square_share(efficient, tokens, attends_causally=True)) / 1e12
+        assert predicted == pytest.approx(tflops, rel=0.02), tokens
+
+
+def test_a_mask_computes_the_whole_square_in_the_slower_kernel():
+    """sdpa with padding takes the memory-efficient kernel, and leaves nothing out: over 3.5 times as long."""
+    padded = a_regime(batching="padded")
+    a100 = measured_device("A100-SXM-80G")
+    slow, fast = (
+        square_share(regime, 4096, attends_causally=True) / attention_flops_per_second(regime, a100, "bf16")
+        for regime in (padded, HALF)
+    )
+    assert slow > 3.5 * fast
+
+
+def test_unfused_attention_runs_as_products():
+    """Where scores are written to memory the square is of ordinary products, not of a fused kernel."""
+    square = (0.0, 0.0, 0.0, 0.0, 0.0, 4.0 * 128)
+    scores = (0.0, 0.0, 0.0, 0.0, 0.0, 20.0)
+    fused, eager = (
+        micro_step_work(a_profile(segments=(a_segment(matmul_flops=square, other_bytes=written),)))
+        for written in (constant(0.0), scores)
+    )
+    assert (sum(fused.forward.attention_flops), sum(fused.forward.product_flops)) == (512, 0)
+    assert (sum(eager.forward.attention_flops), sum(eager.forward.product_flops)) == (0, 512)
+
+
+def test_measured_rates_are_over_the_catalogues_peaks():
+    """Every row of the measured rates names devices of the catalogue, and divides by their data sheets' peaks."""
+    rows = json.loads(resources.files("autofit.timing").joinpath("data/matmul_rates.json").read_text())["rates"]
+    figures = {gpu.name: gpu.figures for gpu in catalogue().gpus}
+    for row in rows:
+        named = [name for name in figures if name.startswith(row["device"])]
+        assert named, row["device"]
+        for dtype, peak in row["datasheet_tflops"].items():
+            assert {getattr(figures[name], f"{dtype}_tflops") for name in named} == {peak}, (row["device"], dtype)
+            assert matmul_fraction(named[0], dtype) == row["measured_tflops"][dtype] / peak
