@@ -134,7 +134,7 @@ def _zero12(
 
     Stage 1 copies its partition's gradients when all are there, then frees them all.
     The step takes the norm of each of the partition's gradients in fp64, then flattens them and casts them to fp32. One
-    16-bit copy is still there at the update.
+    copy in the engine's dtype is still there at the update; in fp32 it is the flat one that needs no cast.
 
     Source: deepspeed/runtime/zero/stage_1_and_2.py 0.19.8.
     """
@@ -164,7 +164,7 @@ def _zero12(
         step=(
             {"gradients": partition * element, "optimizer_temporaries": largest * NORM_BYTES},
             {"gradients": partition * element * 2 + cast},
-            {"gradients": partition * element + cast, "optimizer_temporaries": optimizer.step},
+            {"gradients": partition * (element + MASTER_BYTES), "optimizer_temporaries": optimizer.step},
         ),
         host=optimizer.host,
     )

@@ -161,7 +161,8 @@ def preparing(run: Run) -> Stage:
 
     DeepSpeed flattens what trains beside what is there; where a device has no room for it, it does so on the host.
     Source: torch v2.13 nn/parallel/distributed.py; deepspeed/runtime/zero/stage_1_and_2.py 0.19.8 (`__init__`,
-    initialize_optimizer_states), stage3.py (_create_fp32_partitions, initialize_optimizer_states).
+    initialize_optimizer_states), stage3.py (_create_fp32_partitions, initialize_optimizer_states,
+    create_reduce_and_remove_grad_hooks).
     """
     weights = run.total(t.num_bytes for t in run.model)
     if run.configuration.zero_stage == 3:
@@ -206,13 +207,18 @@ def _preparing_zero3(run: Run) -> Stage:
     rest = _buffers(run) + states
     master = partition * MASTER_BYTES
     whole = _while_partitioning(run) if not run.builds_partitioned else 0
+    # At last each parameter that trains is gathered by itself, to hang a hook on it.
+    made = sum(run.plan.resident.values()) - run.plan.resident.get("optimizer_state", 0)
+    hooking = made + max((run.total([t.num_bytes]) for t in run.trained), default=0)
     if run.configuration.offload == "none":
-        return run.placed(rest + max(whole, shards + master + sub_group), 0)
+        return run.placed(max(rest + whole, rest + shards + master + sub_group, hooking), 0)
     offloads_weights = run.configuration.offload == "optimizer_and_parameters"
-    on_device = rest + max(whole, 0 if offloads_weights else shards)
-    on_host = run.plan.host - _offloaded_moments(run) + sub_group
+    on_device = max(rest + whole, rest + (0 if offloads_weights else shards), hooking)
+    kept = run.plan.host - _offloaded_moments(run)
+    on_host = kept + sub_group
     if run.cluster.device.kind == "cpu":
-        return run.placed(max(rest + whole, rest + shards + master + sub_group * 2, rest + shards + trained), 0)
+        making = max(rest + whole, rest + shards + master + sub_group * 2, rest + shards + trained)
+        return run.placed(max(making, hooking + kept), 0)
     return run.placed(on_device, on_host)
 
 
