@@ -30,10 +30,9 @@ MODELS = (
     "meta-llama/Llama-3.1-70B",
     "Qwen/Qwen2.5-7B",
     "Qwen/Qwen3-0.6B",
-    "google/gemma-2-2b",
     "openai-community/gpt2",
 )
-"""The first five ship profiles; Gemma's layers alternate, so that its tape is written out at full depth."""
+"""The first five ship profiles."""
 GPUS = ("1xT4-16G", "1xRTX4090-24G", "1xA100-40G", "1xA100-80G", "1xH100-80G", "2xA100-80G", "4xA100-80G", "8xH100-80G")
 ZERO = ("ddp", "zero1", "zero2", "zero3")
 SHARDINGS = {"full": (*ZERO, "fsdp_full_shard", "fsdp2_full_shard"), "lora": (*ZERO, "fsdp2_full_shard"), "qlora": ZERO}
