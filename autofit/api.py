@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autofit.errors import InputError, NothingFitsError
-from autofit.options import DataWish, EveryWish, RunWish, Wishes, for_inference, one_of_each, restrictions, wishes_of
+from autofit.options import (
+    DataWish,
+    EveryWish,
+    RunWish,
+    SearchWish,
+    for_inference,
+    one_of_each,
+    restrictions,
+    wishes_of,
+)
 
 if TYPE_CHECKING:
     from autofit.memory.explain import ExplainedPhase, Symbols
@@ -104,7 +113,7 @@ def make_plan(
         gpus=gpus,
         seq_len=seq_len,
         global_batch=global_batch,
-        wishes=wishes_of(Wishes, wishes),
+        wishes=wishes_of(SearchWish, wishes),
         allow_hub=allow_hub,
     )
     return solve_job(job, cluster)
@@ -488,7 +497,7 @@ def planned_job(
     gpus: str,
     seq_len: int | None,
     global_batch: int,
-    wishes: Wishes,
+    wishes: SearchWish,
     allow_hub: bool,
     measuring: Display = silent,
 ) -> tuple[Job, Cluster]:
@@ -510,7 +519,7 @@ def job_of(
     model: str | Path,
     seq_len: int | None,
     global_batch: int,
-    wishes: Wishes,
+    wishes: SearchWish,
     allow_hub: bool,
     measuring: Display = silent,
 ) -> Job:
@@ -651,7 +660,7 @@ def compare(
     from autofit.sources.market import hardware
     from autofit.sources.prices import read_prices
 
-    read = wishes_of(Wishes, wishes)
+    read = wishes_of(SearchWish, wishes)
     clusters = hardware(gpus, max_dollars_per_hour, read_prices(read.price))
     job = job_of(
         model=model,

@@ -27,10 +27,10 @@ from autofit.options import (
     JsonOption,
     OutputOption,
     RunWish,
+    SearchWish,
     SectionedCommand,
     TextColumnOption,
     TokenizerOption,
-    Wishes,
     restrictions,
     takes_wishes,
 )
@@ -78,12 +78,12 @@ def root(
 
 
 @app.command(cls=SectionedCommand)
-@takes_wishes(Wishes)
+@takes_wishes(SearchWish)
 def plan(
     model: Annotated[str, MODEL],
     global_batch: Annotated[int, GLOBAL_BATCH],
     gpus: Annotated[str, GPUS],
-    wishes: Wishes,
+    wishes: SearchWish,
     seq_len: Annotated[int | None, SEQ_LEN] = None,
     output: OutputOption = None,
     *,
@@ -107,10 +107,10 @@ def plan(
 
 
 @app.command(cls=SectionedCommand)
-@takes_wishes(Wishes)
+@takes_wishes(SearchWish)
 def launch(
     script: Annotated[Path, typer.Argument(help="The training script, as it is.", show_default=False)],
-    wishes: Wishes,
+    wishes: SearchWish,
     arguments: Annotated[
         list[str] | None, typer.Argument(help="The script's own arguments, after --.", show_default=False)
     ] = None,
@@ -153,7 +153,7 @@ def launch(
 
 
 def overrides(
-    wishes: Wishes, *, model: str | None, seq_len: int | None, global_batch: int | None, allow_hub: bool
+    wishes: SearchWish, *, model: str | None, seq_len: int | None, global_batch: int | None, allow_hub: bool
 ) -> Overrides:
     """Collect what the user says beside the script."""
     from autofit.sources.models import resolve_model
@@ -441,7 +441,7 @@ def print_stages(plans: Sequence[Plan], *, as_json: bool) -> None:
 
 
 @app.command(cls=SectionedCommand)
-@takes_wishes(Wishes)
+@takes_wishes(SearchWish)
 def compare(
     model: Annotated[str, MODEL],
     global_batch: Annotated[int, GLOBAL_BATCH],
@@ -454,7 +454,7 @@ def compare(
             show_default=False,
         ),
     ],
-    wishes: Wishes,
+    wishes: SearchWish,
     seq_len: Annotated[int | None, SEQ_LEN] = None,
     max_dollars_per_hour: Annotated[
         float | None,

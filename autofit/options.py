@@ -1,6 +1,7 @@
 """The options that several commands share: declared once, read once.
 
-`Wishes` are what plan, launch and estimate take, `EveryWish` adds what only estimates can hold. A field is a keyword of
+`Wishes` are what plan, launch and estimate take, `SearchWish` adds what only a search needs, `EveryWish` what only
+estimates can hold. A field is a keyword of
 the Python interface and an option of the same name; what it may be is read from the types of `autofit.spec`.
 """
 
@@ -17,7 +18,7 @@ from typer.core import TyperCommand
 
 from autofit.errors import InputError, nearest
 from autofit.spec.configuration import Attention, Batching, Dtype, Loss, Method, Optim, SdpaKernel, Sharding, Task
-from autofit.spec.job import Precision, StorageDtype
+from autofit.spec.job import Objective, Precision, StorageDtype
 
 if TYPE_CHECKING:
     from autofit.spec.job import Restrictions
@@ -72,6 +73,7 @@ def _any_of(values: Iterable[str]) -> str:
     return "|".join(values)
 
 
+_OBJECTIVE = "Objective"
 _METHOD, _QUANT, _PRECISION = "Method", "Quantisation", "Precision and optimizer"
 _SHARDING, _BATCH, _ACTIVATIONS = "Sharding and offload", "Batch", "Activations"
 _MODEL, _ALLOCATOR, _DATA, _COST = "Model and loss", "Allocator", "Data", "Time and price"
@@ -335,6 +337,24 @@ class Wishes(RunWish):
             show_default=True,
         ),
     ] = "sdpa"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchWish(Wishes):
+    """The options of commands that choose among configurations."""
+
+    objective: Annotated[
+        str,
+        _option(
+            "--objective",
+            section=_OBJECTIVE,
+            metavar=_any_of(get_args(Objective)),
+            help="What decides among all that fits. cost: dollars per trained token; time: tokens a second; "
+            "memory: the least on each device; quality: the least approximate method, dtypes and optimizer state, "
+            "and of those the cheapest. Within 1 % the simpler setup is taken.",
+            show_default=True,
+        ),
+    ] = "cost"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -611,12 +631,12 @@ def with_option(restrictions_now: Restrictions, text: str) -> Restrictions:
     if not equals or not value.strip():
         raise InputError(f"{text!r} is not NAME=VALUE.", to_fix="write for instance zero_stage=3 or method=full")
     of_run = {field.name for field in fields(RunWish)}
-    every = get_type_hints(Wishes, include_extras=True)
+    every = get_type_hints(SearchWish, include_extras=True)
     hints = {known: hint for known, hint in every.items() if known not in of_run}
     if name not in hints:
         raise InputError(f"{name!r} is no option of plan.", to_fix=f"the nearest are {nearest(name, hints)}")
-    wish = wishes_of(Wishes, {name: _from_text(value.strip(), hints[name])})
-    plain, wanted = restrictions(Wishes()), restrictions(wish)
+    wish = wishes_of(SearchWish, {name: _from_text(value.strip(), hints[name])})
+    plain, wanted = restrictions(SearchWish()), restrictions(wish)
     changed = {
         field.name: _merged(getattr(restrictions_now, field.name), getattr(plain, field.name), new)
         for field in fields(wanted)
@@ -678,6 +698,7 @@ def restrictions(wishes: Wishes) -> Restrictions:
         "lora": _lora(wishes),
         "quantization": _quantization(wishes),
         **(_further(wishes) if isinstance(wishes, EveryWish) else {}),
+        **(_searched_by(wishes) if isinstance(wishes, SearchWish) else {}),
     }
     return msgspec.convert(given, Restrictions)
 
@@ -891,6 +912,11 @@ def _quantization(wishes: Wishes) -> dict[str, Any]:
             else None,
         }
     )
+
+
+def _searched_by(wishes: SearchWish) -> dict[str, Any]:
+    """Read what only a search takes."""
+    return {"objective": _one_of("objective", wishes.objective, get_args(Objective))}
 
 
 def _further(wishes: EveryWish) -> dict[str, Any]:

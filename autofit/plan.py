@@ -29,12 +29,14 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rung:
-    """A fallback: what is tried if everything before it ran out of memory."""
+    """Another configuration beside the chosen one: a fallback, or the best of another method."""
 
     configuration: Configuration
     peak_allocated_bytes: int
     needed_bytes: int
     step_seconds: float | None
+    fits: bool = True
+    """False: of its method nothing fits, and this comes nearest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +58,7 @@ class Plan:
     fallbacks: tuple[Rung, ...]
     """Strictly descending in needed bytes; each keeps the global batch."""
     alternatives: tuple[Rung, ...]
-    """The best configuration of each other method, for comparison."""
+    """The best configuration of each other method that is allowed, for comparison."""
     reasons: tuple[str, ...]
     """Why each knob has its value, and how many candidates fell to what."""
     versions: dict[str, str]

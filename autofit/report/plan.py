@@ -210,7 +210,7 @@ class _Column:
 
 
 def methods_table(plan: Plan, *, width: int) -> Table:
-    """Set the best configuration of each method side by side, the chosen one first."""
+    """Set the best of each method side by side, the chosen one first; of one that does not fit what comes nearest."""
     columns = (
         _Column(title="method", cell=lambda _, rung: rung.configuration.method),
         *_SETUP_COLUMNS,
@@ -278,6 +278,8 @@ def _checkpointing_cell(_: Plan, rung: Rung) -> str:
 
 
 def _rate_cell(plan: Plan, rung: Rung) -> str:
+    if not rung.fits:
+        return "-"
     if rung.step_seconds is None:
         return "?"
     return tokens_words(step_tokens(plan.inputs.job.workload, rung.configuration) / rung.step_seconds)
@@ -285,6 +287,8 @@ def _rate_cell(plan: Plan, rung: Rung) -> str:
 
 def _price_cell(plan: Plan, rung: Rung) -> str:
     """Scale the chosen plan's price: every rung trains the same tokens in a step, on the same devices."""
+    if not rung.fits:
+        return "-"
     chosen, dollars = plan.time.step_seconds, plan.cost.dollars_per_million_tokens
     if rung.step_seconds is None or chosen is None or dollars is None:
         return "?"
@@ -306,7 +310,9 @@ _SETUP_COLUMNS = (
     _Column(title="sharding", cell=lambda _, rung: rung.configuration.sharding),
     _Column(title="optim", cell=lambda _, rung: rung.configuration.optim, min_width=85),
     _Column(title="ckpt", cell=_checkpointing_cell, min_width=75),
-    _Column(title="needs GiB", cell=lambda _, rung: f"{rung.needed_bytes / GIB:.2f}"),
+    _Column(
+        title="needs GiB", cell=lambda _, rung: f"{rung.needed_bytes / GIB:.2f}{'' if rung.fits else ' (too much)'}"
+    ),
 )
 
 

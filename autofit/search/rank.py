@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import get_args
 
 from autofit.search.evaluate import Evaluated
-from autofit.spec.configuration import Batching, Method, Optim, Sharding
+from autofit.spec.configuration import Batching, Configuration, Method, Optim, Sharding
+from autofit.spec.job import Objective
 
 TIE_FRACTION = 0.01
 """Configurations this close in cost count as equal, and the simpler one is taken: no time model tells them apart."""
@@ -42,6 +43,41 @@ def cheapest(evaluated: Sequence[Evaluated], cost: Cost) -> Evaluated:
     """Return the cheapest; among those within a tie of it, the one with the fewest moving parts."""
     least = min(cost(each) for each in evaluated)
     return min((each for each in evaluated if cost(each) <= least * (1 + TIE_FRACTION)), key=complexity)
+
+
+def best(evaluated: Sequence[Evaluated], objective: Objective, cost: Cost) -> Evaluated:
+    """Return what an objective chooses; within a tie of it the cheapest, and of equally cheap ones the simplest.
+
+    `cost` and `time` are one where all configurations run on the same devices.
+    """
+    if objective == "memory":
+        least = min(each.needed_bytes for each in evaluated)
+        return cheapest([each for each in evaluated if each.needed_bytes <= least * (1 + TIE_FRACTION)], cost)
+    if objective == "quality":
+        least_approximate = min(approximations(each.configuration) for each in evaluated)
+        return cheapest([e for e in evaluated if approximations(e.configuration) == least_approximate], cost)
+    return cheapest(evaluated, cost)
+
+
+def approximations(configuration: Configuration) -> tuple[int, int, int]:
+    """Order configurations by what they leave out of training every weight in full precision, the most telling first.
+
+    How much of the model trains, and on weights of how many bits; whether updates are added to 16-bit weights, where
+    small ones round away; and to how many bits the optimizer's state is rounded. No measured quality is behind it: it
+    is an order, and says nothing about by how much.
+    """
+    state = 2 if "4bit" in configuration.optim else 1 if "8bit" in configuration.optim else 0
+    return _place(configuration.method, METHODS_FIRST), int(rounds_updates(configuration)), state
+
+
+def rounds_updates(configuration: Configuration) -> bool:
+    """Tell whether what trains is kept in 16 bits alone: DeepSpeed and FSDP keep fp32 beside it in mixed precision.
+
+    peft makes adapters fp32 unless everything is to be 16-bit. Source: peft/tuners/tuners_utils.py 0.21,
+    cast_adapter_dtype; see autofit.memory.engines and autofit.memory.fsdp for the engines.
+    """
+    keeps_fp32 = configuration.mixed_precision != "no" and (configuration.uses_deepspeed or configuration.uses_fsdp)
+    return configuration.lora is None and configuration.weights_dtype != "float32" and not keeps_fp32
 
 
 def complexity(each: Evaluated) -> tuple[int, ...]:

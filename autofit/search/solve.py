@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -13,9 +13,9 @@ from autofit.errors import InputError
 from autofit.plan import Inputs, Plan, Rung
 from autofit.search.evaluate import Evaluated, Evaluator, MemoryEstimator, has_ample_room
 from autofit.search.nothing_fits import Search, changes, refusal
-from autofit.search.rank import Cost, cheapest, cost_of, ladder
+from autofit.search.rank import best, cost_of, ladder
 from autofit.search.rules import Rule, Site, broken_rule, rules_for, rules_for_given
-from autofit.search.space import METHODS, candidates
+from autofit.search.space import candidates
 from autofit.search.truncate import truncations
 from autofit.search.words import (
     allocator_reasons,
@@ -81,15 +81,19 @@ def solve(job: Job, cluster: Cluster, profiles: ProfileSet, *, estimate_memory: 
             f"{job.model.name} has no traced profile for any configuration.",
             to_fix="trace it first, or allow a method and a precision that were traced",
         )
-    cost = cost_of(evaluated)
-    evaluated, chosen = _settled(evaluated, evaluator, cost)
+    cost, objective = cost_of(evaluated), job.restrictions.objective
+
+    def choose(among: Sequence[Evaluated]) -> Evaluated:
+        return best(among, objective, cost)
+
+    evaluated, chosen = _settled(evaluated, evaluator, choose)
     if chosen is None:
         raise refusal(job, cluster, evaluated, _search_of_smallest(profiles, estimate_memory))
-    alternatives = []
-    for method in METHODS:
+    alternatives: list[Evaluated] = []
+    for method in dict.fromkeys(each.configuration.method for each in evaluated):
         if method != chosen.configuration.method:
-            evaluated, best = _settled(evaluated, evaluator, cost, method)
-            alternatives += [best] if best else []
+            evaluated, found = _settled(evaluated, evaluator, choose, method)
+            alternatives.append(found or _nearest(evaluated, method))
     replayed = evaluator.replay(chosen.configuration)
     smaller = [each for each in evaluated if each.fits and each.needed_bytes < replayed.needed_bytes]
     return _plan(
@@ -216,21 +220,29 @@ def _search_of_smallest(profiles: ProfileSet, estimate_memory: MemoryEstimator |
     return search
 
 
+def _nearest(evaluated: Sequence[Evaluated], method: Method) -> Evaluated:
+    """Return what needs least of a method of which nothing fits."""
+    return min((e for e in evaluated if e.configuration.method == method), key=lambda each: each.needed_bytes)
+
+
 def _settled(
-    evaluated: Sequence[Evaluated], evaluator: Evaluator, cost: Cost, method: Method | None = None
+    evaluated: Sequence[Evaluated],
+    evaluator: Evaluator,
+    choose: Callable[[Sequence[Evaluated]], Evaluated],
+    method: Method | None = None,
 ) -> tuple[Sequence[Evaluated], Evaluated | None]:
-    """Find the cheapest, of one method or of all, that still fits when every allocation is replayed.
+    """Find the best, of one method or of all, that still fits when every allocation is replayed.
 
     One with ample room is taken without a replay. One that does not fit is marked, with those of its method that need
     as much or more. A replay keeps below the device's memory wherever torch's allocator would, so of its figure no
     share has to stay free.
     """
     while fitting := [each for each in evaluated if each.fits and method in {None, each.configuration.method}]:
-        best = cheapest(fitting, cost)
-        settled = _as_it_fits(best, evaluator)
+        chosen = choose(fitting)
+        settled = _as_it_fits(chosen, evaluator)
         if settled is not None:
             return evaluated, settled
-        evaluated = [replace(e, misfit="fragmentation") if _fares_no_better(e, best) else e for e in evaluated]
+        evaluated = [replace(e, misfit="fragmentation") if _fares_no_better(e, chosen) else e for e in evaluated]
     return evaluated, None
 
 
@@ -288,4 +300,5 @@ def _rung(each: Evaluated) -> Rung:
         peak_allocated_bytes=each.memory.peak_allocated_bytes,
         needed_bytes=each.needed_bytes,
         step_seconds=each.time.step_seconds,
+        fits=each.fits,
     )

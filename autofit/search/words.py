@@ -49,13 +49,21 @@ def count_reasons(evaluated: Sequence[Evaluated], fallen: Counter[Rule], num_unt
 
 
 def objective_reason(job: Job, cluster: Cluster, chosen: Evaluated, missing: Sequence[str]) -> str:
-    """Say what cheapest meant."""
-    methods = job.restrictions.methods
+    """Say what decided."""
+    methods, objective = job.restrictions.methods, job.restrictions.objective
     among = f"of the methods you allowed ({', '.join(methods)})" if methods else "of full, lora and qlora"
-    if not missing:
-        return f"{chosen.configuration.method} is the cheapest per trained token {among}; ties go to the simpler setup."
-    least = f"{chosen.configuration.method} is the least work per trained token {among}; ties go to the simpler setup."
-    return f"{least} {no_time_reason(cluster, missing)}"
+    least = {
+        "cost": "the least work per trained token" if missing else "the cheapest per trained token",
+        "time": "the least work" if missing else "the fastest",
+        "memory": "what needs the least memory on each device",
+        "quality": "the least approximate that fits",
+    }[objective]
+    default = ", the default" if objective == "cost" else ""
+    said = (
+        f"{chosen.configuration.method} is {least} {among} (--objective {objective}{default}); "
+        "ties go to the simpler setup."
+    )
+    return f"{said} {no_time_reason(cluster, missing)}" if missing else said
 
 
 def allocator_reasons(job: Job, configuration: Configuration, evaluator: Evaluator) -> tuple[str, ...]:

@@ -24,6 +24,9 @@ from autofit.spec.lengths import LengthDistribution
 Precision = Literal["bf16", "fp16", "tf32", "fp32", "pure-bf16", "pure-fp16"]
 """`bf16`/`fp16`: mixed precision; `pure-...`: weights, gradients and optimizer state all in it, without autocast."""
 StorageDtype = Literal["uint8", "bfloat16", "float16", "float32"]
+Objective = Literal["cost", "time", "memory", "quality"]
+"""`cost`: the least for a trained token; `time`: the fastest; `memory`: the least on each device; `quality`: the least
+approximate, and of those the cheapest."""
 Origin = Literal["catalogue", "folder", "config file", "hub", "script"]
 
 
@@ -87,6 +90,8 @@ class Restrictions:
     name mean in `Configuration`.
     """
 
+    objective: Objective = "cost"
+    """What is chosen by, among all that is allowed and fits."""
     methods: tuple[Method, ...] = ()
     precision: Literal["auto"] | Precision = "auto"
     weights_dtype: Dtype | None = None

@@ -83,9 +83,10 @@ ESTIMATED = SHARED | {
     "--expandable-segments",
     "--max-split-size-mb",
 }
+SEARCHED = SHARED | {"--objective"}
 SURFACE = {
-    "plan": SHARED | {"--model", "--seq-len", "--global-batch", "--gpus", "--allow-hub", "-o", "--output", "--json"},
-    "launch": SHARED
+    "plan": SEARCHED | {"--model", "--seq-len", "--global-batch", "--gpus", "--allow-hub", "-o", "--output", "--json"},
+    "launch": SEARCHED
     | {"--gpus", "--plan", "--model", "--seq-len", "--global-batch", "--allow-hub"}
     | {"-o", "--output", "--dry-run", "--json"},
     "estimate": ESTIMATED
@@ -94,7 +95,7 @@ SURFACE = {
     "explain": ESTIMATED
     | {"--model", "--seq-len", "--gpus", "--gradient-accumulation-steps", "--by-stage"}
     | {"--why-not", "--what-if", "--allow-hub", "--json"},
-    "compare": SHARED
+    "compare": SEARCHED
     | {"--model", "--seq-len", "--global-batch", "--gpus", "--max-dollars-per-hour", "--allow-hub", "--json"},
     "data": {"--model", "--tokenizer", "--text-column", "--data-all", "--allow-hub", "--json"},
     "devices": {"--json"},

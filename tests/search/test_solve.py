@@ -14,6 +14,7 @@ from autofit.memory.optimizers import OPTIMIZERS
 from autofit.plan import from_json, to_json
 from autofit.search import candidates, estimate, required_regimes, solve
 from autofit.search.evaluate import HEADROOM_FRACTION
+from autofit.search.rank import approximations
 from autofit.search.rules import Site, rules_for
 from autofit.spec.regimes import regime_of
 from autofit.timing import TimeModel, estimate_time
@@ -65,7 +66,7 @@ def brute_force(job, cluster, memory):
     return priced
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(jobs, devices, st.integers(1, 4), st.integers(0, 10**6), st.floats(0.5, 20))
 def test_the_search_finds_what_brute_force_finds(job, device, num_devices, seed, scarcity):
     """Whatever memory configurations need, nothing that is allowed and fits is cheaper by more than a tie."""
@@ -80,6 +81,59 @@ def test_the_search_finds_what_brute_force_finds(job, device, num_devices, seed,
     plan = solve(job, cluster, profiles_for(job, cluster), estimate_memory=memory)
     prices = {configuration: price for price, _, configuration in priced}
     assert prices[plan.configuration] <= min(prices.values()) * 1.01
+
+
+QUALITY_ORDER = ("full", "lora", "qlora")
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(jobs, st.sampled_from(["time", "memory", "quality"]), st.integers(1, 4), st.integers(0, 10**6))
+def test_each_objective_finds_what_brute_force_finds(job, objective, num_devices, seed):
+    """Nothing that fits is faster, needs less, or is less approximate by more than a tie."""
+    batch, methods, optims = job
+    job = a_job(batch * num_devices, methods=methods, optims=optims, objective=objective)
+    cluster, memory = a_cluster(num_devices, GPU), RandomMemory(seed, 2 * GPU.memory_bytes)
+    priced = brute_force(job, cluster, memory)
+    if not priced:
+        return
+    plan = solve(job, cluster, profiles_for(job, cluster), estimate_memory=memory)
+
+    def figure(price, needed, configuration):
+        order = QUALITY_ORDER.index(configuration.method), "8bit" in configuration.optim
+        return {"time": price, "memory": needed, "quality": order}[objective]
+
+    (found,) = [figure(*each) for each in priced if each[2] == plan.configuration]
+    least = min(figure(*each) for each in priced)
+    assert found == least if objective == "quality" else found <= least * 1.01
+    assert f"--objective {objective}" in plan.reasons[0]
+
+
+def test_quality_is_an_order_of_what_is_left_out():
+    """Full before an adapter before a packed base; then fp32 updates, then 32-bit state; engines keep fp32 weights."""
+    ordered = [
+        a_configuration(),
+        a_configuration(optim="adamw_8bit"),
+        a_configuration(weights_dtype="bfloat16", mixed_precision="no"),
+        a_configuration(method="lora"),
+        a_configuration(method="qlora"),
+        a_configuration(method="qlora", optim="paged_adamw_8bit"),
+    ]
+    orders = [approximations(each) for each in ordered]
+    assert orders == sorted(orders)
+    assert len(set(orders)) == len(ordered)
+    kept = a_configuration(weights_dtype="bfloat16", sharding="zero2")
+    assert approximations(kept) == approximations(a_configuration())
+
+
+def test_a_method_that_does_not_fit_is_shown_with_what_it_would_need():
+    """Of 4e9 parameters on 16 GiB full fine-tuning does not fit: its least is beside the others, marked."""
+    job, cluster = a_job(8), a_cluster(1, replace(GPU, memory_bytes=16 * GIB))
+    plan = solve(job, cluster, profiles_for(job, cluster), estimate_memory=PlausibleMemory(4 * 10**9))
+    shown = {rung.configuration.method: rung for rung in plan.alternatives}
+    assert {plan.configuration.method, *shown} == {"full", "lora", "qlora"}
+    assert not shown["full"].fits
+    assert shown["full"].needed_bytes > plan.memory.budget_bytes
+    assert all(rung.fits for rung in plan.fallbacks)
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow], deadline=None)
