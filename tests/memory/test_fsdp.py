@@ -285,3 +285,12 @@ def test_the_first_version_copies_no_adapter_in_16_bits():
     assert before - after == 2 * sum(t.num_elements for t in kept)
     second = traced(replace(configuration, sharding="fsdp2"))
     assert without_adapter_casts(second) is second
+
+
+def test_the_first_rank_of_the_first_version_has_the_embedding():
+    """FSDP1 cuts the flat root in order: of two ranks the first holds the whole embedding and none of the head."""
+    configuration = a_configuration(sharding="fsdp1", num_processes=2, gradient_accumulation_steps=1)
+    profile = traced(configuration)
+    table = next(t for t in profile.tensors if t.embeds)
+    outside = [t for t in make_units(configuration, profile).state if t.num_elements >= table.num_elements // 2]
+    assert [(t.embeds, t.num_elements) for t in outside] == [(True, table.num_elements)]

@@ -195,3 +195,13 @@ def test_stage_3_does_not_free_packed_weights_that_others_hold(changes, bits, ke
     assert whole == pytest.approx(kept, rel=0.06, abs=model[-1].num_bytes)
     assert plan.resident["quantized_weights"] == resident
     assert plan.step[-1].get("quantized_weights", 0) == (kept if kept == 8e9 else 0)
+
+
+def test_a_head_that_is_fetched_with_adapters_is_copied_out_of_their_buffer():
+    """The largest weight is there twice for a moment; without adapters the head is gathered alone, in place."""
+    head = Tensor(10**6, 2, trains=False, embeds=False, kind="parameter")
+    adapter = Tensor(4096, 4, trains=True, embeds=False, kind="adapter")
+    model = (head, adapter)
+    for lora, extra in ((Lora(), head.num_bytes), (None, 0)):
+        configuration = a_configuration(method="lora" if lora else "full", lora=lora, sharding="zero3")
+        assert layout(configuration, model, static_bytes(model, "cpu"), HIDDEN, "cpu").gathering_bytes == extra
