@@ -189,6 +189,13 @@ def test_offload_pays_for_the_link_and_for_the_processors():
     assert time.step_seconds > 3 * on_device.step_seconds
 
 
+def test_offloaded_weights_come_for_every_gather():
+    """Stage 3 with weights on the host: half of 4 GB comes twice, as much gradient leaves once."""
+    configuration = a_configuration(sharding="zero3", offload="optimizer_and_parameters", gradient_accumulation_steps=1)
+    time = estimate_time(replace(PROFILE, hidden_size=4096), configuration, PAIR, WORKLOAD)
+    assert time.terms["offload"] == pytest.approx(3 * 0.5e9 * 4 / 32e9)
+
+
 def test_the_engine_of_stage_3_keeps_the_host_busy():
     """Each weight's hooks take half a millisecond of the host in forward and backward, and again for recomputation.
 

@@ -81,3 +81,12 @@ def test_more_sharding_never_sends_less(num_ranks, num_micro_steps):
         for s in ("zero1", "zero2", "zero3")
     ]
     assert sent == sorted(sent)
+
+
+def test_replicas_sum_a_shard_among_themselves():
+    """Hybrid shard: what ranks of a copy have summed into shards is then summed over copies."""
+    totals = parameter_totals(HALF)
+    configuration = a_configuration(sharding="fsdp2", num_processes=16, num_replicas=2)
+    summed = step_traffic(totals, configuration, bucket_settings(configuration, HALF.hidden_size)).last_backward
+    found = [(each.kind, each.over_replicas, each.num_bytes) for each in summed]
+    assert found == [("reduce_scatter", False, 2 * PSI), ("all_reduce", True, 2 * PSI / 8)]

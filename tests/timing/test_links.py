@@ -89,6 +89,15 @@ def test_a_large_gather_is_a_ring_walked_step_by_step(num_ranks, num_nodes, size
     assert seconds == pytest.approx(walked, rel=0.5)  # of small messages the protocol with flags is faster
 
 
+def test_every_node_of_a_ring_adds_a_hop_of_the_network():
+    """Of a message of 8 bytes only hops are left: 8 nodes have seven of the network among 63, one node has none."""
+    hops = HOP_SECONDS["network"]["ll"], HOP_SECONDS["switched"]["ll"]
+    one, eight = (
+        collective_seconds("all_gather", 8, Group(num_ranks=64, num_nodes=nodes), a_fabric()) for nodes in (1, 8)
+    )
+    assert eight - one == pytest.approx(7 * (hops[0] - hops[1]), rel=1e-3)
+
+
 def test_a_tree_is_faster_than_a_ring_over_many_nodes():
     """A small sum over 64 nodes takes log2(64) network hops there and back, not 126 of them."""
     group = Group(num_ranks=512, num_nodes=64)

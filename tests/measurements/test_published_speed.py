@@ -1,0 +1,58 @@
+"""How published speeds are read: no row is lost, and none is read as another model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from autofit.errors import AutofitError
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import published_speed  # noqa: E402 - benchmarks are scripts beside each other
+import throughput  # noqa: E402
+
+ROWS = [json.loads(line) for line in throughput.PUBLISHED.read_text(encoding="utf-8").splitlines()]
+EXACT = [model for model in published_speed.speed_models() if model.num_params is not None]
+
+
+def test_every_row_is_stated_or_refused_with_a_reason(tmp_path):
+    """Of 233 rows 167 are stated, on as many devices as they ran on; every other one says why it is not."""
+    stated, refused = [], []
+    for row in ROWS:
+        try:
+            case = published_speed.state(row, tmp_path).case
+        except (published_speed.RefusedError, AutofitError) as refusal:
+            refused.append(str(refusal))
+        else:
+            assert case.configuration.num_processes == case.cluster.num_devices == row["gpus_count"]
+            assert case.workload.sequence_tokens == row["seq_len"]
+            stated.append(row["id"])
+    assert all(refused)
+    assert (len(stated), len(refused)) == (167, 66)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", EXACT, ids=lambda model: model.names[0])
+def test_models_have_the_published_number_of_parameters(model):
+    """Built without memory, each has as many as its source says; OPT has two more rows of positions than MPT."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = dict(model.config)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(config)
+    more = 2 * config.hidden_size if config.model_type == "opt" else 0
+    assert sum(p.numel() for p in built.parameters()) == model.num_params + more
+
+
+def test_ranks_are_those_of_the_definition():
+    """Equal values share the mean of their ranks; a reversed order is -1, and what does not vary has no order."""
+    assert throughput.ranks([3.0, 1.0, 3.0]) == [2.5, 1.0, 2.5]
+    assert throughput.spearman([1, 2, 3], [9, 5, 1]) == pytest.approx(-1)
+    assert throughput.spearman([1, 1], [1, 2]) is None
