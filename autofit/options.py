@@ -310,6 +310,16 @@ class Wishes(RunWish):
             help="How sequences share a micro-batch (default: padded with --data, else equal); repeatable.",
         ),
     ] = None
+    image_tokens: Annotated[
+        int | None,
+        _option(
+            "--image-tokens",
+            section=_BATCH,
+            metavar="TOKENS",
+            min=0,
+            help="Tokens of each sequence that come from images (default: 0, or the script's).",
+        ),
+    ] = None
     gradient_checkpointing: Annotated[
         bool | None,
         _option(
@@ -472,16 +482,6 @@ class EveryWish(Wishes):
         str,
         _option("--task", section=_MODEL, metavar="NAME", help=f"{', '.join(get_args(Task))}.", show_default=True),
     ] = "auto"
-    image_tokens: Annotated[
-        int | None,
-        _option(
-            "--image-tokens",
-            section=_MODEL,
-            metavar="TOKENS",
-            min=0,
-            help="Tokens of each sequence that come from images.",
-        ),
-    ] = None
     loss: Annotated[
         str | None,
         _option(
@@ -692,6 +692,7 @@ def restrictions(wishes: Wishes) -> Restrictions:
         "offload": _offload(wishes),
         "micro_batch_sequences": wishes.micro_batch or [],
         "batchings": [_one_of("batching", batching, BATCHINGS) for batching in wishes.batching or ()],
+        "image_tokens": 0 if wishes.image_tokens is None else wishes.image_tokens,
         "gradient_checkpointing": wishes.gradient_checkpointing,
         "use_reentrant": wishes.use_reentrant,
         "attention": _one_of("attention", wishes.attention, get_args(Attention)),
@@ -936,7 +937,6 @@ def _further(wishes: EveryWish) -> dict[str, Any]:
             "sdpa_kernel": _one_of("sdpa-kernel", wishes.sdpa_kernel, get_args(SdpaKernel)),
             "loss": _loss(wishes),
             "task": _one_of("task", wishes.task, get_args(Task)),
-            "image_tokens": wishes.image_tokens,
             "keeps_outputs": wishes.keeps_outputs,
             "expandable_segments": wishes.expandable_segments,
             "max_split_size_mb": wishes.max_split_size_mb,

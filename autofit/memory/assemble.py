@@ -12,6 +12,7 @@ from autofit.errors import InputError
 from autofit.memory.adapter_casts import without_adapter_casts
 from autofit.memory.engines import Layout, Terms, layout
 from autofit.memory.fsdp import FsdpModel
+from autofit.memory.inputs import untraced_bytes
 from autofit.memory.limits import refuse_absurd_numbers, refuse_unmodelled
 from autofit.memory.overheads import context_bytes, workspace_bytes, workspace_sizes
 from autofit.memory.phases import Run, stages
@@ -37,12 +38,6 @@ from autofit.units import format_bytes
 
 PHASE_NAMES = {"layer": "layer_forward", "head": "head_and_loss"}
 FORWARD_NAMES = ("embedding", "layer", "head")
-TOKEN_ID_BYTES = 8
-NUM_INPUT_TENSORS = {"equal": (2, 1), "padded": (3, 2), "packed": (3, 2)}
-"""Ids, labels, and a mask or positions; of these, as many as the trace makes itself (ids are its labels).
-
-Trainer moves those of all micro-steps to the device before the first.
-Source: transformers/trainer.py, get_batch_samples."""
 
 
 MAX_REPLAYED_BYTES = 2**46
@@ -206,10 +201,15 @@ class MemoryModel:
         return max((_phase(name, [*held, variant]) for variant in variants), key=lambda phase: phase.bytes)
 
     def _batch_bytes(self, configuration: Configuration) -> int:
-        """Inputs besides the ids that the trace itself made."""
-        micro = configuration.per_device_train_batch_size * self.sequence_tokens * TOKEN_ID_BYTES
-        num_tensors, num_traced = NUM_INPUT_TENSORS[self.profile.regime.batching]
-        return micro * (num_tensors * configuration.gradient_accumulation_steps - num_traced)
+        """Inputs of all micro-steps, which Trainer moves to the device before the first, besides those in the tape.
+
+        Source: transformers/trainer.py, get_batch_samples.
+        """
+        micro_batch, num_micro_steps = (
+            configuration.per_device_train_batch_size,
+            configuration.gradient_accumulation_steps,
+        )
+        return untraced_bytes(self.profile, micro_batch, self.sequence_tokens, num_micro_steps)
 
     def _replay(self, plan: Layout, configuration: Configuration, cluster: Cluster) -> Replayed | None:
         if cluster.device.kind != "cuda":

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from autofit.memory.inputs import TOKEN_ID_BYTES, input_bytes, traced_input_bytes
 from autofit.memory.tape import BIRTH_FIELDS, phase_peaks, size_table
 from autofit.spec.profile import RegimeProfile, Segment
 from autofit.units import BYTES_PER_ELEMENT
 
-TOKEN_ID_BYTES = 8
 HALF_BYTES = 2
 NUM_BATCHES_AHEAD = 1
 """accelerate's data loader moves the next batch to the device before it hands out this one.
@@ -42,8 +42,8 @@ def evaluation_bytes(
         num_processes: that predictions are gathered from.
     """
     forward = forward_bytes(profile, micro_batch, sequence_tokens)
-    inputs = _input_bytes(profile, micro_batch, sequence_tokens)
-    waiting = NUM_BATCHES_AHEAD * inputs + inputs - _traced_input_bytes(profile, micro_batch, sequence_tokens)
+    inputs = input_bytes(profile, micro_batch, sequence_tokens)
+    waiting = NUM_BATCHES_AHEAD * inputs + inputs - traced_input_bytes(profile, micro_batch, sequence_tokens)
     if not keeps_logits:
         return forward + waiting
     logits = prediction_bytes(profile, micro_batch, sequence_tokens) * num_processes
@@ -132,14 +132,3 @@ def _own_bytes(segment: Segment, number: int, sizes: np.ndarray, fleeting: set[i
         elif event[2] == number and event[0] not in fleeting:
             alive -= int(sizes[event[0]])
     return highest, alive - gone_next
-
-
-def _input_bytes(profile: RegimeProfile, micro_batch: int, sequence_tokens: int) -> int:
-    """Ids and labels, and the mask or the positions."""
-    num_tensors = 2 if profile.regime.batching == "equal" else 3
-    return num_tensors * micro_batch * sequence_tokens * TOKEN_ID_BYTES
-
-
-def _traced_input_bytes(profile: RegimeProfile, micro_batch: int, sequence_tokens: int) -> int:
-    """Those of them that the trace made itself: ids are labels there."""
-    return _input_bytes(profile, micro_batch, sequence_tokens) - micro_batch * sequence_tokens * TOKEN_ID_BYTES

@@ -9,6 +9,7 @@ distributed/fsdp/_runtime_utils.py, _flat_param.py for FSDP1; what is wrapped: a
 
 from __future__ import annotations
 
+from collections import Counter
 import itertools
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -200,8 +201,27 @@ def _rows(tensor: StaticTensor) -> int:
     return tensor.num_elements
 
 
-def _layer_index(name: str) -> int | None:
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+def _layer_of(name: str) -> tuple[str, int] | None:
+    """The list of layers that a dotted name lies in, and the layer."""
+    parts = name.split(".")
+    place = next((place for place, part in enumerate(parts) if part.isdigit()), None)
+    return None if place is None else (".".join(parts[:place]), int(parts[place]))
+
+
+def _cut_lists(profile: RegimeProfile) -> set[str]:
+    """The lists whose layers the tape is cut at: the largest that has as many as the tape, else all (of two stacks).
+
+    A vision tower's run before the first of the tape's layers, and are no units here.
+    """
+    layers: dict[str, set[int]] = {}
+    elements: Counter[str] = Counter()
+    for tensor in profile.tensors:
+        found = _layer_of(tensor.name)
+        if found is not None:
+            layers.setdefault(found[0], set()).add(found[1])
+            elements[found[0]] += tensor.num_elements
+    whole = [name for name, indices in layers.items() if len(indices) == profile.num_layers]
+    return {max(whole, key=lambda name: elements[name])} if whole else set(layers)
 
 
 def make_units(configuration: Configuration, profile: RegimeProfile) -> Units:
@@ -212,7 +232,8 @@ def make_units(configuration: Configuration, profile: RegimeProfile) -> Units:
     """
     sharder = _Sharder(configuration, profile)
     sharded = [tensor for tensor in profile.tensors if _is_sharded(tensor, configuration)]
-    outside = [t for t in sharded if not t.repeats and _real_layer(t, profile) is None]
+    real_layers = _real_layers(profile)
+    outside = [t for t in sharded if not t.repeats and t.name not in real_layers]
     names = _outside_units(outside) if configuration.sharding == "fsdp2" else {}
 
     def unit(name: str) -> Unit:
@@ -238,11 +259,13 @@ def _is_sharded(tensor: StaticTensor, configuration: Configuration) -> bool:
     return tensor.kind != "quantized" or quantization is None or quantization.storage_dtype != "uint8"
 
 
-def _real_layer(tensor: StaticTensor, profile: RegimeProfile) -> int | None:
-    """The layer of a tensor that no other layer repeats."""
+def _real_layers(profile: RegimeProfile) -> dict[str, int]:
+    """The layer of each tensor that no other layer repeats, by the tensor's name."""
     if profile.num_layers != profile.num_traced_layers:
-        return None
-    return _layer_index(tensor.name)
+        return {}
+    lists = _cut_lists(profile)
+    found = {tensor.name: _layer_of(tensor.name) for tensor in profile.tensors}
+    return {name: place[1] for name, place in found.items() if place is not None and place[0] in lists}
 
 
 def _outside_units(outside: Sequence[StaticTensor]) -> dict[str, str]:
@@ -263,8 +286,9 @@ def _layer_units(sharder: _Sharder, sharded: Sequence[StaticTensor], profile: Re
         same = Unit(name="layer", parts=sharder.parts([t for t in sharded if t.repeats]))
         return (same,) * profile.num_layers
     by_layer: list[list[StaticTensor]] = [[] for _ in range(profile.num_layers)]
+    real_layers = _real_layers(profile)
     for tensor in sharded:
-        index = _real_layer(tensor, profile)
+        index = real_layers.get(tensor.name)
         if tensor.repeats:
             for members in by_layer:
                 members.append(tensor)
@@ -275,7 +299,8 @@ def _layer_units(sharder: _Sharder, sharded: Sequence[StaticTensor], profile: Re
 
 def _state_tensors(sharder: _Sharder, sharded: Sequence[StaticTensor], profile: RegimeProfile) -> Iterator[Tensor]:
     """This rank's parts of what trains: the first rank's, whose part of FSDP1's flat root begins with the embedding."""
-    outside = sharder.first_parts([t for t in sharded if not t.repeats and _real_layer(t, profile) is None])
+    real_layers = _real_layers(profile)
+    outside = sharder.first_parts([t for t in sharded if not t.repeats and t.name not in real_layers])
     for tensor in sharded:
         num_elements = outside.get(tensor.name, sharder.shard_elements(tensor))
         if tensor.trains and num_elements:

@@ -17,6 +17,7 @@ from autofit.memory.allocator import (
 )
 from autofit.memory.engines import Layout, Terms
 from autofit.memory.fsdp import FsdpModel
+from autofit.memory.inputs import further_inputs
 from autofit.memory.loading import buckets, write_broadcast, write_loading
 from autofit.memory.optimizers import OPTIMIZERS
 from autofit.memory.program import Events, Program
@@ -347,7 +348,11 @@ class _Writer:
         self._workspaces = dict(zip(self._tape.first_products(), workspaces, strict=False))
         self._hold_always()
         self._program.end_loading()
+        waiting = further_inputs(
+            self._tape.profile, micro_batch, sequence_tokens, self._configuration.gradient_accumulation_steps
+        )
         for is_first in (True, False):
+            inputs = self._program.hold(waiting)
             gradients: list[int] = []
             first_number = 0
             for micro_step in range(min(self._configuration.gradient_accumulation_steps, MAX_MICRO_STEPS)):
@@ -366,6 +371,7 @@ class _Writer:
             self._program.play(used, int(step.starts[-2]), int(step.starts[-1]), first_number)
             if not self._configuration.uses_deepspeed:
                 self._program.drop(gradients)
+            self._program.drop(inputs)
         return self._program.written()
 
     def _hold_always(self) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from autofit.memory.fsdp import FsdpModel, Give, GiveGradients, Key, Operation, Play, Retain, Take, logits_gradient
+from autofit.memory.inputs import further_inputs
 from autofit.memory.optimizers import OPTIMIZERS
 from autofit.memory.program import Events, Program
 from autofit.memory.static import optimizer_bytes
@@ -53,6 +54,8 @@ class FsdpWriter:
         """By whether gradients are added to others at once."""
         element = BYTES_PER_ELEMENT[tape.profile.regime.weights_dtype]
         self._input_bytes = micro_batch * sequence_tokens * tape.profile.hidden_size * element
+        accumulation = configuration.gradient_accumulation_steps
+        self._waiting = further_inputs(tape.profile, micro_batch, sequence_tokens, accumulation)
         self._units = dict(model.units(configuration).named())
         self._program = Program()
         self._first_number = 0
@@ -68,9 +71,11 @@ class FsdpWriter:
             self._program.hold(part.shard for unit in units.all() for part in unit.parts)
         self._program.end_loading()
         for step in range(num_steps):
+            inputs = self._program.hold(self._waiting)
             for operation in self._model.operations(self._configuration):
                 self._do(operation)
             self._step(is_first=step == 0)
+            self._program.drop(inputs)
         return self._program.written()
 
     def _do(self, operation: Operation) -> None:

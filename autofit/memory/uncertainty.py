@@ -35,6 +35,8 @@ class RunKind:
     """The kernel: scores written out, torch's memory-efficient one, or flash attention."""
     is_sharded: bool
     """Whether several ranks share weights, gradients or state, or reduce gradients."""
+    has_images: bool = False
+    """Whether sequences hold images, of which no measured run was published."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +72,8 @@ def run_kind(regime: Regime, *, is_sharded: bool) -> RunKind:
     """Return the kind of run that a traced code path is."""
     efficient = regime.attention == "sdpa" and not regime.flash_kernel
     attention: Kernel = "eager" if regime.attention == "eager" else "efficient" if efficient else "flash"
-    return RunKind(method=regime.method, attention=attention, is_sharded=is_sharded)
+    has_images = regime.image_tokens > 0
+    return RunKind(method=regime.method, attention=attention, is_sharded=is_sharded, has_images=has_images)
 
 
 @lru_cache(maxsize=64)

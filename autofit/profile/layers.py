@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from autofit.errors import InputError
+from autofit.profile.parts import language_model
 from autofit.profile.recorder import Recorder
 from autofit.spec.profile import MIDDLE_LAYER
 
@@ -21,14 +22,16 @@ Signature = tuple[Any, ...]
 
 
 def layer_stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
-    """Return the model's lists of layers by dotted name, the one with most parameters first.
+    """Return the lists of layers that read tokens, by dotted name, the one with most parameters first.
 
-    A list inside a layer (the experts of one) is not one. An encoder-decoder has two, a vision-language model often.
+    A list inside a layer (the experts of one) is not one. An encoder-decoder has two. Those of a vision tower are left
+    out: it runs before the first layer, as embeddings do.
 
     Raises:
         InputError: the model has no list of layers.
     """
-    lists = list(_outermost_lists(model, ""))
+    inside = set(language_model(model).modules())
+    lists = [(name, layers) for name, layers in _outermost_lists(model, "") if layers in inside]
     if not lists:
         raise InputError(
             f"{type(model).__name__} has no list of layers to cut the step at", to_fix="give a transformer"

@@ -17,6 +17,7 @@ from autofit.profile.adapters import apply_method
 from autofit.profile.dtypes import DTYPES
 from autofit.profile.kernel_packages import refuse_kernel_packages
 from autofit.profile.layers import Depth, Signature, layer_stacks, shallow_depth, signatures
+from autofit.profile.parts import text_config
 from autofit.profile.tasks import auto_class, task_of
 from autofit.spec.profile import Regime
 
@@ -54,14 +55,6 @@ def load_config(config: dict[str, Any], num_layers: int | None, regime: Regime) 
     if num_layers is not None:
         set_depth(text, num_layers)
     return made
-
-
-def text_config(config: Any) -> Any:
-    """Return the part of a config that describes the language model: itself, unless that is nested."""
-    try:
-        return config.get_text_config()
-    except (AttributeError, ValueError):  # releases before 4.46, and configs with several texts
-        return getattr(config, "text_config", config)
 
 
 def set_depth(config: Any, num_layers: int) -> None:

@@ -17,9 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from autofit.profile.kernels import Substitute, TemporaryBytes
+from autofit.profile.known import is_known
 from autofit.spec.profile import ACTIVATION, GRADIENT, INSIDE, SegmentKind
 
 aten = torch.ops.aten
+_JOINED = -1
+"""In place of a birth's number: the one that stands for many."""
 _FLASH = aten._scaled_dot_product_flash_attention_for_cpu.default
 _FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _IS_CAUSAL_ARGUMENT = {
@@ -40,6 +43,8 @@ class RawSegment:
     events: list[tuple[int, ...]] = field(default_factory=list)
     """A birth (bytes, category), or a death (bytes, category, segment index, ordinal)."""
     num_births: int = 0
+    known: set[int] = field(default_factory=set)
+    """Ordinals of the births that are integers with known values."""
     matmul_flops: int = 0
     matmul_bytes: int = 0
     other_bytes: int = 0
@@ -90,14 +95,20 @@ class Recorder(TorchDispatchMode):
     def restart(self) -> None:
         """Forget the segments; what is alive becomes static."""
         self.segments = []
-        for living in self._living.values():
-            living.segment = living.ordinal = living.event = -1
+        self._make_static()
 
     def finished(self) -> list[RawSegment]:
         """Return the segments; tensors that died at one moment come in the order of their birth, which repeats."""
+        if any(segment.known for segment in self.segments):
+            join_known_temporaries(self.segments)
         for segment in self.segments:
             segment.events = _ordered_deaths(segment.events)
+        self._make_static()
         return self.segments
+
+    def _make_static(self) -> None:
+        for living in self._living.values():
+            living.segment = living.ordinal = living.event = -1
 
     def call_gradients(self, tensors: Iterable[torch.Tensor]) -> None:
         """Say which of the tensors alive are parameters' gradients."""
@@ -133,6 +144,8 @@ class Recorder(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if storage._cdata in self._living or not storage.nbytes():
             return False
+        if is_known(tensor) and not tensor.is_floating_point():
+            self.segments[-1].known.add(self.segments[-1].num_births)
         self._watch(storage, self._bear(storage.nbytes(), self._category))
         return True
 
@@ -171,6 +184,39 @@ class Recorder(TorchDispatchMode):
         else:
             segment.other_bytes += moved
         segment.dequantized_elements += _dequantized_elements(func, args)
+
+
+def join_known_temporaries(segments: list[RawSegment]) -> None:
+    """Let one tensor stand for all integers with known values that are born and die in a segment.
+
+    Libraries make them in loops over sequences and images, as many as there are, and a step's tensors must be the same
+    ones at every size. The one is as large as all of them at their highest moment, and is there from the segment's
+    start to its end, which is a bound.
+    """
+    numbers: dict[tuple[int, ...], int] = {}
+    for index, segment in enumerate(segments):
+        named = list(zip(segment.events, _names(segment.events, index), strict=True))
+        joined = {(index, number) for number in segment.known} & {name for event, name in named if len(event) > 2}
+        rest = [(event, name) for event, name in named if name not in joined]
+        if joined:
+            size = _highest([event for event, name in named if name in joined])
+            one = (index, _JOINED)
+            rest = [((size, ACTIVATION), one), *rest, ((size, ACTIVATION, *one), one)]
+        births = [name for event, name in rest if len(event) == 2]
+        numbers |= {name: number for number, name in enumerate(births)}
+        segment.events, segment.num_births = [event for event, _ in rest], len(births)
+    for segment in segments:
+        segment.events = [event if len(event) == 2 else (*event[:3], numbers[event[2:]]) for event in segment.events]
+
+
+def _names(events: list[tuple[int, ...]], index: int) -> list[tuple[int, ...]]:
+    """Of each event of a segment: the segment that its tensor was born in, and which of the births there it was."""
+    births = itertools.count()
+    return [(index, next(births)) if len(event) == 2 else event[2:] for event in events]
+
+
+def _highest(events: Iterable[tuple[int, ...]]) -> int:
+    return max(itertools.accumulate(event[0] if len(event) == 2 else -event[0] for event in events), default=0)
 
 
 def _ordered_deaths(events: list[tuple[int, ...]]) -> list[tuple[int, ...]]:

@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from autofit.errors import InputError
 from autofit.profile.batching import arrange, branches_of
 from autofit.profile.fit import Point
-from autofit.profile.inputs import a_batch
+from autofit.profile.inputs import ImageFeed, a_batch
 from autofit.profile.losses import loss_of
 from autofit.profile.recorder import Recorder
 from autofit.spec.profile import ON_HOST, Regime
@@ -89,18 +89,22 @@ def _hooked(function: Callable[..., Any], pack: Callable[[torch.Tensor], torch.T
     return run
 
 
-def run_step(model: nn.Module, recorder: Recorder, regime: Regime, point: Point) -> None:
-    """One forward and backward with the lifetimes of transformers' Trainer (compute_loss, training_step)."""
+def run_step(model: nn.Module, recorder: Recorder, regime: Regime, point: Point, feed: ImageFeed | None = None) -> None:
+    """One forward and backward with the lifetimes of transformers' Trainer (compute_loss, training_step).
+
+    Inputs that the trace alone would not hold on to are held to the end, as those of all micro-steps are.
+    Source: transformers/trainer.py 5.23, get_batch_samples.
+    """
     if regime.evaluates:
-        _evaluate(model, recorder, regime, point)
+        _evaluate(model, recorder, regime, point, feed)
         return
     recorder.mark("embedding", "forward")
     with branches_of(regime, point), loss_of(model, regime) as arguments:
-        batch = arrange(a_batch(point, model, regime), regime)
+        batch = arrange(a_batch(point, model, regime, feed), regime)
         outputs = forward(model, {**batch, **arguments}, regime)
         loss = outputs["loss"]
         kept = outputs if regime.keeps_outputs else None
-        held = batch if regime.batching != "equal" else None
+        held = batch if regime.batching != "equal" or feed is not None else None
         del outputs, batch
         recorder.mark("loss_backward", "backward")
         loss.backward()
@@ -111,7 +115,7 @@ def run_step(model: nn.Module, recorder: Recorder, regime: Regime, point: Point)
         parameter.grad = None
 
 
-def _evaluate(model: nn.Module, recorder: Recorder, regime: Regime, point: Point) -> None:
+def _evaluate(model: nn.Module, recorder: Recorder, regime: Regime, point: Point, feed: ImageFeed | None) -> None:
     """One batch of an evaluation; what is alive when its last segment begins are the predictions, which may be kept.
 
     Source: transformers/trainer.py 5.23, prediction_step.
@@ -119,7 +123,7 @@ def _evaluate(model: nn.Module, recorder: Recorder, regime: Regime, point: Point
     model.eval()
     recorder.mark("embedding", "forward")
     with torch.no_grad(), branches_of(regime, point), loss_of(model, regime) as arguments:
-        batch = arrange(a_batch(point, model, regime), regime)
+        batch = arrange(a_batch(point, model, regime, feed), regime)
         outputs = forward(model, {**batch, **arguments}, regime)
         loss = outputs["loss"].detach().mean()
         predictions = tuple(value for name, value in outputs.items() if name not in {"loss", "past_key_values"})

@@ -13,6 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autofit.profile import kernels
+from autofit.profile.batching import arrange
 from autofit.profile.deepen import Stretch, deepen, deepen_tensors
 from autofit.profile.fakes import (
     believing_it_is_real,
@@ -22,9 +23,11 @@ from autofit.profile.fakes import (
     routed_evenly,
 )
 from autofit.profile.fit import Point, StructureDiffersError, fit, inverse
+from autofit.profile.inputs import a_batch, feeding_images, input_bytes
 from autofit.profile.layers import watch_layers
-from autofit.profile.models import build, choose_depth, load_config, num_experts, text_config, width
+from autofit.profile.models import build, choose_depth, load_config, num_experts, width
 from autofit.profile.parameters import fold_layers, static_tensors
+from autofit.profile.parts import text_config
 from autofit.profile.quantized import unpacking_as_an_operator
 from autofit.profile.recorder import RawSegment, Recorder
 from autofit.profile.refusals import refuse_other_structure, values_refused
@@ -72,7 +75,9 @@ def trace(
     """
     whole = load_config(config, None, regime)
     masks_windows = regime.attention != "flash_attention_2"
-    lengths = lengths_to_trace(text_config(whole), sequence_tokens, masks_windows=masks_windows)
+    lengths = lengths_to_trace(
+        text_config(whole), sequence_tokens, masks_windows=masks_windows, image_tokens=regime.image_tokens
+    )
     points = trace_points(lengths.traced, one_row=regime.masks_one_row)
     tape = _shallow_tape(config, whole, regime, points, progress) or _whole_tape(whole, regime, points, progress)
     return RegimeProfile(
@@ -85,6 +90,7 @@ def trace(
         tensors=tape.tensors,
         sizes=tape.sizes,
         segments=tape.segments,
+        input_bytes=tape.input_bytes,
         min_sequence_tokens=lengths.min_sequence_tokens,
         max_sequence_tokens=lengths.max_sequence_tokens,
         attends_causally=tape.attends_causally,
@@ -102,6 +108,7 @@ class _Tape:
     sizes: tuple[Polynomial, ...]
     segments: tuple[Segment, ...]
     attends_causally: bool
+    input_bytes: Polynomial | None
 
 
 def _whole_tape(config: Any, regime: Regime, points: Sequence[Point], progress: Progress) -> _Tape:
@@ -116,6 +123,7 @@ def _whole_tape(config: Any, regime: Regime, points: Sequence[Point], progress: 
         sizes=sizes,
         segments=segments,
         attends_causally=traced.attends_causally,
+        input_bytes=traced.input_bytes,
     )
 
 
@@ -144,6 +152,7 @@ def _shallow_tape(
             sizes=sizes,
             segments=segments,
             attends_causally=traced.attends_causally,
+            input_bytes=traced.input_bytes,
         )
     num_layers = len({segment.layer for segment in deep if segment.layer is not None})
     return _Tape(
@@ -153,6 +162,7 @@ def _shallow_tape(
         sizes=sizes,
         segments=deep,
         attends_causally=traced.attends_causally,
+        input_bytes=traced.input_bytes,
     )
 
 
@@ -162,6 +172,8 @@ class Traced:
 
     steps: list[list[RawSegment]]
     tensors: list[tuple[str, StaticTensor]]
+    input_bytes: Polynomial | None
+    """Of a micro-batch with images."""
     first_indices: dict[str, int]
     """By dotted name of a stack that ran: the index of its first layer."""
     attends_causally: bool
@@ -187,9 +199,12 @@ def trace_model(model: nn.Module, regime: Regime, points: Sequence[Point], progr
     Raises:
         InputError: the step needs the values of tensors, or is not the same at every length.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), environment(regime), even_routing(model):
+    with ExitStack() as stack:
+        for each in (FakeTensorMode(allow_non_fake_inputs=True), environment(regime), even_routing(model)):
+            stack.enter_context(each)
         fill_with_fakes(model)
         model.train()
+        feed = stack.enter_context(feeding_images(model, regime))
         recorder = Recorder(kernels.temporaries(regime), kernels.substitutes(regime))
         if regime.gradient_checkpointing:
             checkpoint(model, regime, recorder)
@@ -197,18 +212,20 @@ def trace_model(model: nn.Module, regime: Regime, points: Sequence[Point], progr
         watch = watch_layers(model, recorder)
         steps: list[list[RawSegment]] = []
         with recorder, values_refused(model), routed_evenly(num_experts(model.config)):
-            run_step(model, recorder, regime, points[0])
+            run_step(model, recorder, regime, points[0], feed)
             for done, point in enumerate(points):
                 progress(done, len(points))
                 recorder.restart()
-                run_step(model, recorder, regime, point)
+                run_step(model, recorder, regime, point, feed)
                 steps.append(recorder.finished())
                 refuse_other_structure(model, steps, points)
+        inputs = arrange(a_batch(points[0], model, regime, feed), regime) if feed is not None else None
         return Traced(
             steps=steps,
             tensors=static_tensors(model),
             first_indices=watch.first_indices(),
             attends_causally=recorder.attends_causally,
+            input_bytes=None if inputs is None else input_bytes(inputs, points[0]),
         )
 
 

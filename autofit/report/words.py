@@ -73,7 +73,7 @@ def further_words(configuration: Configuration) -> list[str]:
         f"{c.loss} loss": c.loss != "stock",
         f"{c.batching} batches": c.batching != "equal",
         c.task: c.task != "auto",
-        f"{c.image_tokens} image tokens a sequence": c.image_tokens > 0,
+        f"{c.image_tokens:,} image tokens a sequence": c.image_tokens > 0,
         "outputs kept through backward": c.keeps_outputs,
         "tf32": c.tf32,
         "expandable segments": c.expandable_segments,

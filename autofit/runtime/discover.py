@@ -459,7 +459,10 @@ def lengths_of(trainer: Any) -> FoundLengths | None:
         return None
     first = NUM_FIRST_BATCHES * trainer.args.per_device_train_batch_size
     return FoundLengths(
-        sequence_tokens=max(widths), num_samples_seen=num_seen or first, num_samples=_length(loader.dataset)
+        sequence_tokens=max(widths),
+        num_samples_seen=num_seen or first,
+        num_samples=_length(loader.dataset),
+        image_tokens=max(_image_tokens(batch, trainer.model.config) for batch in batches),
     )
 
 
@@ -490,6 +493,15 @@ def _length(dataset: Any) -> int | None:
 def _width(batch: Any) -> int | None:
     ids = batch.get("input_ids") if hasattr(batch, "get") else None
     return int(ids.shape[1]) if ids is not None and ids.ndim == 2 else None
+
+
+def _image_tokens(batch: Any, config: Any) -> int:
+    """Return the most tokens of a sequence that stand for images, 0 where the batch holds none."""
+    names = ("image_token_id", "image_token_index")
+    number = next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
+    if number is None or _width(batch) is None or batch.get("pixel_values") is None:
+        return 0
+    return int((batch["input_ids"] == number).sum(1).max())
 
 
 def _name(dtype: Any) -> str | None:

@@ -198,6 +198,7 @@ def _restrictions(discovered: Discovered, wishes: Restrictions) -> Restrictions:
         optims=wishes.optims or _optims(said.get("optim")),
         attention=_attention(discovered) if wishes.attention == default.attention else wishes.attention,
         lora=_lora(discovered.adapter) if discovered.adapter and wishes.lora == default.lora else wishes.lora,
+        image_tokens=wishes.image_tokens or (discovered.lengths.image_tokens if discovered.lengths else 0),
         loss="liger" if said.get("use_liger_kernel") and wishes.loss == default.loss else wishes.loss,
     )
 
@@ -282,6 +283,8 @@ def _found(discovered: Discovered, cluster: Cluster) -> dict[str, str]:
         found["sequence"] = (
             f"{lengths.sequence_tokens} tokens, the widest batch of {lengths.num_samples_seen} of {of} samples"
         )
+        if lengths.image_tokens:
+            found["images"] = f"{lengths.image_tokens} tokens of a sequence at most"
     if quantization := discovered.quantization:
         found["quantization"] = f"{quantization.bits} bits, {quantization.quant_type}"
     if said.get("optim"):

@@ -42,6 +42,8 @@ class FoundLengths:
     num_samples_seen: int
     num_samples: int | None
     """None: the dataset does not say."""
+    image_tokens: int = 0
+    """The most tokens of a sequence that stand for images, where the batches hold images."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

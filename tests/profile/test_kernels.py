@@ -19,7 +19,16 @@ from autofit.profile.fakes import fill_with_fakes
 from autofit.profile.kernels import kernels_of, substitutes, temporaries
 from autofit.profile.kernels.attention import FIRST_EFFICIENT_WITH_GROUPS, efficient_backward, torch_release
 from autofit.profile.kernels.autocast import autocast_as_on_cuda, cuda_policy
-from autofit.profile.kernels.inside import INSIDE_CUDA, embedding_backward, index_put, product, sort, unpacked_weight
+from autofit.profile.kernels.inside import (
+    INSIDE_CUDA,
+    embedding_backward,
+    index_put,
+    masked_scatter,
+    masked_scatter_backward,
+    product,
+    sort,
+    unpacked_weight,
+)
 from autofit.profile.kernels.table import markdown
 from autofit.profile.recorder import RawSegment, Recorder
 from autofit.spec.profile import INSIDE
@@ -384,6 +393,14 @@ def test_index_put_sorts_only_where_it_adds():
     values = torch.empty(100, 4, device="meta")
     assert index_put(target, [rows], values) == ()
     assert index_put(target, [rows], values, True) == (800,) * 6
+
+
+def test_writing_images_into_embeddings_counts_every_element():
+    """2 x 10 tokens of 4 elements, 6 of which are images': sums in 64 bits, and where each of 24 elements lies."""
+    embeddings, mask = torch.empty(2, 10, 4, device="meta"), torch.empty(2, 10, 1, dtype=torch.bool, device="meta")
+    assert masked_scatter(embeddings, mask, None) == (80 * 8, 80)
+    assert masked_scatter(embeddings, mask.expand(2, 10, 4).clone(), None) == (80 * 8,)
+    assert masked_scatter_backward(embeddings, mask, (6, 4)) == (80, 24 * 3 * 8)
 
 
 def test_a_sort_works_in_copies_of_keys_and_positions():

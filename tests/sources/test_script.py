@@ -71,6 +71,28 @@ def test_the_length_is_that_of_the_widest_batch(full):
     assert full.lengths == FoundLengths(sequence_tokens=96, num_samples_seen=100, num_samples=100)
 
 
+def test_the_images_of_a_script_are_counted(tmp_path):
+    """Of rows with one and two images of 16 tokens the most is 32, and the job plans for it unless told otherwise."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**sizes, image_size=56, patch_size=14),
+        text_config=LlamaConfig(**TINY),
+        image_token_index=200,
+        architectures=["LlavaForConditionalGeneration"],
+        dtype="bfloat16",
+    )
+    config.save_pretrained(tmp_path / "llava")
+    found = discover(SCRIPTS / "images.py", [str(tmp_path / "llava"), str(tmp_path / "out")])
+    assert found.lengths == FoundLengths(sequence_tokens=64, num_samples_seen=12, num_samples=12, image_tokens=32)
+    job = job_from_discovery(found, CLUSTER)
+    assert job.restrictions.image_tokens == 32
+    assert job.found["images"] == "32 tokens of a sequence at most"
+    wishes = Overrides(restrictions=Restrictions(image_tokens=16))
+    assert job_from_discovery(found, CLUSTER, wishes).restrictions.image_tokens == 16
+
+
 def test_discovery_leaves_no_trace(full, outputs):
     """No output folder, no checkpoint, nothing."""
     assert list(outputs.iterdir()) == []

@@ -58,6 +58,28 @@ def index_put(
     return tuple([count * _INT64_BYTES] * 6)
 
 
+def masked_scatter(x: torch.Tensor, mask: torch.Tensor, *_args: Any, **_kwargs: Any) -> tuple[int, ...]:
+    """A sum in 64 bits up to each element, and the mask for every element where it was one for many.
+
+    Source: torch v2.13 aten/src/ATen/native/cuda/IndexKernel.cpp, masked_scatter__cuda; IndexKernel.cu,
+    launch_masked_scatter_kernel (`mask.contiguous()`); TensorAdvancedIndexing.cpp, masked_scatter.
+    """
+    copied = x.numel() * mask.element_size() if mask.numel() != x.numel() else 0
+    return tuple(size for size in (x.numel() * _INT64_BYTES, copied) if size)
+
+
+def masked_scatter_backward(
+    grad: torch.Tensor, mask: torch.Tensor, sizes: Sequence[int], *_args: Any, **_kwargs: Any
+) -> tuple[int, ...]:
+    """The mask for every element, and for each one that was written where it lies, 64 bits for each dimension.
+
+    Source: torch v2.13 aten/src/ATen/native/TensorAdvancedIndexing.cpp, masked_scatter_backward_symint;
+    cuda/IndexKernel.cpp, masked_select_out_cuda_impl; cuda/Nonzero.cu, nonzero_cuda_out_impl.
+    """
+    copied = grad.numel() * mask.element_size() if mask.numel() != grad.numel() else 0
+    return tuple(size for size in (copied, math.prod(sizes) * grad.dim() * _INT64_BYTES) if size)
+
+
 def sort(x: torch.Tensor, *_args: Any, **_kwargs: Any) -> tuple[int, ...]:
     """The positions to be sorted along, and copies of keys and positions to sort between.
 
@@ -147,6 +169,8 @@ INSIDE_CUDA: dict[str, TemporaryBytes] = {
     "aten.index_put.default": index_put,
     "aten.index_put_.default": index_put,
     "aten._index_put_impl_.default": index_put,
+    "aten.masked_scatter.default": masked_scatter,
+    "aten.masked_scatter_backward.default": masked_scatter_backward,
     "aten.sort.default": sort,
     "aten.sort.stable": sort,
     "aten.mm.default": product,
