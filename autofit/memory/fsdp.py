@@ -9,8 +9,8 @@ distributed/fsdp/_runtime_utils.py, _flat_param.py for FSDP1; what is wrapped: a
 
 from __future__ import annotations
 
-from collections import Counter
 import itertools
+from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal

@@ -143,8 +143,8 @@ TERM_SOURCES: dict[str, Term] = {
         sources=(TRACED,),
     ),
     "batch": Term(
-        meaning="token ids and labels of every micro-step, besides those in the trace",
-        formula="8 x b x s x (2 x accumulation - 1)",
+        meaning="token ids, labels and images of every micro-step, besides those in the trace",
+        formula="8 x b x s x (2 x accumulation - 1); with images all inputs of a micro-step x (accumulation - 1)",
         under={},
         sources=("transformers/trainer.py 5.23, get_batch_samples",),
     ),

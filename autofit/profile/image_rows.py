@@ -2,7 +2,7 @@
 
 The loop makes as many tensors as there are images, and a step's tensors must be the same ones at every size. One call
 over all parts of one length keeps and frees the same bytes.
-Source: transformers 5.23 models/qwen2_5_vl/modeling_qwen2_5_vl.py, Qwen2_5_VLVisionAttention.forward; 32 other models
+Source: transformers 5.23 models/qwen2_5_vl/modeling_qwen2_5_vl.py, Qwen2_5_VLVisionAttention.forward; 32 other files
 have the same lines.
 """
 
