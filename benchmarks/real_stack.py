@@ -2,10 +2,11 @@
 
     python benchmarks/real_stack.py [--cells CELL,CELL | --all] [--loop accelerate] [--measured FILE [--again]] [--json]
 
-A cell is `METHOD-SHARDING-PRECISION-OPTIM-bB-sS-gaN[-ckpt[-reentrant]][-accelerate]`, for instance
+A cell is `METHOD-SHARDING-PRECISION-OPTIM-bB-sS-gaN[-ckpt[-reentrant]][-sp2][-accelerate]`, for instance
 `lora-zero2-bf16-adamw_torch_fused-b2-s256-ga1-ckpt`. `zero2_offload` keeps the optimizer on the host,
 `zero3_offload_all` the weights as well; `qlora_bf16` stores packed weights in bf16, which FSDP shards. `-accelerate`
-runs a bare Accelerate loop, which keeps the model's output alive through backward, in place of the Trainer.
+runs a bare Accelerate loop, which keeps the model's output alive through backward, in place of the Trainer; in `-sp2`
+the two ranks share each sequence.
 
 Sharded cells run on two gloo ranks; under FSDP, `cpu_fsdp/` makes accelerate take them for GPUs. Measured is the most
 bytes that tensor storages held at one time, on the rank that held most: from the first step to the last, and in each
@@ -217,6 +218,16 @@ DEFAULT_CELLS = (
         "full-fsdp2_offload_all-fp32-adamw_torch",
         "full-fsdp2-bf16-adamw_torch",
     ),
+    # Two ranks share each sequence.
+    *_cells(
+        "b2-s512-ga1-sp2",
+        "full-zero1-bf16-adamw_torch_fused",
+        "full-zero2-bf16-adamw_torch_fused",
+        "full-zero3-bf16-adamw_torch_fused",
+    ),
+    *_cells("b2-s512-ga1-ckpt-sp2", "lora-zero3-bf16-adamw_torch_fused"),
+    *_cells("b1-s1024-ga2-sp2", "full-zero2-bf16-adamw_torch_fused"),
+    *_cells("b1-s1024-ga2-ckpt-sp2", "full-zero3-bf16-adamw_torch_fused"),
     # A bare loop keeps the model's output.
     *_cells(
         "b2-s256-ga1-accelerate",
@@ -346,6 +357,7 @@ def parse_cell(cell: str) -> tuple[Configuration, int]:
         "per_device_train_batch_size": int(batch.removeprefix("b")),
         "gradient_accumulation_steps": int(accumulation.removeprefix("ga")),
         "num_processes": 1 if sharding == "none" else 2,
+        "sequence_parallel_size": 2 if "sp2" in rest else 1,
         "keeps_outputs": "accelerate" in rest,
         "gradient_checkpointing": "ckpt" in rest,
         "use_reentrant": "reentrant" in rest,

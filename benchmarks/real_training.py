@@ -109,9 +109,14 @@ def train(run_folder: Path) -> None:
             report_to=[],
             save_strategy="no",
             optim_args=optimizer_options(configuration),
+            parallelism_config=parallelism(configuration),
             per_device_eval_batch_size=configuration.per_device_train_batch_size,
             **decided_arguments(configuration, on_cpu=True, checkpointing_name="gradient_checkpointing"),
         )
+        if configuration.sequence_parallel_size > 1:
+            import deepspeed
+
+            deepspeed.init_distributed("gloo")  # as accelerate does beside a GPU
         peaks.enter("loading")
         model = load_model(request["model"], configuration)
         live.count_existing()
@@ -122,6 +127,21 @@ def train(run_folder: Path) -> None:
         figures = {"peaks": peaks.peaks, "host_peaks": peaks.host_peaks, "after_step_bytes": after_step}
     (run_folder / f"rank{arguments.process_index}.json").write_text(json.dumps(figures), encoding="utf-8")
     leave_process_group()
+
+
+def parallelism(configuration: Configuration) -> Any:
+    """Let the ranks share sequences."""
+    from accelerate.parallelism_config import DeepSpeedSequenceParallelConfig, ParallelismConfig
+
+    if configuration.sequence_parallel_size == 1:
+        return None
+    return ParallelismConfig(
+        sp_size=configuration.sequence_parallel_size,
+        sp_backend="deepspeed",
+        sp_handler=DeepSpeedSequenceParallelConfig(
+            sp_seq_length_is_variable=True, sp_attn_implementation=configuration.attention
+        ),
+    )
 
 
 def optimizer_options(configuration: Configuration) -> str | None:
@@ -265,7 +285,7 @@ def _quantization(configuration: Configuration, dtype: torch.dtype) -> dict[str,
 def make_dataset(tokens: int, vocab_size: int) -> list[dict[str, list[int]]]:
     """Make sequences of one length."""
     ids = [(17 * n) % vocab_size for n in range(tokens)]
-    return [{"input_ids": ids, "labels": ids}] * NUM_SEQUENCES
+    return [{"input_ids": ids, "labels": ids, "position_ids": list(range(tokens))}] * NUM_SEQUENCES
 
 
 def deepspeed_config(configuration: Configuration, hidden_size: int) -> dict[str, Any] | None:

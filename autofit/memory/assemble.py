@@ -12,7 +12,7 @@ from autofit.errors import InputError
 from autofit.memory.adapter_casts import without_adapter_casts
 from autofit.memory.engines import Layout, Terms, layout
 from autofit.memory.fsdp import FsdpModel
-from autofit.memory.inputs import untraced_bytes
+from autofit.memory.inputs import TOKEN_ID_BYTES, untraced_bytes
 from autofit.memory.limits import refuse_absurd_numbers, refuse_unmodelled
 from autofit.memory.overheads import context_bytes, workspace_bytes, workspace_sizes
 from autofit.memory.phases import Run, stages
@@ -56,6 +56,7 @@ class MemoryModel:
     Raises:
         InputError: a number is beyond all reason.
         ValueError: a micro-batch is asked for that was not announced.
+        InputError: the tokens do not divide over the processes that share a sequence.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class MemoryModel:
         whole: WholeModel | None = None,
     ) -> None:
         refuse_absurd_numbers(sequence_tokens, *micro_batches)
+        _refuse_unequal_parts(sequence_tokens, profile.regime.sequence_parallel_size)
         self.profile = profile
         self.sequence_tokens = sequence_tokens
         self._column = {batch: n for n, batch in enumerate(micro_batches)}
@@ -203,12 +205,18 @@ class MemoryModel:
     def _batch_bytes(self, configuration: Configuration) -> int:
         """Inputs of all micro-steps, which Trainer moves to the device before the first, besides those in the tape.
 
-        Source: transformers/trainer.py, get_batch_samples.
+        Where processes share sequences, each moves its part of one micro-step's at a time: ids, shifted labels and
+        positions.
+        Source: transformers/trainer.py, get_batch_samples; deepspeed/runtime/sequence_parallel/ulysses_sp.py 0.19.8,
+        refill.
         """
         micro_batch, num_micro_steps = (
             configuration.per_device_train_batch_size,
             configuration.gradient_accumulation_steps,
         )
+        if self.profile.regime.sequence_parallel_size > 1:
+            sequences, tokens = self.profile.regime.rows(micro_batch, self.sequence_tokens)
+            return int(sequences * tokens) * TOKEN_ID_BYTES
         return untraced_bytes(self.profile, micro_batch, self.sequence_tokens, num_micro_steps)
 
     def _replay(self, plan: Layout, configuration: Configuration, cluster: Cluster) -> Replayed | None:
@@ -268,6 +276,17 @@ def _refuse_absurd(phases: Sequence[Phase]) -> None:
         raise InputError(
             f"{format_bytes(highest)} would have to be on one device.",
             to_fix=f"check length and micro-batch: what needs more than {format_bytes(MAX_REPLAYED_BYTES)} is a slip",
+        )
+
+
+def _refuse_unequal_parts(sequence_tokens: int, num_processes: int) -> None:
+    """Source: deepspeed/runtime/sequence_parallel/ulysses_sp.py 0.19.8, "isn't divisible by sp-size"."""
+    if sequence_tokens % num_processes:
+        nearest = sequence_tokens // num_processes * num_processes
+        lengths = [str(tokens) for tokens in (nearest, nearest + num_processes) if tokens]
+        raise InputError(
+            f"sequences of {sequence_tokens:,} tokens do not divide over {num_processes} processes.",
+            to_fix=f"pad or cut them to {' or '.join(lengths)} tokens, or choose another sequence_parallel_size",
         )
 
 

@@ -123,6 +123,41 @@ def _partition_elements(num_elements: int, num_ranks: int) -> int:
     return -(-num_elements // (num_ranks * NCCL_ALIGNMENT_ELEMENTS)) * NCCL_ALIGNMENT_ELEMENTS
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Casts:
+    """What DeepSpeed copies into fp32 to reduce it, where processes share sequences; nothing elsewhere.
+
+    Source: deepspeed/runtime/zero/stage_1_and_2.py 0.19.8 (allreduce_bucket, always fp32 then); engine.py
+    (`seq_parallel_communication_data_type`) and constants.py (its default: a method is compared with a string, so that
+    no release of NCCL changes it); stage3.py (__avg_scatter_grads).
+    """
+
+    fraction: float
+    """Of a gradient that is reduced by itself."""
+    bucket_bytes: int
+    """Of a full bucket."""
+    alone_bytes: int
+    """The largest gradient that is reduced by itself, as it is, 0 if all go through the bucket."""
+
+    @property
+    def most_bytes(self) -> int:
+        """The largest copy."""
+        return max(self.bucket_bytes, int(self.alone_bytes * self.fraction))
+
+
+def _casts(configuration: Configuration, model: tuple[Tensor, ...], settings: DeepSpeedSettings) -> _Casts:
+    element = _engine_bytes(configuration)
+    if configuration.sequence_parallel_size == 1 or element == MASTER_BYTES:
+        return _Casts(fraction=0.0, bucket_bytes=0, alone_bytes=0)
+    trained = [t.num_elements for t in model if t.trains]
+    alone = max((n for n in trained if n > settings.reduce_bucket_size), default=0)
+    return _Casts(
+        fraction=MASTER_BYTES / element,
+        bucket_bytes=min(settings.reduce_bucket_size, sum(trained)) * MASTER_BYTES,
+        alone_bytes=alone * element,
+    )
+
+
 def _zero12(
     configuration: Configuration,
     model: tuple[Tensor, ...],
@@ -146,7 +181,9 @@ def _zero12(
     splits = settings.stage == 2
     cast = partition * MASTER_BYTES if element != MASTER_BYTES else 0
     largest = min(partition, max((t.num_elements for t in model if t.trains), default=0))
-    reduced = partition * element + (0 if splits else static.gradients)
+    casts = _casts(configuration, model, settings)
+    waiting = casts.alone_bytes if splits else 0
+    reduced = partition * element + (0 if splits else static.gradients) + waiting
     return Layout(
         resident={
             **_weights(static),
@@ -160,7 +197,9 @@ def _zero12(
         },
         gradients="bucketed" if splits else "kept",
         accumulated_gradients=0 if splits else static.gradients,
-        reduction=({"gradients": reduced, "communication_buckets": bucket},),
+        reduction_fraction=casts.fraction if splits else 0.0,
+        reduction_bytes=casts.bucket_bytes if splits else 0,
+        reduction=({"gradients": reduced, "communication_buckets": bucket + casts.most_bytes},),
         step=(
             {"gradients": partition * element, "optimizer_temporaries": largest * NORM_BYTES},
             {"gradients": partition * element * 2 + cast},
@@ -239,6 +278,14 @@ def _zero3(
     largest = max((-(-t.num_elements // ranks) for t in parameters if t.trains), default=0)
     if configuration.offload != "none":
         return _zero3_offload(configuration, model, static, settings, device)
+    gathered = _gathered_bytes(parameters, settings, configuration)
+    casts = _casts(configuration, model, settings)
+    interleaves = _interleaves(model, configuration, settings)
+    fraction = interleaves
+    if casts.fraction:  # the copy, interleaved if need be; gloo copies it again, and what comes back is cast
+        sent_again = casts.fraction if device == "cpu" else 0.0
+        fraction = casts.fraction * (1 + interleaves) + max(sent_again, 1 / ranks)
+    last = {"gathered_weights": gathered, "communication_buckets": int(casts.alone_bytes * (1 + fraction))}
     return Layout(
         resident={
             "weights": shards + sum(t.num_bytes for t in persistent),
@@ -249,11 +296,12 @@ def _zero3(
             "gradients": partition * element,
             "communication_buckets": settings.reduce_bucket_size * element,
         },
-        forward={"gathered_weights": _gathered_bytes(parameters, settings, configuration), "quantized_weights": packed},
+        forward={"gathered_weights": gathered, "quantized_weights": packed},
         gathering_bytes=_gathering_bytes(parameters, configuration),
-        backward={"communication_buckets": settings.reduce_bucket_size * element},
+        backward={"communication_buckets": max(settings.reduce_bucket_size * element, 2 * casts.bucket_bytes)},
         gradients="bucketed",
-        reduction_fraction=_interleaves(model, configuration, settings),
+        reduction_fraction=fraction,
+        reduction=({**last, "quantized_weights": packed},) if casts.alone_bytes else (),
         step=(
             {"optimizer_temporaries": largest * NORM_BYTES, "quantized_weights": packed},
             {"gradients": flat + (master if element != MASTER_BYTES else 0), "quantized_weights": packed},

@@ -42,7 +42,7 @@ def unmodelled(configuration: Configuration) -> str | None:
             f"optim {c.optim} on the host under {c.sharding}",
         ),
         (c.num_replicas != 1 and not c.uses_fsdp, f"a hybrid shard (num_replicas) under {c.sharding}"),
-        (c.sequence_parallel_size != 1, "sequence parallelism (sequence_parallel_size)"),
+        (c.sequence_parallel_size != 1 and _unshared(c) is not None, f"sequence parallelism {_unshared(c)}"),
         (not c.reshard_after_forward and not c.uses_fsdp, f"reshard_after_forward off under {c.sharding}"),
         (c.uses_fsdp and c.checkpoint_every_n_layers != 1, "checkpointing of every n-th layer under FSDP"),
         (c.sharding == "fsdp2" and c.use_reentrant, "reentrant checkpointing under FSDP2"),
@@ -53,6 +53,24 @@ def unmodelled(configuration: Configuration) -> str | None:
         (c.attention == "flex_attention", "attention flex_attention"),
     )
     return next((name for applies, name in checks if applies), None)
+
+
+def _unshared(configuration: Configuration) -> str | None:
+    """Say why processes cannot share sequences: what DeepSpeed refuses, and what was not held to it.
+
+    Source: accelerate/utils/dataclasses.py 1.15, DeepSpeedSequenceParallelConfig (`_unsupported_sp_attn`).
+    """
+    c = configuration
+    checks = (
+        (not c.uses_deepspeed, f"under {c.sharding}"),
+        (c.num_processes % c.sequence_parallel_size != 0, f"by {c.sequence_parallel_size} of {c.num_processes}"),
+        (c.attention not in {"sdpa", "flash_attention_2"}, f"with attention {c.attention}"),
+        (c.offload != "none", f"with offload {c.offload}"),
+        (c.batching != "equal", f"of {c.batching} batches"),
+        (c.loss != "stock", f"with loss {c.loss}"),
+        (c.keeps_outputs, "in a loop of one's own"),
+    )
+    return next((words for applies, words in checks if applies), None)
 
 
 def _projects(optim: Optim) -> bool:

@@ -288,11 +288,15 @@ def _first_update(phase: Phase, run: Run) -> int:
 
 
 def evaluation(run: Run) -> Stage:
-    """`Trainer.evaluate` between two steps, with training's micro-batch, and no predictions kept."""
+    """`Trainer.evaluate` between two steps, with training's micro-batch, and no predictions kept.
+
+    Processes that share sequences in training each evaluate whole ones, of which their tape is of a part.
+    Source: accelerate/accelerator.py 1.15, _prepare_deepspeed (`disable_in_eval`).
+    """
     needed = evaluation_bytes(
         run.profile,
         run.configuration.per_device_train_batch_size,
-        run.sequence_tokens,
+        run.sequence_tokens * run.configuration.sequence_parallel_size,
         keeps_logits=False,
         num_batches=1,
         num_processes=run.configuration.num_processes,

@@ -68,7 +68,8 @@ def size_table(profile: RegimeProfile, micro_batches: npt.ArrayLike, sequence_to
 def _bounds(profile: RegimeProfile, micro_batches: npt.ArrayLike, sequence_tokens: int) -> Bytes:
     """The most bytes of each size, infinite for all but the buffers of a fused loss."""
     asked = np.atleast_1d(np.asarray(micro_batches, dtype=np.int64)).tolist()
-    bounds = [[bound_on(size, profile, batch * sequence_tokens) for batch in asked] for size in profile.sizes]
+    rows = [profile.regime.rows(batch, sequence_tokens) for batch in asked]
+    bounds = [[bound_on(size, profile, int(b * s)) for b, s in rows] for size in profile.sizes]
     return np.asarray([[np.inf if bound is None else bound for bound in row] for row in bounds], dtype=np.float64)
 
 

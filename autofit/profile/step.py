@@ -19,6 +19,7 @@ from autofit.profile.fit import Point
 from autofit.profile.inputs import ImageFeed, a_batch
 from autofit.profile.losses import loss_of
 from autofit.profile.recorder import Recorder
+from autofit.profile.sequence_parallel import shared_batch, ulysses_of
 from autofit.spec.profile import ON_HOST, Regime
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -99,8 +100,8 @@ def run_step(model: nn.Module, recorder: Recorder, regime: Regime, point: Point,
         _evaluate(model, recorder, regime, point, feed)
         return
     recorder.mark("embedding", "forward")
-    with branches_of(regime, point), loss_of(model, regime) as arguments:
-        batch = arrange(a_batch(point, model, regime, feed), regime)
+    with branches_of(regime, point), ulysses_of(model, regime, point), loss_of(model, regime) as arguments:
+        batch = shared_batch(arrange(a_batch(point, model, regime, feed), regime), regime)
         outputs = forward(model, {**batch, **arguments}, regime)
         loss = outputs["loss"]
         kept = outputs if regime.keeps_outputs else None

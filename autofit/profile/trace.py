@@ -32,8 +32,9 @@ from autofit.profile.quantized import unpacking_as_an_operator
 from autofit.profile.recorder import RawSegment, Recorder
 from autofit.profile.refusals import refuse_other_structure, values_refused
 from autofit.profile.routing import even_routing
+from autofit.profile.sequence_parallel import import_ulysses, shared_lengths
 from autofit.profile.step import checkpoint, run_step
-from autofit.profile.windows import lengths_to_trace
+from autofit.profile.windows import Lengths, lengths_to_trace
 from autofit.profile.zero3_linear import linear_as_in_zero3
 from autofit.spec.libraries import installed_versions
 from autofit.spec.profile import Polynomial, Regime, RegimeProfile, Segment, StaticTensor
@@ -74,10 +75,7 @@ def trace(
         InputError: the installed libraries cannot build or run the model, or its step is no tape of fixed structure.
     """
     whole = load_config(config, None, regime)
-    masks_windows = regime.attention != "flash_attention_2"
-    lengths = lengths_to_trace(
-        text_config(whole), sequence_tokens, masks_windows=masks_windows, image_tokens=regime.image_tokens
-    )
+    lengths = _lengths(whole, regime, sequence_tokens)
     points = trace_points(lengths.traced, one_row=regime.masks_one_row)
     tape = _shallow_tape(config, whole, regime, points, progress) or _whole_tape(whole, regime, points, progress)
     return RegimeProfile(
@@ -95,6 +93,16 @@ def trace(
         max_sequence_tokens=lengths.max_sequence_tokens,
         attends_causally=tape.attends_causally,
         versions=installed_versions(),
+    )
+
+
+def _lengths(config: Any, regime: Regime, sequence_tokens: int | None) -> Lengths:
+    """Choose the lengths to trace: what one process has of each sequence."""
+    if regime.sequence_parallel_size > 1:
+        return shared_lengths(config, regime, sequence_tokens)
+    masks_windows = regime.attention != "flash_attention_2"
+    return lengths_to_trace(
+        text_config(config), sequence_tokens, masks_windows=masks_windows, image_tokens=regime.image_tokens
     )
 
 
@@ -199,6 +207,7 @@ def trace_model(model: nn.Module, regime: Regime, points: Sequence[Point], progr
     Raises:
         InputError: the step needs the values of tensors, or is not the same at every length.
     """
+    import_ulysses(regime)  # before tensors are fake: modules keep what they make when they are imported
     with ExitStack() as stack:
         for each in (FakeTensorMode(allow_non_fake_inputs=True), environment(regime), even_routing(model)):
             stack.enter_context(each)

@@ -75,6 +75,8 @@ class Regime:
     """Whether the loop keeps the model's output, and so its logits, alive through backward; Trainer does not."""
     zero3_linear: bool = False
     """Whether frozen linear layers keep their input for backward, as DeepSpeed's linear function of stage 3 does."""
+    sequence_parallel_size: int = 1
+    """Processes that share each sequence: the tape is of one of them."""
 
     evaluates: bool = False
     """Whether the tape is a forward pass without gradients, as Trainer evaluates, instead of a step of training."""
@@ -86,7 +88,9 @@ class Regime:
 
     def rows(self, num_sequences: float, sequence_tokens: float) -> tuple[float, float]:
         """Return the b and s that the tape's polynomials mean by so many sequences of so many tokens."""
-        return (1, num_sequences * sequence_tokens) if self.masks_one_row else (num_sequences, sequence_tokens)
+        if self.masks_one_row:
+            return 1, num_sequences * sequence_tokens
+        return num_sequences, sequence_tokens / self.sequence_parallel_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

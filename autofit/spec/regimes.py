@@ -61,6 +61,7 @@ def regime_of(configuration: Configuration, device: Device) -> Regime:
         device=device.kind,
         keeps_outputs=configuration.keeps_outputs,
         zero3_linear=configuration.zero_stage == ZERO3 and configuration.method != "full",
+        sequence_parallel_size=configuration.sequence_parallel_size,
     )
 
 

@@ -92,6 +92,8 @@ class TimeModel:
             return (*found, NOT_TIMED[configuration.optim])
         if configuration.optim not in UPDATES:
             return (*found, f"what a step of {configuration.optim} moves")
+        if configuration.sequence_parallel_size > 1:
+            return (*found, "how long processes that share sequences take to exchange tokens for heads")
         return found
 
     def relative_work(self, configuration: Configuration) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from autofit.errors import InputError
 from autofit.plan import Plan, to_json
 from autofit.writers.accelerate_config import DEEPSPEED_FILE, render_accelerate_config
 from autofit.writers.deepspeed_config import render_deepspeed_config
@@ -21,7 +22,15 @@ def render_files(plan: Plan, run_folder: Path) -> dict[str, str]:
     """Render every file of a run by its name in `run_folder`, which must be absolute: the files name each other.
 
     Pure: nothing is read but the templates, and nothing is written.
+
+    Raises:
+        InputError: processes share sequences, which can be estimated only.
     """
+    if plan.configuration.sequence_parallel_size > 1:
+        raise InputError(
+            "a run whose processes share sequences is not launched yet: its batches would need positions.",
+            to_fix="estimate it only, or leave sequence_parallel_size at 1",
+        )
     files = {
         PLAN_FILE: to_json(plan) + "\n",
         ACCELERATE_FILE: render_accelerate_config(plan, run_folder),

@@ -21,6 +21,7 @@ CELLS = (
     "full-zero3-bf16-adamw_torch_fused-b1-s32-ga1",
     "full-zero2_offload-bf16-adamw_torch-b1-s32-ga1",
     "full-none-fp32-adamw_torch_fused-b2-s256-ga1-accelerate",
+    "full-zero2-bf16-adamw_torch_fused-b2-s512-ga1-sp2",
     "full-fsdp1_offload_all-bf16-adamw_torch_fused-b2-s256-ga1",
     "qlora_bf16-fsdp2_offload_all-bf16-adamw_torch_fused-b2-s256-ga1-ckpt",
 )
