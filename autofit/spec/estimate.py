@@ -101,7 +101,7 @@ class TimeEstimate:
     tokens_per_second_upper: float | None
     terms: dict[str, float]
     """Seconds of a step by what they are spent on, as if nothing overlapped."""
-    model_flops_utilization: float | None = None
+    model_flops_utilization_fraction: float | None = None
     """FLOPs of the model, without recomputation, over the dense peak of the data sheet; see docs/time_model.md."""
 
 

@@ -82,7 +82,7 @@ class TimeModel:
             tokens_per_second_lower=tokens / step.upper_seconds,
             tokens_per_second_upper=tokens / step.lower_seconds,
             terms=step.terms,
-            model_flops_utilization=self._utilization(configuration, step),
+            model_flops_utilization_fraction=self._utilization(configuration, step),
         )
 
     def missing(self, configuration: Configuration) -> tuple[str, ...]:
