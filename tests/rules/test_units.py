@@ -23,6 +23,8 @@ UNITS = (
     "_params",
     "_sequences",
     "_steps",
+    "_epochs",
+    "_hours",
     "_per_second",
     "_per_hour",
     "_per_device_hour",
