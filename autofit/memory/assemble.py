@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from autofit.errors import InputError
 from autofit.memory.adapter_casts import without_adapter_casts
@@ -18,6 +19,7 @@ from autofit.memory.phases import Run, stages
 from autofit.memory.replay import MAX_MICRO_STEPS, Replayed, Replayer
 from autofit.memory.static import static_bytes
 from autofit.memory.tape import (
+    Bytes,
     PhasePeak,
     kept_by_the_loss_bytes,
     kept_outputs_bytes,
@@ -74,16 +76,21 @@ class MemoryModel:
         refuse_absurd_numbers(sequence_tokens, *micro_batches)
         self.profile = profile
         self.sequence_tokens = sequence_tokens
-        self._column = {batch: n for n, batch in enumerate(micro_batches)}
-        self._peaks = phase_peaks(profile, np.asarray(micro_batches), sequence_tokens)
-        self._offloaded = offloaded_bytes(profile, np.asarray(micro_batches), sequence_tokens)
-        self._left = left_by_forward_bytes(profile, np.asarray(micro_batches), sequence_tokens)
-        self._before_head = left_by_forward_bytes(profile, np.asarray(micro_batches), sequence_tokens, with_head=False)
-        self._logits = returned_logits_bytes(profile, np.asarray(micro_batches), sequence_tokens)
-        self._kept_by_the_loss = kept_by_the_loss_bytes(profile, np.asarray(micro_batches), sequence_tokens)
-        self._outputs = kept_outputs_bytes(profile, np.asarray(micro_batches), sequence_tokens)
         self.whole = whole or WholeModel(profile)
-        self._fsdp = FsdpModel(self.whole.gathered, micro_batches, sequence_tokens)
+        self._micro_batches = tuple(micro_batches)
+        self._column = {batch: n for n, batch in enumerate(micro_batches)}
+        self._of_one_row: MemoryModel | None = None
+        if 1 in micro_batches and self.whole.one_row is not self.whole:
+            one_row = self.whole.one_row
+            self._of_one_row = MemoryModel(one_row.profile, sequence_tokens, (1,), whole=one_row)
+
+    @cached_property
+    def _tape(self) -> _SizedTape:
+        return _SizedTape.of(self.profile, np.asarray(self._micro_batches), self.sequence_tokens)
+
+    @cached_property
+    def _fsdp(self) -> FsdpModel:
+        return FsdpModel(self.whole.gathered, self._micro_batches, self.sequence_tokens)
 
     def estimate(self, configuration: Configuration, cluster: Cluster, *, replays: bool = False) -> MemoryEstimate:
         """Estimate the memory of the most loaded device.
@@ -97,6 +104,8 @@ class MemoryModel:
         Raises:
             InputError: a knob of the configuration is not modelled; or it is to be replayed, and is beyond any device.
         """
+        if configuration.per_device_train_batch_size == 1 and self._of_one_row is not None:
+            return self._of_one_row.estimate(configuration, cluster, replays=replays)
         refuse_unmodelled(configuration)
         plan = self._layout(configuration, cluster.device)
         phases = self._phases(plan, configuration, cluster.device)
@@ -107,7 +116,7 @@ class MemoryModel:
             phases = _with_rounding(phases, replayed.peak_allocated_bytes)
         peak = max(phase.bytes for phase in phases)
         context = context_bytes(cluster.device, cluster.num_devices)
-        host = plan.host + int(self._offloaded[self._column[configuration.per_device_train_batch_size]])
+        host = plan.host + int(self._tape.offloaded[self._column[configuration.per_device_train_batch_size]])
         return MemoryEstimate(
             peak_allocated_bytes=peak,
             peak_reserved_bytes=replayed.peak_reserved_bytes if replayed else None,
@@ -157,20 +166,22 @@ class MemoryModel:
     def _phases(self, plan: Layout, configuration: Configuration, device: Device) -> tuple[Phase, ...]:
         column = self._column[configuration.per_device_train_batch_size]
         always = {**self._always(plan, device), "batch": self._batch_bytes(configuration)}
-        outputs = {"outputs": int(self._outputs[column])}
+        outputs = {"outputs": int(self._tape.outputs[column])}
         accumulates = configuration.gradient_accumulation_steps > 1
         if configuration.uses_fsdp:
             found = self._fsdp.peaks(configuration, column)
             phases = [_phase(PHASE_NAMES.get(name, name), [always, terms]) for name, terms in found.items()]
         else:
-            phases = [self._phase(peak, column, plan, always, outputs, accumulates=accumulates) for peak in self._peaks]
+            phases = [
+                self._phase(peak, column, plan, always, outputs, accumulates=accumulates) for peak in self._tape.peaks
+            ]
             if plan.clones_outputs:
-                returned = {"activations": int(self._left[column] + 2 * self._logits[column])}
+                returned = {"activations": int(self._tape.left[column] + 2 * self._tape.logits[column])}
                 gradients = {"gradients": plan.accumulated_gradients if accumulates else 0}
                 phases.append(_phase("head_and_loss", [always, plan.forward, returned, gradients]))
         later = [("gradient_reduction", held) for held in plan.reduction] + [("optimizer_step", h) for h in plan.step]
         if plan.gathering_bytes:
-            gathering = {"activations": int(self._before_head[column]), "gathered_weights": plan.gathering_bytes}
+            gathering = {"activations": int(self._tape.before_head[column]), "gathered_weights": plan.gathering_bytes}
             phases.append(_phase("head_and_loss", [always, plan.forward, gathering]))
         loss = {"activations": self._held_in_the_step(configuration, column)}
         return _highest_of_each_name([*phases, *(_phase(name, [always, outputs, loss, held]) for name, held in later)])
@@ -180,7 +191,7 @@ class MemoryModel:
 
         Source: accelerate/utils/deepspeed.py 1.15, DeepSpeedEngineWrapper.backward.
         """
-        kept = self._kept_by_the_loss[column] - self._outputs[column]
+        kept = self._tape.kept_by_the_loss[column] - self._tape.outputs[column]
         return int(kept) if configuration.uses_deepspeed else 0
 
     def _phase(
@@ -232,21 +243,56 @@ class MemoryModel:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _SizedTape:
+    """What is read off a tape for one length, a figure for each micro-batch."""
+
+    peaks: tuple[PhasePeak, ...]
+    offloaded: Bytes
+    left: Bytes
+    before_head: Bytes
+    logits: Bytes
+    kept_by_the_loss: Bytes
+    outputs: Bytes
+
+    @classmethod
+    def of(cls, profile: RegimeProfile, micro_batches: npt.ArrayLike, sequence_tokens: int) -> _SizedTape:
+        """Read a tape."""
+        return cls(
+            peaks=phase_peaks(profile, micro_batches, sequence_tokens),
+            offloaded=offloaded_bytes(profile, micro_batches, sequence_tokens),
+            left=left_by_forward_bytes(profile, micro_batches, sequence_tokens),
+            before_head=left_by_forward_bytes(profile, micro_batches, sequence_tokens, with_head=False),
+            logits=returned_logits_bytes(profile, micro_batches, sequence_tokens),
+            kept_by_the_loss=kept_by_the_loss_bytes(profile, micro_batches, sequence_tokens),
+            outputs=kept_outputs_bytes(profile, micro_batches, sequence_tokens),
+        )
+
+
 class WholeModel:
     """What of a profile depends on no length and no micro-batch."""
 
     def __init__(self, profile: RegimeProfile) -> None:
-        self._profile = profile
-        self.gathered = without_adapter_casts(profile)
-        """The same under FSDP."""
+        self.profile = profile
         self.tensors: tuple[Tensor, ...] = tensors(profile)
         self._static = static_bytes(self.tensors, profile.regime.device)
         self._layouts: dict[Configuration, Layout] = {}
 
     @cached_property
+    def one_row(self) -> WholeModel:
+        """The same model with the tape of one sequence; itself where that is the same."""
+        tape = self.profile.at_rows(1)
+        return self if tape is self.profile else WholeModel(tape)
+
+    @cached_property
+    def gathered(self) -> RegimeProfile:
+        """The tape under FSDP."""
+        return without_adapter_casts(self.profile)
+
+    @cached_property
     def replayer(self) -> Replayer:
         """Replays the profile's step."""
-        return Replayer(self._profile, self.tensors)
+        return Replayer(self.profile, self.tensors)
 
     @cached_property
     def fsdp_replayer(self) -> Replayer:
@@ -258,7 +304,7 @@ class WholeModel:
         accumulates = min(configuration.gradient_accumulation_steps, MAX_MICRO_STEPS)
         same = replace(configuration, per_device_train_batch_size=1, gradient_accumulation_steps=accumulates)
         if same not in self._layouts:
-            self._layouts[same] = layout(same, self.tensors, self._static, self._profile.hidden_size, device.kind)
+            self._layouts[same] = layout(same, self.tensors, self._static, self.profile.hidden_size, device.kind)
         return self._layouts[same]
 
 

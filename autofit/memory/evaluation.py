@@ -41,6 +41,7 @@ def evaluation_bytes(
         num_batches: of a process, or `eval_accumulation_steps` where that is set and smaller.
         num_processes: that predictions are gathered from.
     """
+    profile = profile.at_rows(micro_batch)
     forward = forward_bytes(profile, micro_batch, sequence_tokens)
     inputs = _input_bytes(profile, micro_batch, sequence_tokens)
     waiting = NUM_BATCHES_AHEAD * inputs + inputs - _traced_input_bytes(profile, micro_batch, sequence_tokens)

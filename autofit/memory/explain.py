@@ -101,7 +101,8 @@ def explain_phases(
         configuration: what was estimated.
         sequence_tokens: tokens of every sequence.
     """
-    held = held_tensors(profile, configuration.per_device_train_batch_size, sequence_tokens)
+    micro_batch = configuration.per_device_train_batch_size
+    held = held_tensors(profile.at_rows(micro_batch), micro_batch, sequence_tokens)
     return tuple(_explained(phase, held.get(phase.name, ()), configuration) for phase in memory.phases)
 
 

@@ -6,7 +6,7 @@ import gc
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -21,7 +21,7 @@ from autofit.profile.fakes import (
     no_layer_dropped,
     routed_evenly,
 )
-from autofit.profile.fit import Point, StructureDiffersError, fit, inverse
+from autofit.profile.fit import Point, StructureDiffersError, evaluate, fit, inverse
 from autofit.profile.layers import watch_layers
 from autofit.profile.models import build, choose_depth, load_config, num_experts, text_config, width
 from autofit.profile.parameters import fold_layers, static_tensors
@@ -39,7 +39,9 @@ Progress = Callable[[int, int], None]
 
 
 def trace_points(lengths: Sequence[int], *, one_row: bool = False) -> tuple[Point, ...]:
-    """Sizes to trace: two batches of each length, none of which is a special case (one sequence is).
+    """Sizes to trace: two batches of each length, none of which is a special case.
+
+    One sequence is: what transposes or cuts one row leaves it contiguous, and its copy is not made.
 
     Args:
         lengths: three, on one code path.
@@ -73,7 +75,10 @@ def trace(
     whole = load_config(config, None, regime)
     masks_windows = regime.attention != "flash_attention_2"
     lengths = lengths_to_trace(text_config(whole), sequence_tokens, masks_windows=masks_windows)
-    points = trace_points(lengths.traced, one_row=regime.masks_one_row)
+    points = _Points(
+        trace_points(lengths.traced, one_row=regime.masks_one_row),
+        () if regime.masks_one_row else trace_points(lengths.traced, one_row=True),
+    )
     tape = _shallow_tape(config, whole, regime, points, progress) or _whole_tape(whole, regime, points, progress)
     return RegimeProfile(
         model=model_name,
@@ -92,6 +97,20 @@ def trace(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Points:
+    """Sizes to trace."""
+
+    general: tuple[Point, ...]
+    one_row: tuple[Point, ...]
+    """Of one sequence, where that is a case of its own."""
+
+    @property
+    def all(self) -> tuple[Point, ...]:
+        """Those, then these."""
+        return (*self.general, *self.one_row)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Tape:
     """What of a profile comes from the steps."""
@@ -104,10 +123,11 @@ class _Tape:
     attends_causally: bool
 
 
-def _whole_tape(config: Any, regime: Regime, points: Sequence[Point], progress: Progress) -> _Tape:
+def _whole_tape(config: Any, regime: Regime, points: _Points, progress: Progress) -> _Tape:
     """Trace every layer."""
-    traced = trace_model(build(config, regime), regime, points, progress)
-    sizes, segments = fold(traced.steps, points)
+    traced = trace_model(build(config, regime), regime, points.all, progress)
+    folded = _folded(traced.steps, points)
+    sizes, segments = folded.sizes, folded.paired(folded.segments, folded.one_row)
     num_layers = len({segment.layer for segment in segments if segment.layer is not None})
     return _Tape(
         num_layers=num_layers,
@@ -120,19 +140,20 @@ def _whole_tape(config: Any, regime: Regime, points: Sequence[Point], progress: 
 
 
 def _shallow_tape(
-    config: dict[str, Any], whole: Any, regime: Regime, points: Sequence[Point], progress: Progress
+    config: dict[str, Any], whole: Any, regime: Regime, points: _Points, progress: Progress
 ) -> _Tape | None:
     """Trace few layers that stand for all; None where only the whole model shows what it does."""
     chosen = choose_depth(config, whole, regime) if regime.freeze is None else None  # its layers differ
     if chosen is None:
         return None
     shallow, stack, depth = chosen
-    traced = trace_model(build(shallow, regime), regime, points, progress)
-    sizes, segments = fold(traced.steps, points)
+    traced = trace_model(build(shallow, regime), regime, points.all, progress)
+    folded = _folded(traced.steps, points)
+    segments = folded.paired(folded.segments, folded.one_row)
     name, first = traced.stack(stack)
     stretch = Stretch(depth=depth, first=first)
     try:
-        deep = deepen(segments, stretch)
+        deep = folded.paired(deepen(folded.segments, stretch), deepen(folded.one_row, stretch))
         tensors = deepen_tensors(traced.tensors, name, depth)
     except StructureDiffersError:
         return None
@@ -141,7 +162,7 @@ def _shallow_tape(
             num_layers=depth.num_layers,
             num_traced_layers=depth.num_traced,
             tensors=fold_layers(traced.tensors, name),
-            sizes=sizes,
+            sizes=folded.sizes,
             segments=segments,
             attends_causally=traced.attends_causally,
         )
@@ -150,7 +171,7 @@ def _shallow_tape(
         num_layers=num_layers,
         num_traced_layers=num_layers,
         tensors=tuple(tensor for _, tensor in tensors),
-        sizes=sizes,
+        sizes=folded.sizes,
         segments=deep,
         attends_causally=traced.attends_causally,
     )
@@ -235,17 +256,60 @@ def environment(regime: Regime) -> Iterator[None]:
             gc.enable()
 
 
+@dataclass(frozen=True, slots=True)
+class _Folded:
+    """Steps with polynomials for sizes."""
+
+    sizes: tuple[Polynomial, ...]
+    """Those that only one row has come last."""
+    segments: tuple[Segment, ...]
+    one_row: tuple[Segment, ...]
+    points: _Points
+
+    def paired(self, segments: Sequence[Segment], one_row: Sequence[Segment]) -> tuple[Segment, ...]:
+        """Put what one row does beside what more do, where it is something else."""
+        values = [_values(size, self.points.one_row) for size in self.sizes]
+
+        def seen(segment: Segment) -> list[tuple[object, ...]]:
+            return [(values[event[0]], *event[1:]) for event in segment.events]
+
+        return tuple(
+            segment if seen(segment) == seen(alone) else replace(segment, one_row_events=alone.events)
+            for segment, alone in zip(segments, one_row, strict=True)
+        )
+
+
+def _folded(steps: Sequence[Sequence[RawSegment]], points: _Points) -> _Folded:
+    num_general = len(points.general)
+    sizes, segments = fold(steps[:num_general], points.general)
+    if not points.one_row:
+        return _Folded(sizes, segments, segments, points)
+    sizes, one_row = fold(steps[num_general:], points.one_row, sizes)
+    return _Folded(sizes, segments, one_row, points)
+
+
+def _values(size: Polynomial, points: Sequence[Point]) -> tuple[int, ...]:
+    return tuple(round(evaluate(size, point)) for point in points)
+
+
 def fold(
-    traces: Sequence[Sequence[RawSegment]], points: Sequence[Point]
+    traces: Sequence[Sequence[RawSegment]], points: Sequence[Point], known: Sequence[Polynomial] = ()
 ) -> tuple[tuple[Polynomial, ...], tuple[Segment, ...]]:
     """Turn the same step, traced at each of `points`, into one whose sizes are polynomials.
+
+    Args:
+        traces: one for each point.
+        points: sizes that determine a polynomial.
+        known: polynomials that are taken where they hold; they come first in what is returned.
 
     Raises:
         StructureDiffersError: the traces do not allocate the same tensors in the same order.
     """
     inverted = inverse(points)
+    sizes = list(known)
     index_of: dict[tuple[int, ...], int] = {}
-    sizes: list[Polynomial] = []
+    for index, size in enumerate(sizes):
+        index_of.setdefault(_values(size, points), index)
 
     def size_index(values: tuple[int, ...]) -> int:
         if values not in index_of:

@@ -7,7 +7,7 @@ and the middle layers repeat, so one tape stands for every batch, length and dep
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from autofit.spec.configuration import (
@@ -24,7 +24,7 @@ from autofit.spec.configuration import (
 )
 from autofit.spec.hardware import DeviceKind
 
-PROFILE_SCHEMA_VERSION = 2
+PROFILE_SCHEMA_VERSION = 3
 
 MONOMIALS: tuple[tuple[int, int], ...] = ((0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2))
 """Exponents (of b, of s) of a polynomial's coefficients, in their order."""
@@ -120,6 +120,8 @@ class Segment:
     layer: int | None
     """Index of the traced layer, None outside the layers."""
     events: tuple[Event, ...]
+    one_row_events: tuple[Event, ...] | None = None
+    """The same for a micro-batch of one sequence, where they differ: what is one row is contiguous, and not copied."""
     matmul_flops: Polynomial
     """Floating point operations of matrix products and attention."""
     matmul_bytes: Polynomial
@@ -162,6 +164,12 @@ class RegimeProfile:
         longest = self.max_sequence_tokens
         return self.min_sequence_tokens <= sequence_tokens and (longest is None or sequence_tokens <= longest)
 
+    def at_rows(self, num_sequences: int) -> RegimeProfile:
+        """Return the tape of a micro-batch of so many sequences."""
+        if num_sequences > 1 or all(segment.one_row_events is None for segment in self.segments):
+            return self
+        return replace(self, segments=tuple(_of_one_row(segment) for segment in self.segments))
+
     def repeats(self, segment: Segment) -> int:
         """How often a traced segment runs in one micro-step of the real model.
 
@@ -181,6 +189,11 @@ class RegimeProfile:
             for tensor in self.tensors
             if tensor.kind != "buffer" and (trains is None or tensor.trains == trains)
         )
+
+
+def _of_one_row(segment: Segment) -> Segment:
+    events = segment.events if segment.one_row_events is None else segment.one_row_events
+    return replace(segment, events=events, one_row_events=None)
 
 
 ProfileSet = dict[Regime, RegimeProfile]

@@ -86,3 +86,17 @@ def test_a_layer_that_another_size_does_not_have_is_refused():
     steps[2][0] = replace(steps[2][0], layer=1)
     with pytest.raises(StructureDiffersError):
         fold(steps, POINTS)
+
+
+def test_sizes_that_are_known_are_taken_where_they_hold():
+    """Of one row, a tensor of 8 b s bytes has the polynomial that was found for more rows; one that only it has gets
+    its own, after those.
+    """
+    sizes, _ = fold([a_step(point) for point in POINTS], POINTS)
+    one_row = trace_points(LENGTHS, one_row=True)
+    steps = [a_step(point) for point in one_row]
+    for (_, tokens), (segment,) in zip(one_row, steps, strict=True):
+        segment.events.append((3 * tokens, 0))
+    together, (segment,) = fold(steps, one_row, sizes)
+    assert together == (*sizes, (0.0, 0.0, 3.0, 0.0, 0.0, 0.0))
+    assert segment.events == ((0, 0), (0, 0, 0, 0), (1, 0))
