@@ -81,7 +81,7 @@ class Recorder(TorchDispatchMode):
         self._category = ACTIVATION
         self.segments: list[RawSegment] = []
         self.attends_causally = True
-        """Whether every fused attention so far left out what lies ahead."""
+        """Whether every fused attention in a layer so far left out what lies ahead; a vision tower's is in none."""
 
     def mark(self, name: str, kind: SegmentKind, layer: int | None = None) -> None:
         """Begin a segment; what happens from now on is in it."""
@@ -175,7 +175,7 @@ class Recorder(TorchDispatchMode):
     def _count_work(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         segment = self.segments[-1]
         segment.num_kernels += 1
-        self.attends_causally &= _attends_causally(func, args)
+        self.attends_causally &= segment.layer is None or _attends_causally(func, args)
         moved = _moved_bytes((args, kwargs, out))
         flops = _flops(func, args, kwargs, out)
         if flops:

@@ -198,6 +198,9 @@ def test_a_tower_is_no_layer_of_the_tape():
     assert (profile.num_layers, profile.num_traced_layers) == (7, 6)
     assert {segment.layer for segment in profile.segments} == {None, *range(6)}
     assert sum(segment.matmul_flops[1] for segment in profile.segments if segment.name == "embedding") > 0
+    assert (
+        profile.attends_causally
+    )  # the language model does, which grows with the square of a sequence; a tower does not
 
 
 def test_lengths_hold_the_images():
