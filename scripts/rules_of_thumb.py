@@ -46,7 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "Full": {"method": "full", "weights_dtype": "float32"},
     "Freeze": {"method": "freeze", "freeze_trainable_layers": 2, "autocast": "no"},
     "LoRA": {"method": "lora", **LORA},
-    "QLoRA-8": {"method": "qlora", **LORA, "quantization": {"bits": 8}},
+    "QLoRA-8": {"method": "qlora", **LORA, "quantization": {"bits": 8}, "use_reentrant": False},
     "QLoRA-4": {"method": "qlora", **LORA, "quantization": {"bits": 4, "double_quant": True}},
 }
 FURTHER: dict[str, dict[str, Any]] = {
