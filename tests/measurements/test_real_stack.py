@@ -22,7 +22,6 @@ CELLS = (
     "full-zero2_offload-bf16-adamw_torch-b1-s32-ga1",
     "full-none-fp32-adamw_torch_fused-b2-s256-ga1-accelerate",
     "full-zero2-bf16-adamw_torch_fused-b2-s512-ga1-sp2",
-    "full-fsdp1_offload_all-bf16-adamw_torch_fused-b2-s256-ga1",
     "qlora_bf16-fsdp2_offload_all-bf16-adamw_torch_fused-b2-s256-ga1-ckpt",
 )
 """Activations are the peak of most; in one the optimizer's step is, in one what offloading a gradient takes."""
