@@ -278,7 +278,7 @@ class Wishes(RunWish):
             "--offload-optimizer-device",
             section=_SHARDING,
             metavar=_any_of(PLACES),
-            help="Where the optimizer's state lives and is updated (default: none).",
+            help="Where the optimizer's state lives and is updated (default: as a search finds best; estimate: none).",
         ),
     ] = None
     offload_param_device: Annotated[
@@ -287,7 +287,7 @@ class Wishes(RunWish):
             "--offload-param-device",
             section=_SHARDING,
             metavar=_any_of(PLACES),
-            help="Where parameters wait; cpu: the optimizer's state too (default: none).",
+            help="Where parameters wait; cpu: the optimizer's state too (default: as above).",
         ),
     ] = None
     micro_batch: Annotated[
@@ -365,6 +365,16 @@ class SearchWish(Wishes):
             show_default=True,
         ),
     ] = "cost"
+    num_processes: Annotated[
+        list[int] | None,
+        _option(
+            "--num-processes",
+            section=_SHARDING,
+            metavar="N",
+            min=1,
+            help="Devices to use of those given, and to pay for (default: all); repeatable.",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -871,7 +881,8 @@ def _shardings(wishes: Wishes) -> list[str]:
     return ["none", "ddp"] if wishes.zero == 0 else [f"zero{wishes.zero}"]
 
 
-def _offload(wishes: Wishes) -> str:
+def _offload(wishes: Wishes) -> str | None:
+    """Say what goes to the host; None where a search may choose."""
     optimizer = _one_of("offload-optimizer-device", wishes.offload_optimizer_device, PLACES)
     parameters = _one_of("offload-param-device", wishes.offload_param_device, PLACES)
     if parameters == "cpu" and optimizer == "none":
@@ -879,6 +890,8 @@ def _offload(wishes: Wishes) -> str:
             "--offload-param-device cpu with --offload-optimizer-device none is not modelled.",
             to_fix="offload the optimizer's state too, or nothing",
         )
+    if parameters is None and optimizer is None and not isinstance(wishes, EveryWish):
+        return None
     return "optimizer_and_parameters" if parameters == "cpu" else "optimizer" if optimizer == "cpu" else "none"
 
 
@@ -917,7 +930,10 @@ def _quantization(wishes: Wishes) -> dict[str, Any]:
 
 def _searched_by(wishes: SearchWish) -> dict[str, Any]:
     """Read what only a search takes."""
-    return {"objective": _one_of("objective", wishes.objective, get_args(Objective))}
+    return {
+        "objective": _one_of("objective", wishes.objective, get_args(Objective)),
+        "num_processes": wishes.num_processes or [],
+    }
 
 
 def _further(wishes: EveryWish) -> dict[str, Any]:

@@ -64,6 +64,11 @@ class Plan:
     versions: dict[str, str]
     """Library versions that the figures hold for."""
 
+    @property
+    def used(self) -> Cluster:
+        """The part of the cluster that the configuration runs on."""
+        return self.inputs.cluster.using(self.configuration.num_processes)
+
 
 def to_json(document: Any) -> str:
     """Write a plan, an estimate or any spec object as indented JSON."""

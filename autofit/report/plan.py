@@ -70,8 +70,8 @@ def facts_grid(facts: Iterable[tuple[str, str | Text]]) -> Table:
 
 def decision(plan: Plan) -> str:
     """Write the plan as one sentence."""
-    cluster = plan.inputs.cluster
-    devices = f"{cluster.num_devices} x {cluster.device.name}"
+    given, used = plan.inputs.cluster.num_devices, plan.configuration.num_processes
+    devices = f"{used}{f' of {given}' if used < given else ''} x {plan.inputs.cluster.device.name}"
     return f"{method_words(plan.configuration)} of {model_words(plan.inputs.job.model.name)} on {devices}"
 
 
@@ -273,6 +273,10 @@ def _batch_cell(_: Plan, rung: Rung) -> str:
     return f"{rung.configuration.per_device_train_batch_size} x {rung.configuration.gradient_accumulation_steps}"
 
 
+def _sharding_cell(_: Plan, rung: Rung) -> str:
+    return f"{rung.configuration.sharding}{'' if rung.configuration.offload == 'none' else ', host'}"
+
+
 def _checkpointing_cell(_: Plan, rung: Rung) -> str:
     return "yes" if rung.configuration.gradient_checkpointing else "no"
 
@@ -286,13 +290,14 @@ def _rate_cell(plan: Plan, rung: Rung) -> str:
 
 
 def _price_cell(plan: Plan, rung: Rung) -> str:
-    """Scale the chosen plan's price: every rung trains the same tokens in a step, on the same devices."""
+    """Scale the chosen plan's price: every rung trains the same tokens in a step, and pays for the devices it uses."""
     if not rung.fits:
         return "-"
     chosen, dollars = plan.time.step_seconds, plan.cost.dollars_per_million_tokens
     if rung.step_seconds is None or chosen is None or dollars is None:
         return "?"
-    return f"{dollars * rung.step_seconds / chosen:.3g}"
+    devices = rung.configuration.num_processes / plan.configuration.num_processes
+    return f"{dollars * devices * rung.step_seconds / chosen:.3g}"
 
 
 def _step_cell(_: Plan, rung: Rung) -> str:
@@ -307,7 +312,7 @@ def _slower_cell(plan: Plan, rung: Rung) -> str:
 
 _SETUP_COLUMNS = (
     _Column(title="batch x acc.", cell=_batch_cell),
-    _Column(title="sharding", cell=lambda _, rung: rung.configuration.sharding),
+    _Column(title="sharding", cell=_sharding_cell),
     _Column(title="optim", cell=lambda _, rung: rung.configuration.optim, min_width=85),
     _Column(title="ckpt", cell=_checkpointing_cell, min_width=75),
     _Column(

@@ -116,7 +116,7 @@ class Evaluator:
         self._cluster, self._workload, self._profiles = cluster, workload, profiles
         self._micro_batches = tuple(sorted(set(micro_batches)))
         self._estimate_memory = estimate_memory
-        self._times: dict[Regime, TimeModel] = {}
+        self._times: dict[tuple[Regime, int], TimeModel] = {}
         self._memories: dict[Regime, MemoryModel] = {}
         self._replays: dict[Configuration, MemoryEstimate] = {}
 
@@ -145,7 +145,7 @@ class Evaluator:
             memory=memory,
             time=model.time(configuration),
             relative_work=model.relative_work(configuration),
-            misfit=misfit_of(memory, self._cluster),
+            misfit=misfit_of(memory, self._cluster_of(configuration)),
         )
 
     def replay(self, configuration: Configuration) -> MemoryEstimate:
@@ -155,14 +155,19 @@ class Evaluator:
         return self._replays[configuration]
 
     def _memory(self, configuration: Configuration, *, replays: bool) -> MemoryEstimate:
+        cluster = self._cluster_of(configuration)
         if self._estimate_memory is not None:
             profile = self._known_profile(configuration)
-            return self._estimate_memory(profile, configuration, self._cluster, self._workload, replays=replays)
-        return self._memory_model(configuration).estimate(configuration, self._cluster, replays=replays)
+            return self._estimate_memory(profile, configuration, cluster, self._workload, replays=replays)
+        return self._memory_model(configuration).estimate(configuration, cluster, replays=replays)
 
     def missing_figures(self, configuration: Configuration) -> tuple[str, ...]:
         """Say which figures of the hardware a configuration's time lacks."""
         return self._time_model(configuration).missing(configuration)
+
+    def _cluster_of(self, configuration: Configuration) -> Cluster:
+        """The part of the cluster that a configuration runs on."""
+        return self._cluster.using(configuration.num_processes)
 
     def _regime(self, configuration: Configuration) -> Regime:
         return regime_of(configuration, self._cluster.device)
@@ -173,10 +178,11 @@ class Evaluator:
         return profile
 
     def _time_model(self, configuration: Configuration) -> TimeModel:
-        regime = self._regime(configuration)
-        if regime not in self._times:
-            self._times[regime] = TimeModel(self._known_profile(configuration), self._cluster, self._workload)
-        return self._times[regime]
+        key = self._regime(configuration), configuration.num_processes
+        if key not in self._times:
+            cluster = self._cluster_of(configuration)
+            self._times[key] = TimeModel(self._known_profile(configuration), cluster, self._workload)
+        return self._times[key]
 
     def _memory_model(self, configuration: Configuration) -> MemoryModel:
         regime = self._regime(configuration)

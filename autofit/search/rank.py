@@ -29,14 +29,19 @@ PLAINEST_FIRST: tuple[Optim, ...] = (
 Cost = Callable[[Evaluated], float]
 
 
-def cost_of(evaluated: Sequence[Evaluated]) -> Cost:
+def cost_of(evaluated: Sequence[Evaluated], objective: Objective) -> Cost:
     """Return what is ranked by: seconds where every configuration has them, relative work where one has not.
 
-    All configurations of a search train the same tokens on the same devices, so the fastest is the cheapest.
+    All configurations of a search train the same tokens on devices of one price: what is paid for is the time of all
+    that are used. For the objective `time` it is the time alone.
     """
-    if all(each.time.step_seconds is not None for each in evaluated):
-        return lambda each: each.time.step_seconds or 0.0
-    return lambda each: each.relative_work
+    knows_time = all(each.time.step_seconds is not None for each in evaluated)
+
+    def cost(each: Evaluated) -> float:
+        seconds = each.time.step_seconds or 0.0 if knows_time else each.relative_work
+        return seconds if objective == "time" else seconds * each.configuration.num_processes
+
+    return cost
 
 
 def cheapest(evaluated: Sequence[Evaluated], cost: Cost) -> Evaluated:

@@ -81,7 +81,8 @@ def solve(job: Job, cluster: Cluster, profiles: ProfileSet, *, estimate_memory: 
             f"{job.model.name} has no traced profile for any configuration.",
             to_fix="trace it first, or allow a method and a precision that were traced",
         )
-    cost, objective = cost_of(evaluated), job.restrictions.objective
+    objective = job.restrictions.objective
+    cost = cost_of(evaluated, objective)
 
     def choose(among: Sequence[Evaluated]) -> Evaluated:
         return best(among, objective, cost)
@@ -176,10 +177,10 @@ def _refuse_broken(job: Job, cluster: Cluster, configuration: Configuration) -> 
             f"{describe(configuration)} cannot run: {rule.reason} ({rule.library} {rule.releases}; {rule.source}).",
             to_fix=f"change what the rule {rule.name} is about",
         )
-    if configuration.num_processes != cluster.num_devices:
+    if configuration.num_processes not in cluster.parts:
         raise InputError(
             f"{describe(configuration)} runs {configuration.num_processes} processes on {cluster.num_devices} devices.",
-            to_fix="give as many processes as devices",
+            to_fix=f"give a number of processes from {', '.join(map(str, cluster.parts))}",
         )
     if configuration.global_batch_sequences != job.workload.global_batch_sequences:
         raise InputError(

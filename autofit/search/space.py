@@ -13,6 +13,7 @@ from autofit.spec.configuration import (
     Dtype,
     Method,
     MixedPrecision,
+    Offload,
     Optim,
     Quantization,
     Sharding,
@@ -23,8 +24,8 @@ from autofit.spec.job import Job, Precision, QuantizationWish, Restrictions, Wor
 METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
 """Tried unasked. How many layers to leave trainable is nothing that a planner can choose."""
 OPTIMS: tuple[Optim, ...] = ("adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit")
-"""Tried unasked. `adamw_torch` computes what its fused form does, with a temporary as large as the gradients; paged
-32-bit state is larger than paged 8-bit state."""
+"""Tried unasked, the plain one first. `adamw_torch` computes what its fused form does, with a temporary as large as the
+gradients; paged 32-bit state is larger than paged 8-bit state."""
 ADAPTER_METHODS: tuple[Method, ...] = ("lora", "qlora")
 
 
@@ -47,6 +48,15 @@ class Dtypes:
     """Of matrix products, and so what quantised weights are unpacked to."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """How processes share the work, and what of it waits on the host."""
+
+    sharding: Sharding
+    offload: Offload
+    num_processes: int
+
+
 def candidates(job: Job, cluster: Cluster) -> tuple[Configuration, ...]:
     """Enumerate the configurations that the job's restrictions leave free.
 
@@ -54,35 +64,39 @@ def candidates(job: Job, cluster: Cluster) -> tuple[Configuration, ...]:
         InputError: the global batch does not divide over the devices, or a restriction leaves nothing.
     """
     restrictions = job.restrictions
+    splits = {
+        num: [
+            replace(split, batching=batching)
+            for split in batch_splits(job.workload, cluster.using(num), restrictions)
+            for batching in batchings(job)
+        ]
+        for num in process_counts(restrictions, cluster)
+    }
     knobs = product(
         restrictions.methods or METHODS,
-        shardings(restrictions, cluster),
+        [engine for num in splits for engine in engines(restrictions, cluster.using(num))],
         (False, True) if restrictions.gradient_checkpointing is None else (restrictions.gradient_checkpointing,),
-        restrictions.optims or OPTIMS,
-        [
-            replace(split, batching=batching)
-            for split in batch_splits(job.workload, cluster, restrictions)
-            for batching in batchings(job)
-        ],
     )
     return tuple(
         configuration(
             method=method,
-            sharding=sharding,
+            engine=engine,
             gradient_checkpointing=checkpoints,
             optim=optim,
             split=split,
             restrictions=restrictions,
             cluster=cluster,
         )
-        for method, sharding, checkpoints, optim, split in knobs
+        for method, engine, checkpoints in knobs
+        for optim in optims(restrictions, engine)
+        for split in splits[engine.num_processes]
     )
 
 
 def configuration(
     *,
     method: Method,
-    sharding: Sharding,
+    engine: Engine,
     gradient_checkpointing: bool,
     optim: Optim,
     split: BatchSplit,
@@ -95,7 +109,7 @@ def configuration(
     for int8 weights, whose inputs the other keeps.
     Source: huggingface/transformers#47254, deepspeedai/DeepSpeed#8130; the rule int8-checkpoints-with-reentry.
     """
-    precision = resolved_precision(restrictions.precision, cluster.device)
+    precision, sharding = resolved_precision(restrictions.precision, cluster.device), engine.sharding
     dtypes = dtypes_of(precision, method, sharding)
     quantization = _quantization(restrictions.quantization, dtypes, sharding) if method == "qlora" else None
     is_int8 = quantization is not None and quantization.bits == 8
@@ -108,10 +122,10 @@ def configuration(
         optim=optim,
         per_device_train_batch_size=split.per_device_train_batch_size,
         gradient_accumulation_steps=split.gradient_accumulation_steps,
-        num_processes=cluster.num_devices,
+        num_processes=engine.num_processes,
         gradient_checkpointing=gradient_checkpointing,
         sharding=sharding,
-        offload=restrictions.offload,
+        offload=engine.offload,
         num_replicas=restrictions.num_replicas,
         reshard_after_forward=restrictions.reshard_after_forward,
         sequence_parallel_size=restrictions.sequence_parallel_size,
@@ -197,30 +211,64 @@ def _quantization(wish: QuantizationWish, dtypes: Dtypes, sharding: Sharding) ->
     )
 
 
-def shardings(restrictions: Restrictions, cluster: Cluster) -> tuple[Sharding, ...]:
-    """Return the shardings to try: what the user allows of those that can do what else was asked for.
+def optims(restrictions: Restrictions, engine: Engine) -> tuple[Optim, ...]:
+    """Return the optimizers to try; unasked, none that offload would put its own in the place of."""
+    if restrictions.optims:
+        return restrictions.optims
+    return OPTIMS if engine.offload == "none" else OPTIMS[:1]
 
-    FSDP is tried where it is asked for, or nothing else can do it.
+
+def process_counts(restrictions: Restrictions, cluster: Cluster) -> tuple[int, ...]:
+    """Return how many devices to use of those given: all, or what the user allows.
+
+    Raises:
+        InputError: a number was asked for that is no part of the cluster.
+    """
+    asked = tuple(dict.fromkeys(restrictions.num_processes)) or (cluster.num_devices,)
+    unusable = [num for num in asked if num not in cluster.parts]
+    if unusable:
+        raise InputError(
+            f"{unusable[0]} processes are no part of {cluster.num_nodes} x {cluster.num_devices_per_node} devices.",
+            to_fix=f"choose from {', '.join(map(str, cluster.parts))}",
+        )
+    return asked
+
+
+def engines(restrictions: Restrictions, cluster: Cluster) -> tuple[Engine, ...]:
+    """Return the shardings to try, each with the offloads: what the user allows of what can do what else is asked for.
+
+    FSDP is tried where it is asked for, or nothing else can do it. Offload is tried unasked where DeepSpeed is tried
+    anyway: it takes the same code path. A CPU rank's device is the host.
 
     Raises:
         InputError: none of those asked for can be used.
     """
-    possible = tuple(sharding for sharding in get_args(Sharding) if _can(sharding, restrictions, cluster))
+    several = cluster.num_devices > 1
+    is_free = restrictions.offload is None and several and cluster.device.kind == "cuda"
+    offloads = get_args(Offload) if is_free else (restrictions.offload or "none",)
+    unasked = [offload for offload in offloads if offload == "none" or restrictions.offload is not None]
+    possible = tuple(s for s in get_args(Sharding) if any(_can(s, o, restrictions, cluster) for o in unasked))
     usual = tuple(sharding for sharding in possible if not sharding.startswith("fsdp"))
     allowed = tuple(s for s in possible if s in restrictions.shardings) if restrictions.shardings else usual or possible
     if allowed:
-        return allowed
+        return tuple(
+            Engine(sharding=sharding, offload=offload, num_processes=cluster.num_devices)
+            for sharding in allowed
+            for offload in offloads
+            if _can(sharding, offload, restrictions, cluster)
+            and (restrictions.offload is not None or offload == "none" or sharding.startswith("zero"))
+        )
     num = cluster.num_devices
     raise InputError(
         f"sharding {', '.join(restrictions.shardings) or 'of any kind'} cannot be used on {num} "
-        f"{'devices' if num > 1 else 'device'}{_asked_of_sharding(restrictions)}.",
+        f"{'devices' if several else 'device'}{_asked_of_sharding(restrictions)}.",
         to_fix=f"choose from {', '.join(possible)}, or another number of devices"
         if possible
         else "leave one of these out",
     )
 
 
-def _can(sharding: Sharding, restrictions: Restrictions, cluster: Cluster) -> bool:
+def _can(sharding: Sharding, offload: Offload, restrictions: Restrictions, cluster: Cluster) -> bool:
     """Tell whether a sharding is of use on so many devices and has what is asked of it.
 
     On one device an engine is of use only to move state to the host.
@@ -232,10 +280,10 @@ def _can(sharding: Sharding, restrictions: Restrictions, cluster: Cluster) -> bo
     hybrid = restrictions.num_replicas > 1 or not restrictions.reshard_after_forward
     several = cluster.num_devices > 1
     return (
-        (sharding == "none") != (several or restrictions.offload != "none")
+        (sharding == "none") != (several or offload != "none")
         and (several or engine or sharding == "none")
-        and ((engine and sharding != "zero1") or restrictions.offload == "none")
-        and (shards_parameters or restrictions.offload != "optimizer_and_parameters")
+        and ((engine and sharding != "zero1") or offload == "none")
+        and (shards_parameters or offload != "optimizer_and_parameters")
         and (sharding.startswith("fsdp") or not hybrid)
         and (sharding.startswith("zero") or restrictions.sequence_parallel_size == 1)
     )
@@ -243,8 +291,9 @@ def _can(sharding: Sharding, restrictions: Restrictions, cluster: Cluster) -> bo
 
 def _asked_of_sharding(restrictions: Restrictions) -> str:
     """Name what narrows the choice of a sharding."""
+    offload = restrictions.offload or "none"
     asked = {
-        f"offload of {restrictions.offload.replace('_', ' ')}": restrictions.offload != "none",
+        f"offload of {offload.replace('_', ' ')}": offload != "none",
         f"{restrictions.num_replicas} replicas": restrictions.num_replicas > 1,
         "no resharding after forward": not restrictions.reshard_after_forward,
         "sequence parallelism": restrictions.sequence_parallel_size > 1,

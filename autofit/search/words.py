@@ -14,7 +14,16 @@ from autofit.spec.hardware import Cluster
 from autofit.spec.job import Job
 from autofit.units import format_bytes
 
-KNOBS = ("method", "sharding", "gradient_checkpointing", "optim", "batching", "per_device_train_batch_size")
+KNOBS = (
+    "method",
+    "num_processes",
+    "sharding",
+    "offload",
+    "gradient_checkpointing",
+    "optim",
+    "batching",
+    "per_device_train_batch_size",
+)
 
 
 def describe(configuration: Configuration) -> str:
@@ -119,7 +128,25 @@ def _compared(knob: str, value: object, chosen: Evaluated, rivals: Sequence[Eval
         return f"{_spelt(value)} would need {format_bytes(least.needed_bytes)} at least, {_too_much(least)}"
     best = cheapest(fitting, cost)
     needs = f"{_spelt(value)} would need {format_bytes(best.needed_bytes)}"
-    return f"{needs} and {_slower(cost(best) / cost(chosen) - 1, knows_time=best.time.step_seconds is not None)}"
+    if best.configuration.num_processes == chosen.configuration.num_processes:
+        return f"{needs} and {_slower(_seconds(best) / _seconds(chosen) - 1, knows_time=_knows_time(best))}"
+    return f"{needs}, {_dearer(best, chosen)} and {_slower(_seconds(best) / _seconds(chosen) - 1, knows_time=True)}"
+
+
+def _dearer(best: Evaluated, chosen: Evaluated) -> str:
+    """Say what another number of devices costs: the time of all of them."""
+    devices = best.configuration.num_processes / chosen.configuration.num_processes
+    excess = devices * _seconds(best) / _seconds(chosen) - 1
+    return "cost as much" if abs(excess) < 0.005 else f"cost {abs(excess):.0%} {'more' if excess > 0 else 'less'}"
+
+
+def _seconds(each: Evaluated) -> float:
+    """Return the time of a step, or where it is not known what orders them."""
+    return each.time.step_seconds if each.time.step_seconds is not None else each.relative_work
+
+
+def _knows_time(each: Evaluated) -> bool:
+    return each.time.step_seconds is not None
 
 
 def _too_much(least: Evaluated) -> str:

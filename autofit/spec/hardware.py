@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from autofit.spec.software import Software
@@ -65,3 +65,25 @@ class Cluster:
     def num_devices(self) -> int:
         """Devices over all nodes."""
         return self.num_nodes * self.num_devices_per_node
+
+    def using(self, num_devices: int) -> Cluster:
+        """Return the part of the cluster that so many devices are: within one node if they fit there, else whole nodes.
+
+        Raises:
+            ValueError: it has no such part.
+        """
+        if num_devices == self.num_devices:
+            return self
+        if 1 <= num_devices <= self.num_devices_per_node:
+            return replace(self, num_nodes=1, num_devices_per_node=num_devices)
+        num_nodes, rest = divmod(num_devices, self.num_devices_per_node)
+        if rest or not 1 <= num_nodes <= self.num_nodes:
+            raise ValueError(f"{num_devices} of {self.num_nodes} x {self.num_devices_per_node} devices")
+        return replace(self, num_nodes=num_nodes)
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Numbers of devices that divide the cluster, ascending: of one node, then of whole nodes."""
+        within = [n for n in range(1, self.num_devices_per_node + 1) if self.num_devices_per_node % n == 0]
+        nodes = [n for n in range(2, self.num_nodes + 1) if self.num_nodes % n == 0]
+        return (*within, *(n * self.num_devices_per_node for n in nodes))

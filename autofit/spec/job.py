@@ -98,7 +98,10 @@ class Restrictions:
     """None: what the precision and the method ask for."""
     optims: tuple[Optim, ...] = ()
     shardings: tuple[Sharding, ...] = ()
-    offload: Offload = "none"
+    offload: Offload | None = None
+    """None: also to the host, where that takes no code path of its own."""
+    num_processes: tuple[int, ...] = ()
+    """Devices to use of those given; empty: all."""
     num_replicas: int = 1
     reshard_after_forward: bool = True
     sequence_parallel_size: int = 1

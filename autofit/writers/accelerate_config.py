@@ -20,7 +20,7 @@ def render_accelerate_config(plan: Plan, run_folder: Path) -> str:
 
 def accelerate_config(plan: Plan, run_folder: Path) -> dict[str, Any]:
     """Decide every key of a plan's launch; see `launcher_keys`."""
-    return launcher_keys(plan.configuration, plan.inputs.cluster, run_folder)
+    return launcher_keys(plan.configuration, plan.used, run_folder)
 
 
 def launcher_keys(configuration: Configuration, cluster: Cluster, run_folder: Path) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def templates_folder() -> Path:
 
 
 def _values(plan: Plan, config_file: Path) -> dict[str, str]:
-    job, cluster = plan.inputs.job, plan.inputs.cluster
+    job, cluster = plan.inputs.job, plan.used
     script = (job.script, *job.script_arguments) if job.script else ("train.py",)
     return {
         "autofit_environment": "".join(f"export {name}={value}\n" for name, value in script_environment(plan).items()),

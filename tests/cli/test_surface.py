@@ -83,7 +83,7 @@ ESTIMATED = SHARED | {
     "--expandable-segments",
     "--max-split-size-mb",
 }
-SEARCHED = SHARED | {"--objective"}
+SEARCHED = SHARED | {"--objective", "--num-processes"}
 SURFACE = {
     "plan": SEARCHED | {"--model", "--seq-len", "--global-batch", "--gpus", "--allow-hub", "-o", "--output", "--json"},
     "launch": SEARCHED
@@ -227,14 +227,14 @@ def only_configuration(**wishes):
 
 
 def test_nothing_more_is_searched_unasked():
-    """Without a wish a plan tries three methods, three optimizers and no FSDP, and every other knob as it is."""
+    """Without a wish a plan tries three methods, three optimizers, no FSDP, and offload where DeepSpeed can."""
     work = job.Workload(sequence_tokens=8, global_batch_sequences=2)
     model = job.Model(name="any", config={}, origin="catalogue")
     wished = options.restrictions(options.Wishes(method=["auto"]))
     found = candidates(job.Job(model=model, workload=work, restrictions=wished), parse_cluster("2xA100-80G"))
     assert {each.method for each in found} == {"full", "lora", "qlora"}
     assert {each.sharding for each in found} == {"ddp", "zero1", "zero2", "zero3"}
-    assert len(found) == 3 * 4 * 2 * 3
+    assert len(found) == 3 * (4 * 3 + 3) * 2
 
 
 def test_doctor_asks_for_the_releases_that_the_package_declares():

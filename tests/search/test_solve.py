@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from itertools import pairwise
 
@@ -81,6 +82,23 @@ def test_the_search_finds_what_brute_force_finds(job, device, num_devices, seed,
     plan = solve(job, cluster, profiles_for(job, cluster), estimate_memory=memory)
     prices = {configuration: price for price, _, configuration in priced}
     assert prices[plan.configuration] <= min(prices.values()) * 1.01
+
+
+def test_fewer_devices_are_cheaper_and_more_are_faster():
+    """Two devices are less than twice as fast: cost takes one, time takes both, and the other one's price is said."""
+    cluster = a_cluster(2)
+    plans = {}
+    for objective in ("cost", "time"):
+        job = a_job(256, methods=("full",), num_processes=(1, 2), objective=objective)
+        plans[objective] = solve(job, cluster, profiles_for(job, cluster), estimate_memory=PlausibleMemory(10**8))
+    assert {name: plan.configuration.num_processes for name, plan in plans.items()} == {"cost": 1, "time": 2}
+    cheap, fast = plans["cost"], plans["time"]
+    assert fast.time.step_seconds < cheap.time.step_seconds
+    assert cheap.cost.dollars_per_million_tokens < fast.cost.dollars_per_million_tokens
+    assert cheap.used.num_devices == 1
+    assert any(
+        re.match(r"num_processes 1: 2 would need .*, cost \d+% more and take \d+% less long", r) for r in cheap.reasons
+    )
 
 
 QUALITY_ORDER = ("full", "lora", "qlora")

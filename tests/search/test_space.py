@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autofit.errors import InputError
-from autofit.search import candidates
+from autofit.search import candidates, required_regimes
 from tests.search.worlds import CPU, GPU, OLD_GPU, a_cluster, a_job
 
 
@@ -22,22 +23,62 @@ def test_every_candidate_trains_the_global_batch_on_every_device(per_device, num
 
 
 def test_the_space_is_the_whole_product_and_nothing_twice():
-    """Three methods, four shardings, checkpointing on and off, three optimizers, and every divisor of four."""
+    """Three methods, four shardings with three optimizers, three offloads with one, and every divisor of four."""
     found = {
-        (c.method, c.sharding, c.gradient_checkpointing, c.optim, c.per_device_train_batch_size)
+        (c.method, c.sharding, c.offload, c.gradient_checkpointing, c.optim, c.per_device_train_batch_size)
         for c in candidates(a_job(8), a_cluster(2))
     }
-    expected = set(
-        product(
-            ("full", "lora", "qlora"),
-            ("ddp", "zero1", "zero2", "zero3"),
-            (False, True),
-            ("adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"),
-            (1, 2, 4),
+    on_the_host = {("zero2", "optimizer"), ("zero3", "optimizer"), ("zero3", "optimizer_and_parameters")}
+    everywhere = product(("ddp", "zero1", "zero2", "zero3"), ("none",))
+    optims = ("adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit")
+    engines = {*product(everywhere, optims), *product(on_the_host, optims[:1])}
+    expected = {
+        (method, *engine, checkpoints, optim, size)
+        for method, (engine, optim), checkpoints, size in product(
+            ("full", "lora", "qlora"), engines, (False, True), (1, 2, 4)
         )
-    )
+    }
     assert found == expected
     assert len(candidates(a_job(8), a_cluster(2))) == len(expected)
+
+
+def test_offload_is_tried_unasked_where_it_takes_no_other_code_path():
+    """On several devices under DeepSpeed; on one, where it would bring DeepSpeed in, only where it is asked for."""
+    for num_devices in (1, 4):
+        job, cluster = a_job(8), a_cluster(num_devices)
+        plain = required_regimes(replace(job, restrictions=replace(job.restrictions, offload="none")), cluster)
+        assert set(required_regimes(job, cluster)) == set(plain)
+    for cluster in (a_cluster(1), a_cluster(4, CPU)):
+        assert {c.offload for c in candidates(a_job(8), cluster)} == {"none"}
+    asked = candidates(a_job(8, offload="optimizer", optims=("adamw_torch_fused",)), a_cluster(1))
+    assert {(c.sharding, c.offload) for c in asked} == {("zero2", "optimizer"), ("zero3", "optimizer")}
+
+
+def test_fewer_devices_than_given_are_used_where_that_is_allowed():
+    """Each number keeps the global batch, one device has nothing to shard, and what is no part is refused."""
+    found = candidates(a_job(8, num_processes=(1, 2, 4)), a_cluster(4))
+    assert {c.num_processes for c in found} == {1, 2, 4}
+    assert {c.global_batch_sequences for c in found} == {8}
+    assert {c.sharding for c in found if c.num_processes == 1} == {"none"}
+    assert "none" not in {c.sharding for c in found if c.num_processes > 1}
+    with pytest.raises(InputError, match="3 processes") as refused:
+        candidates(a_job(12, num_processes=(3,)), a_cluster(4))
+    assert "1, 2, 4" in refused.value.to_fix
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "per_node", "parts"), [(1, 8, (1, 2, 4, 8)), (4, 8, (1, 2, 4, 8, 16, 32)), (3, 2, (1, 2, 6))]
+)
+def test_a_part_of_a_cluster_is_within_a_node_or_whole_nodes(num_nodes, per_node, parts):
+    """Every part has as many devices as it was asked for, and no node more than it has."""
+    cluster = a_cluster(per_node, num_nodes=num_nodes)
+    assert cluster.parts == parts
+    for num in parts:
+        part = cluster.using(num)
+        assert part.num_devices == num
+        assert part.num_devices_per_node == min(num, per_node)
+    with pytest.raises(ValueError, match="devices"):
+        cluster.using(num_nodes * per_node + 1)
 
 
 def test_one_device_has_nothing_to_shard():
@@ -56,6 +97,7 @@ def test_restrictions_are_kept():
         shardings=("zero2",),
         micro_batch_sequences=(2,),
         gradient_checkpointing=True,
+        offload="none",
     )
     (only,) = candidates(job, a_cluster(2))
     assert (only.method, only.optim, only.sharding, only.per_device_train_batch_size) == (
