@@ -22,6 +22,9 @@ from autofit.options import (
 )
 
 if TYPE_CHECKING:
+    from autofit.calibrate.fit import Fitted
+    from autofit.calibrate.records import RunRecord
+    from autofit.calibrate.store import Stored
     from autofit.memory.explain import ExplainedPhase, Symbols
     from autofit.plan import Plan
     from autofit.search.compare import Offer
@@ -545,7 +548,107 @@ def cluster_of(gpus: str, wishes: RunWish) -> Cluster:
     from autofit.sources.hardware import parse_cluster
     from autofit.sources.prices import priced, read_prices
 
-    return priced(parse_cluster(gpus), read_prices(wishes.price))
+    return calibrated((priced(parse_cluster(gpus), read_prices(wishes.price)),), wishes)[0]
+
+
+def calibrated(clusters: Sequence[Cluster], wishes: RunWish) -> tuple[Cluster, ...]:
+    """Give clusters what runs on such devices have taught, unless it is to be left out.
+
+    Raises:
+        InputError: the calibration of this machine cannot be read.
+    """
+    from autofit.calibrate.store import calibration_of, calibration_path, read_calibrations
+    from autofit.files import user_cache_folder
+    from autofit.spec.libraries import installed_versions
+
+    known = read_calibrations(calibration_path(user_cache_folder())) if wishes.calibration else ()
+    if not known:
+        return tuple(clusters)
+    installed = installed_versions()
+    return tuple(replace(cluster, calibration=calibration_of(known, cluster.device, installed)) for cluster in clusters)
+
+
+def remembered_runs() -> Stored:
+    """Return every run that was launched on this machine or imported, as `autofit runs` lists them.
+
+    Raises:
+        InputError: the file of runs cannot be read.
+    """
+    from autofit.calibrate.store import read, store_path
+    from autofit.files import user_cache_folder
+
+    path = store_path(user_cache_folder())
+    try:
+        return read(path)
+    except OSError as error:
+        raise InputError(f"the runs in {str(path)!r} cannot be read: {error}", to_fix="correct its rights") from error
+
+
+def import_runs(path: str | Path) -> tuple[RunRecord, ...]:
+    """Add the runs of a file that `export_runs` wrote to those of this machine, and return the new ones.
+
+    Raises:
+        InputError: the file is none, or one of its records is not valid; then nothing is added.
+    """
+    from autofit.calibrate.records import import_text
+    from autofit.calibrate.store import append, new_ones
+
+    stored = remembered_runs()
+    try:
+        given = import_text(Path(path).read_bytes(), origin=str(path))
+        added = new_ones(stored.records, given)
+        append(stored.path, added)
+    except OSError as error:
+        raise InputError(f"cannot import {str(path)!r}: {error}", to_fix="give a file that can be read") from error
+    return added
+
+
+def export_runs(path: str | Path) -> tuple[RunRecord, ...]:
+    """Write every remembered run into one JSON file, to be shared, and return them.
+
+    Raises:
+        InputError: the file is there already, or cannot be written.
+    """
+    from autofit.calibrate.records import export_text
+    from autofit.files import replace_text
+
+    records = remembered_runs().records
+    if Path(path).exists():
+        raise InputError(f"{str(path)!r} is there already.", to_fix="give another name, or move it away")
+    try:
+        replace_text(Path(path), export_text(records))
+    except OSError as error:
+        raise InputError(f"cannot write {str(path)!r}: {error}", to_fix="give a file that can be written") from error
+    return records
+
+
+def calibrate(*, dry_run: bool = False) -> tuple[Fitted, ...]:
+    """Fit corrections to the remembered runs, and keep them for later plans, as `autofit calibrate` does.
+
+    Args:
+        dry_run: whether to keep nothing.
+
+    Raises:
+        InputError: there are no runs, or the corrections cannot be written.
+    """
+    from autofit.calibrate.fit import fit_all
+    from autofit.calibrate.store import calibration_path, write_calibrations
+    from autofit.files import user_cache_folder
+
+    stored = remembered_runs()
+    if not stored.records:
+        raise InputError(
+            f"there are no runs to calibrate with in {str(stored.path)!r}.",
+            to_fix="train with `autofit launch`, or `autofit runs --import FILE`",
+        )
+    fitted = fit_all(stored.records)
+    path = calibration_path(user_cache_folder())
+    try:
+        if not dry_run:
+            write_calibrations(path, [each.calibration for each in fitted if each.calibration.num_runs])
+    except OSError as error:
+        raise InputError(f"cannot write {str(path)!r}: {error}", to_fix="correct its rights") from error
+    return fitted
 
 
 def estimated_job(
@@ -661,7 +764,7 @@ def compare(
     from autofit.sources.prices import read_prices
 
     read = wishes_of(SearchWish, wishes)
-    clusters = hardware(gpus, max_dollars_per_hour, read_prices(read.price))
+    clusters = calibrated(hardware(gpus, max_dollars_per_hour, read_prices(read.price)), read)
     job = job_of(
         model=model,
         seq_len=seq_len,

@@ -221,12 +221,15 @@ def new_run_folder(script: Path) -> Path:
 
 def train(made: Plan, run_folder: Path, script: Path, arguments: Sequence[str], *, as_json: bool) -> int:
     """Start the training, and at its end set predicted beside measured; return the exit code."""
+    from autofit.calibrate.store import store_path
+    from autofit.files import user_cache_folder
     from autofit.launch import launch as start
 
     if not as_json:
         print_plan(made, as_json=False)
     stream = sys.stderr.buffer if as_json else sys.stdout.buffer
-    outcome = start(made, run_folder, script, arguments, stream=stream)
+    store = store_path(user_cache_folder())
+    outcome = start(made, run_folder, script, arguments, stream=stream, store=store)
     from autofit.report.run import run_report
 
     report = run_report(outcome.summary, outcome.run_folder / "summary.json")
@@ -471,11 +474,11 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Plan the same job on several kinds of hardware: which is cheapest, which is fastest."""
-    from autofit.api import compare_job, job_of
+    from autofit.api import calibrated, compare_job, job_of
     from autofit.sources.market import hardware
     from autofit.sources.prices import read_prices
 
-    clusters = hardware(gpus, max_dollars_per_hour, read_prices(wishes.price))
+    clusters = calibrated(hardware(gpus, max_dollars_per_hour, read_prices(wishes.price)), wishes)
     job = job_of(
         model=model,
         seq_len=seq_len,
@@ -529,6 +532,54 @@ def data(
         print_json(measured)
     else:
         show(lengths_report(measured.lengths, measured.cuts), {}, as_json=False)
+
+
+@app.command()
+def runs(
+    export_file: Annotated[
+        Path | None,
+        typer.Option("--export", metavar="FILE", help="Write all of them into one JSON file.", show_default=False),
+    ] = None,
+    import_file: Annotated[
+        Path | None,
+        typer.Option("--import", metavar="FILE", help="Add those of such a file, each once.", show_default=False),
+    ] = None,
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """List the runs that were launched here: predicted beside measured."""
+    from autofit.api import export_runs, import_runs, remembered_runs
+    from autofit.report.runs import runs_report
+
+    if export_file is not None and import_file is not None:
+        raise InputError("--export and --import are both given.", to_fix="give one after the other")
+    if import_file is not None:
+        added = import_runs(import_file)
+        typer.echo(f"{len(added)} of its runs are new", err=True)
+    if export_file is not None:
+        typer.echo(f"{len(export_runs(export_file))} runs are in {export_file}", err=True)
+    stored = remembered_runs()
+    for line in stored.broken:
+        typer.echo(f"line {line.number} of {stored.path} is no run and left alone: {line.reason}", err=True)
+    show(
+        runs_report(stored),
+        {"path": str(stored.path), "runs": stored.records, "broken": stored.broken},
+        as_json=as_json,
+    )
+
+
+@app.command()
+def calibrate(
+    *,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change, and keep nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Fit corrections to the runs of this machine, for each device and set of library versions; plans then use them."""
+    from autofit import api
+    from autofit.report.runs import calibration_report
+
+    fitted = api.calibrate(dry_run=dry_run)
+    show(calibration_report(fitted, is_kept=not dry_run), {"fitted": fitted, "kept": not dry_run}, as_json=as_json)
 
 
 @app.command()

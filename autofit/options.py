@@ -77,6 +77,7 @@ _OBJECTIVE = "Objective"
 _METHOD, _QUANT, _PRECISION = "Method", "Quantisation", "Precision and optimizer"
 _SHARDING, _BATCH, _ACTIVATIONS = "Sharding and offload", "Batch", "Activations"
 _MODEL, _ALLOCATOR, _DATA, _COST = "Model and loss", "Allocator", "Data", "Time and price"
+_CALIBRATION = "Calibration"
 
 
 DATA = typer.Option(
@@ -121,7 +122,7 @@ class DataWish:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunWish(DataWish):
-    """How much is trained, on which data, and what the hardware costs."""
+    """How much is trained, on which data, what the hardware costs, and whether its runs correct the figures."""
 
     price: Annotated[
         str | None,
@@ -140,6 +141,14 @@ class RunWish(DataWish):
         float | None,
         _option("--epochs", section=_COST, metavar="N", min=0, help="The same of going over --data so often."),
     ] = None
+    calibration: Annotated[
+        bool,
+        _option(
+            "--calibration/--no-calibration",
+            section=_CALIBRATION,
+            help="Correct figures by what `autofit calibrate` fitted to runs on such devices (default: yes).",
+        ),
+    ] = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from autofit.errors import InputError
+from autofit.spec.calibration import Uncalibrated
 from autofit.spec.configuration import Configuration
 from autofit.spec.estimate import CostEstimate, EpochEstimate, MemoryEstimate, RunCost, TimeEstimate, Truncation
 from autofit.spec.hardware import Cluster
@@ -63,6 +64,8 @@ class Plan:
     """Why each knob has its value, and how many candidates fell to what."""
     versions: dict[str, str]
     """Library versions that the figures hold for."""
+    uncalibrated: Uncalibrated | None = None
+    """The figures without the calibration of `inputs.cluster`; None: no calibration was applied."""
 
     @property
     def used(self) -> Cluster:

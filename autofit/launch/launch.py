@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgspec
 
+from autofit.calibrate.records import Ending, record_of
+from autofit.calibrate.store import append
 from autofit.errors import LadderExhaustedError, TrainingFailedError
+from autofit.files import replace_text
 from autofit.launch.command import Command, Invocation, build_command
 from autofit.launch.evidence import LOG_FILE, RANK_EVENTS_PATTERN, Evidence, gather_evidence, read_events
 from autofit.launch.ladder import rung_folder, rung_plans
@@ -21,8 +26,9 @@ from autofit.launch.script import check_script
 from autofit.launch.summary import EVENTS_FILE, SUMMARY_FILE, log_excerpt, log_path, summarize
 from autofit.launch.supervise import Attempt, supervise
 from autofit.plan import Plan, to_json
+from autofit.spec.libraries import installed_versions
 from autofit.units import format_bytes
-from autofit.writers.files import refuse_foreign_files, replace_text, write_files
+from autofit.writers.files import refuse_foreign_files, write_files
 from autofit.writers.render import render_files
 
 
@@ -46,6 +52,7 @@ def launch(
     arguments: Sequence[str] = (),
     *,
     stream: BinaryIO | None = None,
+    store: Path | None = None,
 ) -> Outcome:
     """Train as planned, on the next fallback if memory runs out, and leave everything in the run folder.
 
@@ -55,6 +62,7 @@ def launch(
         script: the user's script.
         arguments: the script's arguments.
         stream: where the script's output goes besides log.txt; standard output unless given.
+        store: the file of remembered runs that this one is added to; without it nothing is remembered.
 
     Raises:
         InputError: the script or the run folder cannot be used.
@@ -74,7 +82,29 @@ def launch(
         command = prepare(rung, folder, invocation)
         return run_command(command, folder, stream or sys.stdout.buffer)
 
-    return conclude(supervise(rung_plans(plan), run, _say), run_folder)
+    attempts = supervise(rung_plans(plan), run, _say)
+    if store is not None:
+        remember(attempts, store)
+    return conclude(attempts, run_folder)
+
+
+def remember(attempts: Sequence[Attempt], store: Path) -> None:
+    """Add each attempt to the remembered runs; where that fails, the training has still been, and it is said."""
+    records = [
+        record_of(
+            attempt.plan,
+            attempt.evidence.events,
+            Ending(rung=attempt.number, failure=attempt.verdict.failure),
+            record_id=secrets.token_hex(8),
+            ended_at=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+            autofit_version=installed_versions(["autofit-launcher"]).get("autofit-launcher", "unknown"),
+        )
+        for attempt in attempts
+    ]
+    try:
+        append(store, records)
+    except OSError as error:
+        _say(f"the run is not remembered: {error}")
 
 
 def prepare(plan: Plan, folder: Path, invocation: Invocation) -> Command:

@@ -160,4 +160,10 @@ TERM_SOURCES: dict[str, Term] = {
         under={},
         sources=("torch v2.13 c10/cuda/CUDACachingAllocator.cpp, should_split",),
     ),
+    "calibration": Term(
+        meaning="what runs on such devices held more or less than was predicted",
+        formula="between steps x (static factor - 1) + what grows with tokens x (per-token factor - 1)",
+        under={},
+        sources=("`autofit calibrate`, from the runs of `autofit runs`",),
+    ),
 }

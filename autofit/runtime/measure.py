@@ -124,12 +124,18 @@ class Record:
     step_peaks_bytes: list[int] = field(default_factory=list)
     after_steps_bytes: list[int] = field(default_factory=list)
     steps_seconds: list[float] = field(default_factory=list)
+    longest_batch_tokens: int | None = None
+    """Tokens of a row of the longest micro-batch that the model trained on."""
     _began_seconds: float = 0.0
 
     def begin_training(self) -> None:
         """Note what preparing took, and begin the peak of training."""
         self.before_training_peak_bytes = self.meter.peak_bytes()
         self.meter.reset_peak()
+
+    def saw_batch(self, tokens: int) -> None:
+        """Note the tokens of a row of a micro-batch."""
+        self.longest_batch_tokens = max(tokens, self.longest_batch_tokens or 0)
 
     def begin_step(self) -> None:
         """Begin the peak of one step."""
@@ -162,6 +168,7 @@ class Record:
             "before_step_bytes": self.before_step_bytes,
             "after_step_bytes": self.after_steps_bytes[-1] if self.after_steps_bytes else None,
             "num_steps": len(self.steps_seconds),
+            "longest_batch_tokens": self.longest_batch_tokens,
             "step_seconds": statistics.median(self.steps_seconds[1:]) if len(self.steps_seconds) > 1 else None,
             **self.meter.device_figures(),
         }

@@ -31,6 +31,8 @@ class Session:
     """The Trainer that the script made last."""
     record: Any = None
     """What is measured of the training that runs now, a `runtime.measure.Record`."""
+    batch_hook: Any = None
+    """The handle of the hook that looks at batches; on the model only while it trains, which may be pickled later."""
     keep_alive: list[Any] = field(default_factory=list)
     """Objects that transformers holds only weakly."""
 

@@ -28,6 +28,8 @@ def measured_training(session: Session) -> Iterator[None]:
         try:
             yield
         finally:
+            if session.batch_hook is not None:
+                session.batch_hook.remove()
             session.log.record("memory", **session.record.figures())
 
 
@@ -39,7 +41,7 @@ def _callback(session: Session) -> Any:
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             session.record.begin_training()
             settle(session, check_all(session.plan, session.trainer, kwargs["train_dataloader"]))
-            check_batch_on_first_forward(session)
+            look_at_batches(session)
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             session.record.begin_step()
@@ -65,21 +67,23 @@ def _wait_for_device(device: Any) -> None:
         torch.cuda.synchronize(device)
 
 
-def check_batch_on_first_forward(session: Session) -> None:
-    """Look at the shape of the first micro-batch as the model gets it, then never again."""
+def look_at_batches(session: Session) -> None:
+    """Compare the shape of the first micro-batch with the plan's as the model gets it, and note the longest of all."""
+    is_first = True
 
     def look(module: Any, args: Any, kwargs: Any) -> None:
-        if not module.training:  # an evaluation before the first step has batches of its own
-            return
-        handle.remove()
+        nonlocal is_first
         ids = kwargs.get("input_ids")
-        if ids is None:
+        if not module.training or ids is None:  # an evaluation has batches of its own
             return
         rows, tokens = int(ids.shape[0]), int(ids.shape[-1])
-        session.log.record("batch", rows=rows, tokens=tokens)
-        settle(session, check_first_batch(session.plan, rows, tokens))
+        session.record.saw_batch(tokens)
+        if is_first:
+            is_first = False
+            session.log.record("batch", rows=rows, tokens=tokens)
+            settle(session, check_first_batch(session.plan, rows, tokens))
 
-    handle = session.trainer.model.register_forward_pre_hook(look, with_kwargs=True)
+    session.batch_hook = session.trainer.model.register_forward_pre_hook(look, with_kwargs=True)
 
 
 def settle(session: Session, checks: list[Check]) -> None:

@@ -11,6 +11,8 @@ from typing import Literal, Protocol
 from autofit.errors import InputError
 from autofit.memory.alloc_conf import expandable_segments_problem
 from autofit.memory.assemble import MemoryModel
+from autofit.search.calibrated import calibrated_memory, calibrated_time, calibration_for, uncalibrated
+from autofit.spec.calibration import Calibration, Uncalibrated
 from autofit.spec.configuration import Configuration
 from autofit.spec.estimate import MemoryEstimate, TimeEstimate
 from autofit.spec.hardware import Cluster
@@ -143,7 +145,7 @@ class Evaluator:
         return Evaluated(
             configuration=configuration,
             memory=memory,
-            time=model.time(configuration),
+            time=self._time(configuration),
             relative_work=model.relative_work(configuration),
             misfit=misfit_of(memory, self._cluster_of(configuration)),
         )
@@ -154,7 +156,28 @@ class Evaluator:
             self._replays[configuration] = self._memory(configuration, replays=True)
         return self._replays[configuration]
 
+    def calibration(self, configuration: Configuration) -> Calibration | None:
+        """Return the calibration that a configuration's figures are made with."""
+        if self._cluster.calibration is None:
+            return None
+        return calibration_for(self._cluster, self._known_profile(configuration))
+
+    def uncalibrated(self, configuration: Configuration) -> Uncalibrated | None:
+        """Return the figures of a configuration without its calibration, replayed; None where it has none."""
+        if self.calibration(configuration) is None:
+            return None
+        time = self._time_model(configuration).time(configuration)
+        return uncalibrated(self._plain_memory(configuration, replays=True), time)
+
+    def _time(self, configuration: Configuration) -> TimeEstimate:
+        time, calibration = self._time_model(configuration).time(configuration), self.calibration(configuration)
+        return time if calibration is None else calibrated_time(time, calibration)
+
     def _memory(self, configuration: Configuration, *, replays: bool) -> MemoryEstimate:
+        memory, calibration = self._plain_memory(configuration, replays=replays), self.calibration(configuration)
+        return memory if calibration is None else calibrated_memory(memory, calibration)
+
+    def _plain_memory(self, configuration: Configuration, *, replays: bool) -> MemoryEstimate:
         cluster = self._cluster_of(configuration)
         if self._estimate_memory is not None:
             profile = self._known_profile(configuration)

@@ -19,6 +19,7 @@ from autofit.search.space import candidates
 from autofit.search.truncate import truncations
 from autofit.search.words import (
     allocator_reasons,
+    calibration_reasons,
     count_reasons,
     describe,
     knob_reasons,
@@ -275,6 +276,8 @@ def _plan(
 ) -> Plan:
     profile = evaluator.profile(chosen.configuration)
     assert profile is not None, "what was evaluated has a profile"
+    calibration = evaluator.calibration(chosen.configuration)
+    plain = evaluator.uncalibrated(chosen.configuration)
     cost = estimate_cost(chosen.time, cluster, job.workload, chosen.configuration)
     epoch = estimate_epoch(chosen.time, cost, job.workload, chosen.configuration)
     return Plan(
@@ -290,8 +293,9 @@ def _plan(
         truncations=truncations(job, cluster, chosen.configuration, evaluator),
         fallbacks=tuple(_rung(each) for each in fallbacks),
         alternatives=tuple(_rung(each) for each in alternatives),
-        reasons=reasons,
+        reasons=(*reasons, *calibration_reasons(calibration, plain, chosen.memory, chosen.time)),
         versions=dict(profile.versions),
+        uncalibrated=plain,
     )
 
 

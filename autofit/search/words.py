@@ -9,10 +9,12 @@ from dataclasses import replace
 from autofit.search.evaluate import HEADROOM_FRACTION, Evaluated, Evaluator, usable_bytes
 from autofit.search.rank import Cost, cheapest
 from autofit.search.rules import Rule
+from autofit.spec.calibration import Calibration, Uncalibrated
 from autofit.spec.configuration import Configuration
+from autofit.spec.estimate import MemoryEstimate, TimeEstimate
 from autofit.spec.hardware import Cluster
 from autofit.spec.job import Job
-from autofit.units import format_bytes
+from autofit.units import format_bytes, format_seconds
 
 KNOBS = (
     "method",
@@ -81,6 +83,31 @@ def allocator_reasons(job: Job, configuration: Configuration, evaluator: Evaluat
         return ()
     needed = evaluator.replay(replace(configuration, expandable_segments=False)).needed_bytes
     return (f"allocator expandable_segments: without it fragmentation would need {format_bytes(needed)}.",)
+
+
+def calibration_reasons(
+    calibration: Calibration | None, plain: Uncalibrated | None, memory: MemoryEstimate, time: TimeEstimate
+) -> tuple[str, ...]:
+    """Say of a calibrated plan how many runs it is calibrated on, and how far they moved each figure."""
+    if calibration is None or plain is None:
+        return ()
+    versions = ", ".join(f"{name} {version}" for name, version in calibration.versions.items())
+    factors = (("static", calibration.static), ("per token", calibration.per_token), ("time", calibration.time))
+    moved = [
+        f"allocated {_moved(plain.peak_allocated_bytes, memory.peak_allocated_bytes)}",
+        f"needed {_moved(plain.needed_bytes, memory.needed_bytes)}",
+    ]
+    if plain.step_seconds is not None and time.step_seconds is not None:
+        moved.append(f"a step from {format_seconds(plain.step_seconds)} to {format_seconds(time.step_seconds)}")
+    return (
+        f"calibrated on {calibration.num_runs} runs of {calibration.device_name} with {versions}: "
+        + ", ".join(f"{name} x{each.factor:.4f} (from {each.num_runs})" for name, each in factors)
+        + f"; that moved {', '.join(moved)}. --no-calibration leaves it out.",
+    )
+
+
+def _moved(before_bytes: int, after_bytes: int) -> str:
+    return f"from {format_bytes(before_bytes)} to {format_bytes(after_bytes)} ({after_bytes / before_bytes - 1:+.2%})"
 
 
 def no_time_reason(cluster: Cluster, missing: Sequence[str]) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from autofit.errors import InputError
+from autofit.files import user_cache_folder
 from autofit.search.solve import required_regimes
 from autofit.spec.hardware import Cluster
 from autofit.spec.job import Job, Model
@@ -36,11 +37,8 @@ Pack = tuple[RegimeProfile, ...]
 
 
 def cache_folder() -> Path:
-    """Where traced profiles are kept: `$AUTOFIT_CACHE`, or autofit's folder in the user's cache."""
-    if "AUTOFIT_CACHE" in os.environ:
-        return Path(os.environ["AUTOFIT_CACHE"]) / "profiles"
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "autofit" / "profiles"
+    """Where traced profiles are kept."""
+    return user_cache_folder() / "profiles"
 
 
 def architecture_key(config: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from autofit.spec.calibration import Calibration
 from autofit.spec.software import Software
 
 DeviceKind = Literal["cuda", "cpu"]
@@ -60,6 +61,8 @@ class Cluster:
     """Memory of one node; None: not known, and then not checked."""
     software: Software = field(default_factory=Software)
     """What is installed on every node, as far as it is known."""
+    calibration: Calibration | None = None
+    """What runs on such devices have taught about predictions; None: nothing, or it is left out."""
 
     @property
     def num_devices(self) -> int:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
 from autofit.errors import InputError
+from autofit.files import replace_text
 from autofit.writers.render import PLAN_FILE
 
 
@@ -48,16 +47,3 @@ def holds_plan(run_folder: Path) -> bool:
     except (OSError, msgspec.DecodeError):
         return False
     return isinstance(content, dict) and {"schema_version", "configuration"} <= content.keys()
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file that a reader sees either as it was or whole."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        temporary.chmod(0o755 if path.suffix == ".sh" else 0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -52,6 +52,8 @@ SHARED = {
     "--price",
     "--tokens",
     "--epochs",
+    "--calibration",
+    "--no-calibration",
     "--image-tokens",
     "--gradient-checkpointing",
     "--no-gradient-checkpointing",
@@ -98,6 +100,8 @@ SURFACE = {
     "compare": SEARCHED
     | {"--model", "--seq-len", "--global-batch", "--gpus", "--max-dollars-per-hour", "--allow-hub", "--json"},
     "data": {"--model", "--tokenizer", "--text-column", "--data-all", "--allow-hub", "--json"},
+    "runs": {"--export", "--import", "--json"},
+    "calibrate": {"--dry-run", "--json"},
     "devices": {"--json"},
     "models": {"--json"},
     "rules": {"--json"},
