@@ -98,7 +98,7 @@ def _one(fitted: Fitted) -> Iterable[RenderableType]:
 def _correction_cells(correction: Correction) -> tuple[str, ...]:
     if not correction.num_runs:
         return ("0", "1.0000", "", "")
-    estimate, uncertainty = correction.estimate_log, correction.uncertainty_log
+    estimate, uncertainty = correction.estimate_fraction, correction.uncertainty_fraction
     return (str(correction.num_runs), f"{correction.factor:.4f}", f"{estimate:+.2%}", f"{uncertainty:.2%}")
 
 

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Correction:
-    """How a predicted figure is corrected. Logarithms are natural, of measured over predicted."""
+    """How a predicted figure is corrected: what is added to it, as a share of it."""
 
-    applied_log: float = 0.0
-    """What predictions are multiplied by, as a logarithm; 0: they stay."""
-    estimate_log: float = 0.0
+    applied_fraction: float = 0.0
+    """What is added; 0: the figure stays."""
+    estimate_fraction: float = 0.0
     """The estimate that it comes from."""
-    uncertainty_log: float = 0.0
-    """Standard deviation of the estimate."""
+    uncertainty_fraction: float = 0.0
+    """Standard deviation of the estimate, of its logarithm."""
     num_runs: int = 0
     """Runs that say something about it."""
 
     @property
     def factor(self) -> float:
         """What predictions are multiplied by."""
-        return math.exp(self.applied_log)
+        return 1 + self.applied_fraction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
