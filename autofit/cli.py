@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from autofit.api import Explanation, InferenceEstimate, MeasuredData, Progress
+    from autofit.launch import Conduct
     from autofit.plan import Plan
     from autofit.search.compare import Offer
     from autofit.search.whatif import Answer
@@ -124,6 +125,14 @@ def launch(
     output: OutputOption = None,
     *,
     allow_hub: AllowHubOption = False,
+    probe: Annotated[
+        bool,
+        typer.Option("--probe", help="First take two steps on the longest batch; if memory runs out, the next rung."),
+    ] = False,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict/--no-strict", help="Stop before the first step if a planned setting is not in effect."),
+    ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, and start nothing.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -149,7 +158,13 @@ def launch(
     if dry_run:
         show_plan(made, output, as_json=as_json)
     else:
-        raise typer.Exit(train(made, output or new_run_folder(script), script, arguments or [], as_json=as_json))
+        from autofit.calibrate.store import store_path
+        from autofit.files import user_cache_folder
+        from autofit.launch import Conduct
+
+        conduct = Conduct(is_strict=strict, probes=probe, store=store_path(user_cache_folder()))
+        folder = output or new_run_folder(script)
+        raise typer.Exit(train(made, folder, script, arguments or [], conduct, as_json=as_json))
 
 
 def overrides(
@@ -219,17 +234,16 @@ def new_run_folder(script: Path) -> Path:
     return Path("autofit-runs") / f"{script.stem}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
 
 
-def train(made: Plan, run_folder: Path, script: Path, arguments: Sequence[str], *, as_json: bool) -> int:
+def train(
+    made: Plan, run_folder: Path, script: Path, arguments: Sequence[str], conduct: Conduct, *, as_json: bool
+) -> int:
     """Start the training, and at its end set predicted beside measured; return the exit code."""
-    from autofit.calibrate.store import store_path
-    from autofit.files import user_cache_folder
     from autofit.launch import launch as start
 
     if not as_json:
         print_plan(made, as_json=False)
     stream = sys.stderr.buffer if as_json else sys.stdout.buffer
-    store = store_path(user_cache_folder())
-    outcome = start(made, run_folder, script, arguments, stream=stream, store=store)
+    outcome = start(made, run_folder, script, arguments, stream=stream, conduct=conduct)
     from autofit.report.run import run_report
 
     report = run_report(outcome.summary, outcome.run_folder / "summary.json")

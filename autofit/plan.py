@@ -73,6 +73,13 @@ class Plan:
         return self.inputs.cluster.using(self.configuration.num_processes)
 
 
+def planned_rows(plan: Plan) -> tuple[int, int]:
+    """Return rows and tokens of a row of the longest planned micro-batch; without padding all sequences are in one."""
+    sequences, tokens = plan.configuration.per_device_train_batch_size, plan.inputs.job.workload.sequence_tokens
+    in_one_row = plan.configuration.batching in {"padding_free", "packed"}
+    return (1, sequences * tokens) if in_one_row else (sequences, tokens)
+
+
 def to_json(document: Any) -> str:
     """Write a plan, an estimate or any spec object as indented JSON."""
     return msgspec.json.format(msgspec.json.encode(document), indent=2).decode()

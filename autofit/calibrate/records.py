@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from autofit.errors import InputError
-from autofit.plan import Plan
+from autofit.plan import Plan, planned_rows
 from autofit.search.calibrated import token_bytes
 from autofit.spec.calibration import calibrated_device_name, plain_versions
 from autofit.spec.configuration import Configuration
@@ -129,7 +129,7 @@ def record_of(
         architecture=str(architectures[0])[:MAX_TEXT],
         model=job.model.name[:MAX_TEXT] if job.model.origin in {"catalogue", "hub"} else None,
         configuration=plan.configuration,
-        row_tokens=planned_row_tokens(plan),
+        row_tokens=planned_rows(plan)[1],
         averages_lengths=job.workload.lengths is not None,
         is_probe=ending.is_probe,
         rung=ending.rung,
@@ -137,13 +137,6 @@ def record_of(
         predicted=_predicted(plan, ending.rung),
         ranks=tuple(_rank(rank, detail) for rank, detail in sorted(_last_memory(events).items())),
     )
-
-
-def planned_row_tokens(plan: Plan) -> int:
-    """Return the tokens of a row of the longest planned micro-batch; without padding all sequences are in one."""
-    tokens = plan.inputs.job.workload.sequence_tokens
-    in_one_row = plan.configuration.batching in {"padding_free", "packed"}
-    return tokens * plan.configuration.per_device_train_batch_size if in_one_row else tokens
 
 
 def _predicted(plan: Plan, rung: int) -> PredictedRun:

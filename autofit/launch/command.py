@@ -10,7 +10,7 @@ from pathlib import Path
 
 from autofit.memory.alloc_conf import refuse_other_setting
 from autofit.plan import Plan
-from autofit.spec.event import RUN_FOLDER_VARIABLE
+from autofit.spec.event import NO_STRICT_VARIABLE, PROBE_VARIABLE, RUN_FOLDER_VARIABLE
 from autofit.writers.render import ACCELERATE_FILE
 from autofit.writers.scripts import launch_options, script_environment
 
@@ -32,6 +32,13 @@ Source: accelerate/utils/launch.py, `prepare_multi_gpu_env` and `prepare_deepspe
 """
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
 """Variables that make a process believe it is one of many already."""
+TRACKERS_OFF = {
+    "WANDB_MODE": "disabled",
+    "COMET_MODE": "disabled",
+    "CLEARML_OFFLINE_MODE": "1",
+    "NEPTUNE_MODE": "debug",
+}
+"""Keeps a probe from starting a tracker's run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +52,10 @@ class Invocation:
     num_cores: int
     """Of this machine, shared by its CPU ranks."""
     python: str = sys.executable
+    is_strict: bool = True
+    """Whether a planned setting that is not in effect stops the training."""
+    is_probe: bool = False
+    """Whether two steps on the longest batch are all that is wanted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +104,10 @@ def added_environment(plan: Plan, run_folder: Path, invocation: Invocation) -> d
     added["PATH"] = os.pathsep.join([str(Path(invocation.python).parent), invocation.environment.get("PATH", "")])
     if plan.inputs.cluster.device.kind == "cpu" and "OMP_NUM_THREADS" not in invocation.environment:
         added["OMP_NUM_THREADS"] = str(max(1, invocation.num_cores // plan.configuration.num_processes))
+    if not invocation.is_strict:
+        added[NO_STRICT_VARIABLE] = "1"
+    if invocation.is_probe:
+        added |= {PROBE_VARIABLE: "1", **TRACKERS_OFF}
     return added | script_environment(plan)
 
 

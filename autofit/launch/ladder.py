@@ -19,6 +19,11 @@ def rung_folder(run_folder: Path, number: int) -> Path:
     return run_folder / f"rung-{number}" if number else run_folder
 
 
+def probe_folder(run_folder: Path, number: int) -> Path:
+    """Return the folder of a rung's probe."""
+    return rung_folder(run_folder, number) / "probe"
+
+
 def _fallback_plan(plan: Plan, number: int) -> Plan:
     rung = plan.fallbacks[number - 1]
     return replace(

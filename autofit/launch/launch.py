@@ -7,7 +7,7 @@ import secrets
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,12 +20,13 @@ from autofit.errors import LadderExhaustedError, TrainingFailedError
 from autofit.files import replace_text
 from autofit.launch.command import Command, Invocation, build_command
 from autofit.launch.evidence import LOG_FILE, RANK_EVENTS_PATTERN, Evidence, gather_evidence, read_events
-from autofit.launch.ladder import rung_folder, rung_plans
+from autofit.launch.ladder import probe_folder, rung_folder, rung_plans
 from autofit.launch.process import run_process
 from autofit.launch.script import check_script
-from autofit.launch.summary import EVENTS_FILE, SUMMARY_FILE, log_excerpt, log_path, summarize
+from autofit.launch.summary import EVENTS_FILE, SUMMARY_FILE, log_excerpt, log_path, memory_summary, summarize
 from autofit.launch.supervise import Attempt, supervise
-from autofit.plan import Plan, to_json
+from autofit.launch.verdict import judge
+from autofit.plan import Plan, planned_rows, to_json
 from autofit.spec.libraries import installed_versions
 from autofit.units import format_bytes
 from autofit.writers.files import refuse_foreign_files, write_files
@@ -45,6 +46,18 @@ class Outcome:
     """The content of summary.json."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conduct:
+    """How a launch is to go about it."""
+
+    is_strict: bool = True
+    """Whether a planned setting that is not in effect stops the training."""
+    probes: bool = False
+    """Whether each rung takes two steps on the longest batch before it is started."""
+    store: Path | None = None
+    """The file of remembered runs that this one is added to; None: nothing is remembered."""
+
+
 def launch(
     plan: Plan,
     run_folder: Path,
@@ -52,7 +65,7 @@ def launch(
     arguments: Sequence[str] = (),
     *,
     stream: BinaryIO | None = None,
-    store: Path | None = None,
+    conduct: Conduct | None = None,
 ) -> Outcome:
     """Train as planned, on the next fallback if memory runs out, and leave everything in the run folder.
 
@@ -62,30 +75,52 @@ def launch(
         script: the user's script.
         arguments: the script's arguments.
         stream: where the script's output goes besides log.txt; standard output unless given.
-        store: the file of remembered runs that this one is added to; without it nothing is remembered.
+        conduct: how to go about it; strictly, without probes and without remembering unless given.
 
     Raises:
         InputError: the script or the run folder cannot be used.
         TrainingFailedError: the script failed, or a planned setting was not in effect.
         LadderExhaustedError: the plan and all its fallbacks ran out of memory.
     """
+    conduct = conduct or Conduct()
     run_folder = run_folder.absolute()
     invocation = Invocation(
         script=check_script(script),
         arguments=tuple(arguments),
         environment=os.environ,
         num_cores=os.cpu_count() or 1,
+        is_strict=conduct.is_strict,
     )
+    probed: dict[int, dict[str, Any]] = {}
+
+    def start(rung: Plan, folder: Path, how: Invocation) -> Evidence:
+        return run_command(prepare(rung, folder, how), folder, stream or sys.stdout.buffer)
 
     def run(number: int, rung: Plan) -> Evidence:
-        folder = rung_folder(run_folder, number)
-        command = prepare(rung, folder, invocation)
-        return run_command(command, folder, stream or sys.stdout.buffer)
+        if conduct.probes:
+            evidence = start(rung, probe_folder(run_folder, number), replace(invocation, is_probe=True))
+            if judge(evidence).failure != "none":
+                return replace(evidence, is_of_probe=True)
+            probed[number] = memory_summary(rung, evidence.events)
+            _say(f"probe: {probe_words(probed[number], rung)}; starting the training")
+        return start(rung, rung_folder(run_folder, number), invocation)
 
     attempts = supervise(rung_plans(plan), run, _say)
-    if store is not None:
-        remember(attempts, store)
-    return conclude(attempts, run_folder)
+    if conduct.store is not None:
+        remember(attempts, conduct.store)
+    return conclude(attempts, run_folder, probed.get(attempts[-1].number))
+
+
+def probe_words(memory: dict[str, Any], plan: Plan) -> str:
+    """Put the measured peak of a probe beside the predicted one, and say on what batch it was."""
+    predicted, measured = memory["predicted_peak_allocated_bytes"], memory["measured_peak_allocated_bytes"]
+    longest = max((rank["longest_batch_tokens"] or 0 for rank in memory["ranks"]), default=0)
+    rows, tokens = planned_rows(plan)
+    short = "" if longest >= tokens else f" of the {tokens} that were planned for"
+    return (
+        f"predicted {format_bytes(predicted)}, measured {format_bytes(measured)} "
+        f"({memory['prediction_error_fraction']:+.2%}) on {rows} x {longest} tokens{short}"
+    )
 
 
 def remember(attempts: Sequence[Attempt], store: Path) -> None:
@@ -94,7 +129,7 @@ def remember(attempts: Sequence[Attempt], store: Path) -> None:
         record_of(
             attempt.plan,
             attempt.evidence.events,
-            Ending(rung=attempt.number, failure=attempt.verdict.failure),
+            Ending(rung=attempt.number, failure=attempt.verdict.failure, is_probe=attempt.evidence.is_of_probe),
             record_id=secrets.token_hex(8),
             ended_at=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
             autofit_version=installed_versions(["autofit-launcher"]).get("autofit-launcher", "unknown"),
@@ -131,11 +166,11 @@ def run_command(command: Command, folder: Path, stream: BinaryIO) -> Evidence:
     return evidence
 
 
-def conclude(attempts: Sequence[Attempt], run_folder: Path) -> Outcome:
+def conclude(attempts: Sequence[Attempt], run_folder: Path, probe: dict[str, Any] | None = None) -> Outcome:
     """Write the summary, then return or raise what it says."""
     last = attempts[-1]
     exit_code = _exit_code(last)
-    summary = summarize(attempts, run_folder, exit_code)
+    summary = summarize(attempts, run_folder, exit_code, probe)
     replace_text(run_folder / SUMMARY_FILE, to_json(summary) + "\n")
     if last.verdict.failure == "none" and last.evidence.exit_code:
         _say(last.verdict.reason)
@@ -158,7 +193,8 @@ def _training_failed(attempt: Attempt, run_folder: Path) -> TrainingFailedError:
     if attempt.verdict.failure == "plan_not_in_effect":
         return TrainingFailedError(
             f"the training was stopped because the plan was not in effect. {attempt.verdict.reason}",
-            to_fix="let the script leave these settings to its TrainingArguments, or plan with the script's own values",
+            to_fix="let the script leave these settings to its TrainingArguments, plan with the script's own values, "
+            "or train all the same with --no-strict",
             hint=f"the whole log is {log}",
         )
     excerpt = log_excerpt(attempt.evidence.log_tail)

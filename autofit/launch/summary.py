@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from autofit.launch.evidence import LOG_FILE
-from autofit.launch.ladder import rung_folder
+from autofit.launch.ladder import probe_folder, rung_folder
 from autofit.launch.supervise import Attempt
 from autofit.plan import Plan
 from autofit.spec.event import Event
@@ -16,8 +16,17 @@ SUMMARY_FILE = "summary.json"
 EVENTS_FILE = "events.jsonl"
 
 
-def summarize(attempts: Sequence[Attempt], run_folder: Path, exit_code: int) -> dict[str, Any]:
-    """Sum up a launch by its last attempt; a figure that was not measured is None."""
+def summarize(
+    attempts: Sequence[Attempt], run_folder: Path, exit_code: int, probe: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Sum up a launch by its last attempt; a figure that was not measured is None.
+
+    Args:
+        attempts: all rungs that were started.
+        run_folder: where they ran.
+        exit_code: of the launch.
+        probe: the memory of the last rung's probe; None: there was none.
+    """
     last = attempts[-1]
     return {
         "schema_version": 1,
@@ -27,6 +36,7 @@ def summarize(attempts: Sequence[Attempt], run_folder: Path, exit_code: int) -> 
         "rung": last.number,
         "memory": memory_summary(last.plan, last.evidence.events),
         "time": time_summary(last.plan, last.evidence.events),
+        "probe": probe,
         "final_loss": _last_detail(last.evidence.events, "log", "loss"),
         "trained": trained_folders(last.evidence.events),
         "files": files(rung_folder(run_folder, last.number)),
@@ -86,6 +96,7 @@ def _attempt_summary(attempt: Attempt) -> dict[str, Any]:
         "rung": attempt.number,
         "failure": attempt.verdict.failure,
         "reason": attempt.verdict.reason,
+        "is_probe": attempt.evidence.is_of_probe,
         "predicted_peak_allocated_bytes": memory["predicted_peak_allocated_bytes"],
         "measured_peak_allocated_bytes": memory["measured_peak_allocated_bytes"],
     }
@@ -104,5 +115,6 @@ def log_excerpt(log_tail: str, num_lines: int = 20) -> str:
 
 
 def log_path(attempt: Attempt, run_folder: Path) -> Path:
-    """Return the log of an attempt."""
-    return rung_folder(run_folder, attempt.number) / LOG_FILE
+    """Return the log of an attempt: of its probe, where that was its end."""
+    folder = probe_folder if attempt.evidence.is_of_probe else rung_folder
+    return folder(run_folder, attempt.number) / LOG_FILE

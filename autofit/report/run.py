@@ -37,6 +37,8 @@ def _ending(summary: Mapping[str, Any]) -> str:
 
 def _lines(summary: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     yield "peak", peak_words(summary["memory"])
+    if summary.get("probe"):
+        yield "probe", peak_words(summary["probe"])
     yield "a step", step_words(summary["time"])
     if summary["final_loss"] is not None:
         yield "loss", f"{summary['final_loss']:.4g} at the last step that was logged"

@@ -11,6 +11,7 @@ from typing import Any
 
 from autofit.runtime.import_hooks import patch_after_import
 from autofit.runtime.model import load_as_planned, with_adapter
+from autofit.runtime.probe import quiet_arguments, stretching
 from autofit.runtime.session import Session
 from autofit.runtime.watch import measured_training, watch_trainer
 
@@ -32,6 +33,9 @@ def _hook_training_arguments(session: Session, module: ModuleType) -> None:
     @functools.wraps(original)
     def __post_init__(self: Any) -> None:  # noqa: N807 - dataclasses call it by this name
         changes = set_fields(self, session.training_arguments)
+        if session.is_probe:
+            known = {field.name for field in dataclasses.fields(self)}
+            set_fields(self, {name: value for name, value in quiet_arguments(session).items() if name in known})
         session.log.record("applied", to="TrainingArguments", changes=changes)
         original(self)
 
@@ -83,6 +87,8 @@ def _hook_from_pretrained(session: Session, module: ModuleType) -> None:
 
 def _hook_trainer(session: Session, module: ModuleType) -> None:
     module.Trainer.__init__ = _with_planned_model(session, module.Trainer.__init__)
+    if session.is_probe:
+        module.Trainer.training_step = stretching(session, module.Trainer.training_step)
     module.Trainer.train = _measured(session, module.Trainer.train)
     module.Trainer.save_model = _recorded(session, module.Trainer.save_model)
 

@@ -128,6 +128,11 @@ class Record:
     """Tokens of a row of the longest micro-batch that the model trained on."""
     _began_seconds: float = 0.0
 
+    @property
+    def num_steps(self) -> int:
+        """Steps that were taken."""
+        return len(self.steps_seconds)
+
     def begin_training(self) -> None:
         """Note what preparing took, and begin the peak of training."""
         self.before_training_peak_bytes = self.meter.peak_bytes()

@@ -11,9 +11,9 @@ from typing import Any
 import msgspec
 
 from autofit.errors import InputError
-from autofit.plan import Plan, load_plan
+from autofit.plan import Plan, load_plan, planned_rows
 from autofit.runtime.events import EventLog
-from autofit.spec.event import NO_STRICT_VARIABLE, RUN_FOLDER_VARIABLE
+from autofit.spec.event import NO_STRICT_VARIABLE, PROBE_VARIABLE, RUN_FOLDER_VARIABLE
 
 
 @dataclass(slots=True, kw_only=True)
@@ -27,6 +27,8 @@ class Session:
     rank: int
     log: EventLog
     strict: bool
+    is_probe: bool = False
+    """Whether two steps on the longest batch are all that is wanted."""
     trainer: Any = None
     """The Trainer that the script made last."""
     record: Any = None
@@ -40,6 +42,11 @@ class Session:
     def speaks(self) -> bool:
         """Whether this rank writes to the terminal; the others would only repeat it."""
         return self.rank == 0
+
+    @property
+    def planned_row_tokens(self) -> int:
+        """Tokens of a row of the longest micro-batch that was planned for."""
+        return planned_rows(self.plan)[1]
 
 
 def open_session(environment: Mapping[str, str] = os.environ) -> Session:
@@ -62,4 +69,5 @@ def open_session(environment: Mapping[str, str] = os.environ) -> Session:
         rank=rank,
         log=EventLog(run_folder=run_folder, rank=rank),
         strict=environment.get(NO_STRICT_VARIABLE) != "1",
+        is_probe=environment.get(PROBE_VARIABLE) == "1",
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from autofit.plan import Plan
+from autofit.plan import Plan, planned_rows
 from autofit.runtime.fsdp import (
     checkpoints_units,
     fsdp_name,
@@ -57,18 +57,11 @@ def check_all(plan: Plan, trainer: Any, dataloader: Any) -> list[Check]:
 
 def check_first_batch(plan: Plan, rows: int, tokens: int) -> list[Check]:
     """Compare the first micro-batch with the one that was planned for; shorter sequences need no more than planned."""
-    planned_rows, planned_tokens = _planned_shape(plan)
+    num_planned, planned_tokens = planned_rows(plan)
     return [
-        _check("rows of the first micro-batch", planned_rows, rows),
+        _check("rows of the first micro-batch", num_planned, rows),
         _check("tokens of its sequences", planned_tokens, max(planned_tokens, tokens)),
     ]
-
-
-def _planned_shape(plan: Plan) -> tuple[int, int]:
-    """Return rows and tokens of a row; without padding all sequences are in one."""
-    sequences, tokens = plan.configuration.per_device_train_batch_size, plan.inputs.job.workload.sequence_tokens
-    in_one_row = plan.configuration.batching in {"padding_free", "packed"}
-    return (1, sequences * tokens) if in_one_row else (sequences, tokens)
 
 
 def table(checks: Iterable[Check]) -> str:

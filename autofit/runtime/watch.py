@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from autofit.runtime.measure import NUM_STEPS_TOLD, Record, metering
+from autofit.runtime.probe import stop_when_done
 from autofit.runtime.session import Session
 from autofit.runtime.verify import Check, check_all, check_first_batch, table
 from autofit.spec.event import MISMATCH_EXIT_CODE
@@ -51,6 +52,7 @@ def _callback(session: Session) -> Any:
             step = session.record.end_step()
             if step["step"] <= NUM_STEPS_TOLD:
                 session.log.record("step", **step)
+            stop_when_done(session)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if session.speaks and "loss" in (logs or {}):

@@ -24,6 +24,8 @@ RUN_FOLDER_VARIABLE = "AUTOFIT_RUN_FOLDER"
 """Environment variable that tells a rank where its plan is and where its events go."""
 NO_STRICT_VARIABLE = "AUTOFIT_NO_STRICT"
 """Set to 1, a setting that is not in effect is reported and training goes on."""
+PROBE_VARIABLE = "AUTOFIT_PROBE"
+"""Set to 1, a rank takes two steps on the longest batch that was planned for, and ends."""
 MISMATCH_EXIT_CODE = 78
 """Of a rank that found a planned setting not in effect (EX_CONFIG of sysexits.h)."""
 
