@@ -36,6 +36,12 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "quantization": Quantization(storage_dtype="bfloat16"),
     },
 }
+HELD_BY_GLOO_BYTES = LLAMA["vocab_size"] * LLAMA["hidden_size"] * 2
+"""The largest weight in bf16: a collective's tensors die when gloo's thread drops them, a moment after `wait` returned.
+
+Source: torch 2.13, torch/csrc/distributed/c10d/ProcessGroupGloo.cpp, `runLoop`, whose `work` lives until the lock is
+taken again. Of twelve launches of "fsdp2 qlora", seven ended with one rank 0.4 or 0.5 MB above the other, never below.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +62,9 @@ def test_a_plan_is_in_effect_and_holds_what_was_predicted(
 ) -> None:
     """The run passes its own verification (version, layers, groups, checkpoints), and each rank's peak is the estimate.
 
-    Within 1 %: between the predicted and the counted bytes of live tensor storages, peak and between two steps. What is
-    offloaded lies where the device's memory does, and nothing is copied between the two: there no figure is compared.
+    Within 1 %: between the predicted and the counted bytes of live tensor storages, peak and between two steps. A
+    rank's peak may be higher by what gloo's thread still holds. What is offloaded lies where the device's memory does,
+    and nothing is copied between the two: there no figure is compared.
     """
     monkeypatch.setenv("PYTHONPATH", str(PRETENDING_GPUS))
     configuration = a_configuration(**CONFIGURATIONS[name])
@@ -76,7 +83,9 @@ def test_a_plan_is_in_effect_and_holds_what_was_predicted(
     assert len(ranks) == 2
     if configuration.offload != "none":
         return
-    assert predicted.peak_allocated_bytes == pytest.approx(max(rank["peak_bytes"] for rank in ranks), rel=0.01)
+    peaks_bytes = sorted(rank["peak_bytes"] for rank in ranks)
+    assert peaks_bytes[0] >= 0.99 * predicted.peak_allocated_bytes
+    assert peaks_bytes[-1] <= 1.01 * predicted.peak_allocated_bytes + HELD_BY_GLOO_BYTES
     after = max(rank["after_step_bytes"] for rank in ranks)
     assert predicted.after_step_allocated_bytes == pytest.approx(after, rel=0.01, abs=HELD_BY_THE_LOOP_BYTES)
     assert not saves or saved_parameters(tmp_path / "out") > 0

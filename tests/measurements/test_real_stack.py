@@ -11,8 +11,12 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.slow
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "real_stack.py"
+sys.path.insert(0, str(BENCHMARK.parent))
+
+from real_stack import parse_cell  # noqa: E402 (a script beside the package)
+
+pytestmark = pytest.mark.slow
 CELLS = (
     "full-ddp-bf16-adamw_torch_fused-b2-s256-ga2",
     "freeze-zero3-bf16-adamw_torch_fused-b2-s256-ga1",
@@ -22,13 +26,24 @@ CELLS = (
     "full-zero2_offload-bf16-adamw_torch-b1-s32-ga1",
     "full-none-fp32-adamw_torch_fused-b2-s256-ga1-accelerate",
     "full-zero2-bf16-adamw_torch_fused-b2-s512-ga1-sp2",
+    "full-fsdp1_offload_all-bf16-adamw_torch_fused-b2-s256-ga1",
     "qlora_bf16-fsdp2_offload_all-bf16-adamw_torch_fused-b2-s256-ga1-ckpt",
 )
 """Activations are the peak of most; in one the optimizer's step is, in one what offloading a gradient takes."""
 SURE = ("forward", "backward", "optimizer_step", "host", "first_step", "preparing", "evaluation")
 """Phases, and stages that decide most peaks."""
-HELD_BY_THE_LOOP_BYTES = 2**15
-"""Losses, norms and token ids: all that a device holds whose optimizer steps on the host."""
+
+
+def held_by_the_loop_bytes(cell: str) -> int:
+    """Return what training loops hold beside what is predicted: all on a device whose optimizer steps on the host.
+
+    Three batches, each of token ids, labels and positions: the loop's own, the one that accelerate's loader has ready,
+    and the next, which the Trainer fetches before it lets go of its own; and losses and norms, scalars of 4 or 8 bytes.
+    Sources: accelerate 1.15 data_loader.py, `DataLoaderShard.__iter__`; transformers 5.23 trainer.py,
+    `_run_epoch`.
+    """
+    configuration, tokens = parse_cell(cell)
+    return 3 * 3 * configuration.per_device_train_batch_size * tokens * 8 + 1024
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +67,16 @@ def test_the_peak_of_a_real_run_is_predicted(results):
     for result in results:
         assert abs(result["error"]) < 0.01, result
         assert result["predicted_after_step_bytes"] == pytest.approx(
-            result["measured_after_step_bytes"], rel=0.01, abs=HELD_BY_THE_LOOP_BYTES
+            result["measured_after_step_bytes"], rel=0.01, abs=held_by_the_loop_bytes(result["cell"])
         )
 
 
 def test_each_phase_of_a_real_run_is_predicted(results):
     """Phases of a steady step and the stages around it, each by itself: within 2 %."""
     for result in results:
+        slack_bytes = held_by_the_loop_bytes(result["cell"])
         for name in SURE:
             if name in result["figures"]:
                 figure = result["figures"][name]
-                near = pytest.approx(figure["measured_bytes"], rel=0.02, abs=HELD_BY_THE_LOOP_BYTES)
+                near = pytest.approx(figure["measured_bytes"], rel=0.02, abs=slack_bytes)
                 assert figure["predicted_bytes"] == near, (result["cell"], name, figure)

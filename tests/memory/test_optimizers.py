@@ -198,10 +198,12 @@ def test_paged_state_is_the_same_as_unpaged():
 
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "lion_8bit", "ademamix_8bit", "rmsprop_bnb_8bit"])
-def test_embeddings_keep_32_bits_under_the_trainers_override(name):
+def test_embeddings_keep_32_bits_under_the_trainers_override(name, monkeypatch):
     """transformers registers every nn.Embedding for 32-bit state."""
     from bitsandbytes.optim import GlobalOptimManager
 
+    # bitsandbytes keeps one list for the process, by position: other optimizers' first parameter would be meant too.
+    monkeypatch.setattr(GlobalOptimManager, "_instance", None)
     embedding = torch.nn.Embedding(1000, 64)
     optimizer = a_bitsandbytes_optimizer(name, list(embedding.parameters()))
     GlobalOptimManager.get_instance().register_module_override(embedding, "weight", {"optim_bits": 32})

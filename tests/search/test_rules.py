@@ -91,7 +91,7 @@ BROKEN: dict[str, tuple[Any, ...]] = {
     "fsdp2-steps-with-dtensors": (a_configuration(sharding="fsdp2", optim="adamw_8bit"), GPU),
     "fsdp2-has-no-adafactor": (a_configuration(sharding="fsdp2", optim="adafactor"), GPU),
     "fsdp-has-no-apollo": (a_configuration(sharding="fsdp2", optim="apollo_adamw"), GPU),
-    "fsdp-has-no-galore": (a_configuration(sharding="fsdp1", optim="galore_adamw"), GPU),
+    "fsdp1-has-no-galore": (a_configuration(sharding="fsdp1", optim="galore_adamw"), GPU),
     "fsdp1-cannot-save-8bit-state": (a_configuration(sharding="fsdp1", optim="adamw_8bit"), GPU),
     "fsdp-cannot-shard-int8": (a_configuration(method="qlora", sharding="fsdp2", quantization=INT8), GPU),
     "fsdp1-flattens-one-floating-dtype": (a_configuration(method="qlora", sharding="fsdp1"), GPU),

@@ -34,6 +34,7 @@ FOUND_UNDER_ENGINES: dict[str, dict[str, Any]] = {
         "fsdp2-steps-with-dtensors": "does not have a sharding strategy registered",
         "fsdp2-has-no-adafactor": "got mixed torch.Tensor and DTensor",
         "fsdp-has-no-apollo": "KeyError: 'seed'",
+        "fsdp1-has-no-galore": "IndexError: tuple index out of range",
         "fsdp-cannot-shard-int8": "Cannot flatten integer dtype tensors",
         "fsdp1-flattens-one-floating-dtype": "Must flatten tensors with uniform dtype",
         "fsdp-would-cast-packed-weights": "is invalid for input of size",
@@ -55,6 +56,8 @@ FOUND_UNDER_ENGINES: dict[str, dict[str, Any]] = {
         "peft-zero3-needs-reentrant": 2,
         "adagrad-makes-its-state-at-once": "IndexError: list index out of range",
         "low-rank-optimizers-need-matrices": "IndexError: tuple index out of range",
+        "lomo-has-its-own-backward": "unexpected keyword argument 'learning_rate'",
+        "lomo-reduces-no-gradients": 2,
         "offloaded-weights-need-zero3": 0,
     },
 }
@@ -82,15 +85,9 @@ GONE = {
 }
 """Rules about releases before those that the tests run with; shown is that what they forbid works now."""
 NOT_RUN = {
-    "8bit-optimizer-on-cpu": "shown in a process of its own only: which kernel runs depends on what was imported",
     "flash-attention-needs-ampere": "needs a GPU",
     "flash-attention-needs-half": "needs a GPU",
     "flash-attention-needs-small-heads": "needs a GPU",
-    "adalomo-needs-cuda": "installed by the tests, and not yet tried",
-    "galore-8bit-needs-cuda": "installed by the tests, and not yet tried",
-    "fsdp-has-no-galore": "as above",
-    "lomo-has-its-own-backward": "installed by the tests, and not yet tried",
-    "lomo-reduces-no-gradients": "as above",
     "fsdp-offloads-everything": "accelerate offloads from an accelerator only",
     "fsdp1-replicates-over-nodes": "needs two nodes",
     "peft-is-not-installed": "without it there is nothing to import",
@@ -206,6 +203,14 @@ def test_fp16_weights_cannot_be_unscaled() -> None:
         scaler.unscale_(optimizer)
 
 
+@pytest.fixture
+def no_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget overrides of other optimizers: bitsandbytes keeps one list for the process, by position of the parameter."""
+    from bitsandbytes.optim import GlobalOptimManager
+
+    monkeypatch.setattr(GlobalOptimManager, "_instance", None)
+
+
 def stepped(optimizer: type, **given: Any) -> Any:
     """Step a bitsandbytes optimizer once over a weight of 2^18 elements."""
     import torch
@@ -223,6 +228,24 @@ def test_paged_optimizer_on_cpu() -> None:
 
     with pytest.warns(UserWarning, match="Paged optimizers are not supported on CPU"):
         stepped(bitsandbytes.optim.PagedAdamW)
+
+
+@pytest.mark.usefixtures("no_overrides")
+def test_8bit_optimizer_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU an 8-bit update unpacks both states to fp32 tensors as large as the weight."""
+    import bitsandbytes
+    import torch
+    from bitsandbytes.backends.cpu import ops
+
+    unpack, unpacked = ops._dequant_blockwise_fp32_direct, []
+
+    def spied(*given: Any) -> Any:
+        unpacked.append(unpack(*given))
+        return unpacked[-1]
+
+    monkeypatch.setattr(ops, "_dequant_blockwise_fp32_direct", spied)
+    stepped(bitsandbytes.optim.AdamW8bit)
+    assert [(each.dtype, each.numel()) for each in unpacked] == [(torch.float32, 2**18)] * 2
 
 
 def test_bitsandbytes_optimizers_were_for_gpus() -> None:
@@ -262,6 +285,28 @@ def test_quantised_needs_adapter(model_folder: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(model_folder, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
     with pytest.raises(ValueError, match="purely quantized"):
         validate_quantization_for_training(model)
+
+
+def test_adalomo_needs_cuda() -> None:
+    """It moves its state to CUDA, which a machine without it refuses."""
+    import torch
+    from lomo_optim import AdaLomo
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
+        AdaLomo(tiny_model())
+
+
+def test_galore_8bit_needs_cuda() -> None:
+    """Its step waits for CUDA, which a machine without it refuses."""
+    import torch
+    from galore_torch import GaLoreAdamW8bit
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
+        stepped(GaLoreAdamW8bit)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -65,12 +65,13 @@ def adapted(model: Any, **lora: Any) -> Any:
     return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", **lora))
 
 
-def train(model: Any, **arguments: Any) -> Any:
+def train(model: Any, *, first_token: int = 0, **arguments: Any) -> Any:
     """Train two steps and return the trainer."""
     import torch
     from transformers import Trainer, TrainingArguments
 
-    rows = [{"input_ids": torch.arange(TOKENS), "labels": torch.arange(TOKENS)}] * ROWS
+    ids = torch.arange(first_token, first_token + TOKENS)
+    rows = [{"input_ids": ids, "labels": ids}] * ROWS
     quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_strategy": "no"}
     chosen = {"max_steps": 2, "per_device_train_batch_size": 2, "optim_target_modules": "all-linear"}
     given = TrainingArguments(output_dir="unused", ddp_backend="gloo", **quiet, **chosen | arguments)
@@ -101,6 +102,7 @@ def fsdp_cases(folder: str) -> dict[str, Case]:
         "fsdp2-steps-with-dtensors": lambda: fsdp(folder, 2, optim="adamw_8bit"),
         "fsdp2-has-no-adafactor": lambda: fsdp(folder, 2, optim="adafactor"),
         "fsdp-has-no-apollo": lambda: fsdp(folder, 2, optim="apollo_adamw"),
+        "fsdp1-has-no-galore": lambda: fsdp(folder, 1, optim="galore_adamw"),
         "fsdp-cannot-shard-int8": lambda: fsdp(folder, 1, bits=8, adapter={}),
         "fsdp1-flattens-one-floating-dtype": lambda: fsdp(folder, 1, bits=4, storage="float32", adapter={}),
         "fsdp-would-cast-packed-weights": lambda: fsdp(folder, 2, bits=4, storage="float32", adapter={}),
@@ -172,6 +174,7 @@ def deepspeed_cases(folder: str) -> dict[str, Case]:
         "layerwise-optimizers-are-for-one-process": lambda: train(
             load(folder), use_cpu=True, optim="apollo_adamw_layerwise"
         ),
+        "lomo-reduces-no-gradients": lambda: _num_different_models(folder),
         "pure-bf16-is-not-deepspeed": lambda: _master_dtype(zero(folder, 2, bf16=False)),
         "packed-weights-would-be-cast": lambda: zero(folder, 2, bits=4, storage="float32", adapter={}),
         "zero3-has-no-dora-of-packed-weights": lambda: zero(folder, 3, bits=4, adapter={"use_dora": True}),
@@ -181,8 +184,19 @@ def deepspeed_cases(folder: str) -> dict[str, Case]:
         "peft-zero3-needs-reentrant": lambda: zero(folder, 3, adapter={}, **again).state.global_step,
         "adagrad-makes-its-state-at-once": lambda: zero(folder, 1, optim="adagrad"),
         "low-rank-optimizers-need-matrices": lambda: zero(folder, 1, optim="apollo_adamw"),
+        "lomo-has-its-own-backward": lambda: zero(folder, 2, optim="lomo"),
         "offloaded-weights-need-zero3": lambda: _num_partitioned(zero(folder, 2, zero={"offload_param": here})),
     }
+
+
+def _num_different_models(folder: str) -> int:
+    """Train on other tokens in each rank and count the models that come out."""
+    from torch import distributed
+
+    trainer = train(load(folder, dtype="float32"), first_token=int(os.environ["RANK"]), use_cpu=True, optim="lomo")
+    sums: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(sums, sum(p.double().sum().item() for p in trainer.model.parameters()))
+    return len(set(sums))
 
 
 def _master_dtype(trainer: Any) -> str:

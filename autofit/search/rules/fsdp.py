@@ -92,13 +92,13 @@ FSDP_RULES: tuple[Rule, ...] = (
         breaks=lambda c, _: c.uses_fsdp and c.optim.startswith("apollo"),
     ),
     Rule(
-        name="fsdp-has-no-galore",
-        reason="GaLore projects whole matrices, and a rank holds a flat shard or a DTensor",
+        name="fsdp1-has-no-galore",
+        reason="GaLore projects whole matrices, and a rank holds a flat shard: its step raises",
         library="galore-torch",
         releases=">=1.0",
-        source="galore_torch/galore_projector.py 1.0, project; the same as apollo-torch's, not run",
+        source='galore_torch/galore_projector.py 1.0, project: "tuple index out of range"; run on two ranks',
         axes=("engine", "optim"),
-        breaks=lambda c, _: c.uses_fsdp and c.optim.startswith("galore"),
+        breaks=lambda c, _: c.sharding == "fsdp1" and c.optim.startswith("galore"),
     ),
     Rule(
         name="fsdp1-cannot-save-8bit-state",
