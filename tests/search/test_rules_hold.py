@@ -205,7 +205,7 @@ def test_fp16_weights_cannot_be_unscaled() -> None:
 
 @pytest.fixture
 def no_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forget overrides of other optimizers: bitsandbytes keeps one list for the process, by position of the parameter."""
+    """Forget overrides of other optimizers, which bitsandbytes keeps for the whole process by position."""
     from bitsandbytes.optim import GlobalOptimManager
 
     monkeypatch.setattr(GlobalOptimManager, "_instance", None)
