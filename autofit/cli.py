@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from autofit.plan import Plan
     from autofit.search.compare import Offer
     from autofit.search.whatif import Answer
-    from autofit.sources.script import Overrides
+    from autofit.sources.script_job import Overrides
     from autofit.spec.hardware import Cluster
     from autofit.spec.job import Job
 
@@ -172,7 +172,7 @@ def overrides(
 ) -> Overrides:
     """Collect what the user says beside the script."""
     from autofit.sources.models import resolve_model
-    from autofit.sources.script import Overrides
+    from autofit.sources.script_job import Overrides
 
     return Overrides(
         model=None if model is None else resolve_model(model, allow_hub=allow_hub),
@@ -189,7 +189,8 @@ def plan_for_script(
     from autofit.api import cluster_of, run_length, solve_job, with_data
     from autofit.report.console import side_console
     from autofit.report.progress import discovery_display
-    from autofit.sources.script import discover, job_from_discovery
+    from autofit.sources.script import discover
+    from autofit.sources.script_job import job_from_discovery
 
     cluster, run = here(cluster_of(gpus, wishes)), run_length(wishes)
     with discovery_display(side_console(), script):

@@ -74,10 +74,15 @@ class Plan:
 
 
 def planned_rows(plan: Plan) -> tuple[int, int]:
-    """Return rows and tokens of a row of the longest planned micro-batch; without padding all sequences are in one."""
-    sequences, tokens = plan.configuration.per_device_train_batch_size, plan.inputs.job.workload.sequence_tokens
-    in_one_row = plan.configuration.batching in {"padding_free", "packed"}
-    return (1, sequences * tokens) if in_one_row else (sequences, tokens)
+    """Return rows and tokens of a row of the longest planned micro-batch.
+
+    Without padding all sequences are in one row; a pair of answers is two.
+    """
+    workload, sequences = plan.inputs.job.workload, plan.configuration.per_device_train_batch_size
+    if plan.configuration.batching in {"padding_free", "packed"}:
+        return 1, sequences * workload.sequence_tokens
+    num_rows = workload.num_rows_per_sequence
+    return sequences * num_rows, workload.sequence_tokens // num_rows
 
 
 def to_json(document: Any) -> str:

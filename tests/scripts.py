@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tests.plans import TINY_LLAMA
 
@@ -41,3 +42,31 @@ def write_tiny_llama(folder: Path) -> Path:
 def config_of(folder: Path) -> dict[str, object]:
     """Read the config.json of a saved model."""
     return dict(json.loads((folder / "config.json").read_text()))
+
+
+def write_tiny_models(folder: Path) -> tuple[Path, Path]:
+    """Save a random Llama and a random BERT with one tokenizer of 512 tokens, each in a folder of its own."""
+    import torch
+    from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    llama, bert = folder / "llama", folder / "bert"
+    LlamaForCausalLM(LlamaConfig(**TINY_LLAMA | {"vocab_size": 512})).save_pretrained(llama)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    BertModel(BertConfig(**sizes, vocab_size=512)).save_pretrained(bert)
+    for each in (llama, bert):
+        tiny_tokenizer().save_pretrained(each)
+    return llama, bert
+
+
+def tiny_tokenizer() -> Any:
+    """Return a byte-level tokenizer, trained on the manual's topics."""
+    from pydoc_data import topics
+
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    made = ByteLevelBPETokenizer()
+    made.train_from_iterator(list(topics.topics.values()), vocab_size=512, special_tokens=["<pad>", "</s>"])
+    words = {"pad_token": "<pad>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=made._tokenizer, model_max_length=128, **words)

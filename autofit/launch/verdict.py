@@ -67,7 +67,8 @@ def _judge_success(evidence: Evidence) -> Verdict | None:
     if not any(event.kind in {"verified", "mismatch"} for event in evidence.events):
         return Verdict(
             failure="plan_not_in_effect",
-            reason="the script ended without training a transformers Trainer, so the plan was never in effect",
+            reason="the script ended without training a transformers Trainer, or a model that accelerate prepared, so "
+            "the plan was never in effect",
         )
     return Verdict(failure="none", reason="every rank finished")
 

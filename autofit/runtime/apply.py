@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from autofit.runtime.import_hooks import patch_after_import
+from autofit.runtime.loop import hook_accelerator
 from autofit.runtime.model import load_as_planned, with_adapter
 from autofit.runtime.probe import quiet_arguments, stretching
 from autofit.runtime.session import Session
@@ -23,6 +24,7 @@ def install_hooks(session: Session) -> None:
             "transformers.training_args": functools.partial(_hook_training_arguments, session),
             "transformers.modeling_utils": functools.partial(_hook_from_pretrained, session),
             "transformers.trainer": functools.partial(_hook_trainer, session),
+            "accelerate.accelerator": functools.partial(hook_accelerator, session),
         }
     )
 

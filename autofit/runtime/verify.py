@@ -39,19 +39,46 @@ class Check:
         return self.planned == self.in_effect
 
 
-def check_all(plan: Plan, trainer: Any, dataloader: Any) -> list[Check]:
-    """Compare the plan with the Trainer that is about to take its first step."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """The objects that are about to take the first step, whoever made them."""
+
+    model: Any
+    engine: Any
+    """What is called: the model, or what wraps it."""
+    optimizer: Any
+    accelerator: Any
+    rows_per_rank: int
+    """Samples of a micro-batch."""
+    gradient_accumulation_steps: int | None
+    """None: a loop of the script's own counts them, and nothing here can ask it."""
+
+
+def training_of(trainer: Any, dataloader: Any) -> Training:
+    """Return what a Trainer is about to train with."""
+    return Training(
+        model=trainer.model,
+        engine=trainer.model_wrapped,
+        optimizer=trainer.optimizer,
+        accelerator=trainer.accelerator,
+        rows_per_rank=rows_per_rank(dataloader, trainer.accelerator, trainer.args.per_device_train_batch_size),
+        gradient_accumulation_steps=trainer.args.gradient_accumulation_steps,
+    )
+
+
+def check_all(plan: Plan, training: Training) -> list[Check]:
+    """Compare the plan with what is about to take its first step."""
     configuration = plan.configuration
     return [
-        *_check_batch(configuration, trainer, dataloader),
-        *_check_engine(plan, trainer.model_wrapped),
-        *_check_precision(configuration, trainer),
-        *_check_weights(configuration, trainer.model),
-        *_check_quantization(configuration.quantization, trainer.model),
-        *_check_adapter(configuration, trainer.model),
-        *_check_checkpointing(configuration, trainer.model),
-        _check("attention", configuration.attention, trainer.model.config._attn_implementation),
-        _check("optim", expected_optimizer(configuration), optimizer_name(trainer.optimizer)),
+        *_check_batch(configuration, training),
+        *_check_engine(plan, training.engine),
+        *_check_precision(configuration, training),
+        *_check_weights(configuration, training.model),
+        *_check_quantization(configuration.quantization, training.model),
+        *_check_adapter(configuration, training.model),
+        *_check_checkpointing(configuration, training.model),
+        _check("attention", configuration.attention, training.model.config._attn_implementation),
+        _check("optim", expected_optimizer(configuration), optimizer_name(training.optimizer)),
     ]
 
 
@@ -78,21 +105,23 @@ def _check(setting: str, planned: object, in_effect: object) -> Check:
     return Check(setting=setting, planned=str(planned), in_effect=str(in_effect))
 
 
-def _check_batch(configuration: Configuration, trainer: Any, dataloader: Any) -> Iterator[Check]:
-    rows, steps = _rows_per_rank(dataloader, trainer), trainer.args.gradient_accumulation_steps
-    ranks = trainer.accelerator.num_processes
+def _check_batch(configuration: Configuration, training: Training) -> Iterator[Check]:
+    rows, steps = training.rows_per_rank, training.gradient_accumulation_steps
+    ranks = training.accelerator.num_processes
     yield _check("num_processes", configuration.num_processes, ranks)
     yield _check("per_device_train_batch_size", configuration.per_device_train_batch_size, rows)
+    if steps is None:
+        return
     yield _check("gradient_accumulation_steps", configuration.gradient_accumulation_steps, steps)
     yield _check("global batch (sequences)", configuration.global_batch_sequences, rows * steps * ranks)
 
 
-def _rows_per_rank(dataloader: Any, trainer: Any) -> int:
+def rows_per_rank(dataloader: Any, accelerator: Any, argument: int) -> int:
     """Ask the loader itself; one over an iterable dataset does not know, and then its argument counts."""
     total = getattr(dataloader, "total_batch_size", None)
     if total is None or getattr(dataloader, "batch_sampler", None) is None:
-        return int(trainer.args.per_device_train_batch_size)
-    return int(total) // int(trainer.accelerator.num_processes)
+        return int(argument)
+    return int(total) // int(accelerator.num_processes)
 
 
 def _check_engine(plan: Plan, engine: Any) -> Iterator[Check]:
@@ -146,9 +175,9 @@ def _offload_name(engine: Any) -> str:
     return "optimizer_and_parameters" if parameters else "optimizer" if optimizer else "none"
 
 
-def _check_precision(configuration: Configuration, trainer: Any) -> Iterator[Check]:
-    engine = trainer.model_wrapped
-    in_effect = trainer.accelerator.mixed_precision
+def _check_precision(configuration: Configuration, training: Training) -> Iterator[Check]:
+    engine = training.engine
+    in_effect = training.accelerator.mixed_precision
     if hasattr(engine, "bfloat16_enabled"):
         in_effect = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "no"
     yield _check("mixed_precision", configuration.mixed_precision, in_effect)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from autofit.runtime.measure import NUM_STEPS_TOLD, Record, metering
 from autofit.runtime.probe import stop_when_done
 from autofit.runtime.session import Session
-from autofit.runtime.verify import Check, check_all, check_first_batch, table
+from autofit.runtime.verify import Check, check_all, check_first_batch, table, training_of
 from autofit.spec.event import MISMATCH_EXIT_CODE
 
 
@@ -41,14 +41,14 @@ def _callback(session: Session) -> Any:
     class AutofitCallback(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             session.record.begin_training()
-            settle(session, check_all(session.plan, session.trainer, kwargs["train_dataloader"]))
+            settle(session, check_all(session.plan, training_of(session.trainer, kwargs["train_dataloader"])))
             look_at_batches(session)
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             session.record.begin_step()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            _wait_for_device(args.device)
+            wait_for_device(args.device)
             step = session.record.end_step()
             if step["step"] <= NUM_STEPS_TOLD:
                 session.log.record("step", **step)
@@ -61,7 +61,7 @@ def _callback(session: Session) -> Any:
     return AutofitCallback()
 
 
-def _wait_for_device(device: Any) -> None:
+def wait_for_device(device: Any) -> None:
     """Let a GPU finish what was queued, so that the time of a step is its own."""
     if device.type == "cuda":
         import torch
@@ -75,10 +75,10 @@ def look_at_batches(session: Session) -> None:
 
     def look(module: Any, args: Any, kwargs: Any) -> None:
         nonlocal is_first
-        ids = kwargs.get("input_ids")
-        if not module.training or ids is None:  # an evaluation has batches of its own
+        shape = shape_of(kwargs)
+        if not module.training or shape is None:  # an evaluation has batches of its own
             return
-        rows, tokens = int(ids.shape[0]), int(ids.shape[-1])
+        rows, tokens = shape
         session.record.saw_batch(tokens)
         if is_first:
             is_first = False
@@ -86,6 +86,12 @@ def look_at_batches(session: Session) -> None:
             settle(session, check_first_batch(session.plan, rows, tokens))
 
     session.batch_hook = session.trainer.model.register_forward_pre_hook(look, with_kwargs=True)
+
+
+def shape_of(inputs: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return rows and tokens of what a model is called with; None where it holds no token ids."""
+    ids = inputs.get("input_ids")
+    return None if ids is None else (int(ids.shape[0]), int(ids.shape[-1]))
 
 
 def settle(session: Session, checks: list[Check]) -> None:

@@ -206,16 +206,39 @@ def _distribution(
 ) -> LengthDistribution:
     if not measured.any():
         raise InputError(f"no sequence of {str(data.path)!r} has a token.", to_fix="name another --text-column")
-    in_order = np.sort(measured)
-    is_sample = len(measured) < num_rows
-    return LengthDistribution(
+    return distribution(
+        measured,
         path=str(data.path),
         read_as=layout.words,
         tokenizer=tokenizer.name if tokenizer else None,
         num_sequences=num_rows,
+        max_tokens=max_tokens,
+    )
+
+
+def distribution(
+    measured: Integers, *, path: str, read_as: str, tokenizer: str | None, num_sequences: int, max_tokens: int
+) -> LengthDistribution:
+    """Sum up lengths that were measured.
+
+    Args:
+        measured: of each sequence that was measured, at least one of them above zero.
+        path: where the data is.
+        read_as: how it becomes sequences.
+        tokenizer: what counted.
+        num_sequences: of the whole data set.
+        max_tokens: the longest that is known of.
+    """
+    in_order = np.sort(measured)
+    is_sample = len(measured) < num_sequences
+    return LengthDistribution(
+        path=path,
+        read_as=read_as,
+        tokenizer=tokenizer,
+        num_sequences=num_sequences,
         num_measured_sequences=len(measured),
         mean_tokens=float(measured.mean()),
-        mean_interval_tokens=_mean_interval(measured) if is_sample else None,
+        mean_interval_tokens=_mean_interval(measured) if is_sample and len(measured) > 1 else None,
         max_tokens=max_tokens,
         percentiles=tuple(_percentile(in_order, fraction, is_sample=is_sample) for fraction in FRACTIONS),
         bins=length_bins(measured),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from autofit.spec.configuration import Batching, Loss
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundAdapter:
@@ -44,6 +46,10 @@ class FoundLengths:
     """None: the dataset does not say."""
     image_tokens: int = 0
     """The most tokens of a sequence that stand for images, where the batches hold images."""
+    batching: Batching = "equal"
+    """How the script's collator lets sequences share a batch."""
+    num_rows_per_sequence: int = 1
+    """Rows of a batch that one sequence fills: 2 where it is a pair of a chosen and a rejected answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +69,30 @@ class Discovered:
     """Class of the trainer."""
     lengths: FoundLengths | None
     """None: the batches have no `input_ids` of two dimensions."""
+    task: str = ""
+    """Class of the model's head and of the loop, for the user to read."""
+    loss: Loss = "stock"
+    """Which code computes the loss."""
+    is_loop: bool = False
+    """Whether the script trains in a loop of its own with `accelerate.Accelerator`, so that its DataLoader's batch and
+    its accumulation are its own as well."""
+    reference_model: bool = False
+    """Whether a second model of the same size is held beside the one that trains."""
+    fixes_weights_dtype: bool = False
+    """Whether the script names the dtype itself."""
+    checkpoints: bool | None = None
+    """Of a loop: whether the script has switched activation checkpointing on; None: a Trainer's arguments say it."""
+    device_map: str | None = None
+    """Where the script puts the model, if it says so."""
+    tokenizer: str | None = None
+    """Name of the tokenizer or processor that was handed to the trainer."""
+    collator: str | None = None
+    sampled_tokens: tuple[int, ...] = ()
+    """Lengths of the samples that were looked at, where each has one."""
+    seconds: float | None = None
+    """How long it took to find this out."""
+    peak_process_bytes: int | None = None
+    """The most memory that the process held meanwhile."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """The training arguments that matter to a plan, as the script set them."""
     where: dict[str, str] = field(default_factory=dict)

@@ -65,6 +65,8 @@ class Workload:
     """Sequences in one optimizer step over all devices. Of packed data, what a trainer counts: rows."""
     lengths: LengthDistribution | None = None
     """Of the data set; None: all sequences are as long as the longest."""
+    num_rows_per_sequence: int = 1
+    """Rows of a batch that one sequence fills, its tokens shared evenly: 2 where it is a pair of answers (DPO)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,8 @@ import pytest
 
 from autofit.errors import InputError
 from autofit.sources.hardware import parse_cluster
-from autofit.sources.script import Overrides, child_environment, discover, job_from_discovery
+from autofit.sources.script import child_environment, discover
+from autofit.sources.script_job import Overrides, job_from_discovery
 from autofit.spec.configuration import Lora
 from autofit.spec.discovered import Discovered, FoundAdapter, FoundLengths, FoundQuantization
 from autofit.spec.job import Restrictions
@@ -203,12 +204,12 @@ Trainer(model, TrainingArguments("out"), train_dataset=rows).train()
         ("import nothing_of_that_name", "ModuleNotFoundError"),
         ("raise SystemExit(3)", "exit code 3"),
         ("print('done')", "without calling Trainer.train()"),
-        ("input()", "EOFError"),
+        ("input()", "standard input, which is closed"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", "SIGTERM"),
         ("import torch; torch.ones(1, requires_grad=True).sum().backward()", "its own training loop"),
         (
             "import torch\nfrom accelerate import Accelerator\nAccelerator(cpu=True).prepare(torch.nn.Linear(1, 1))",
-            "its own training loop with accelerate",
+            "without a step of an Accelerator's loop",
         ),
         ("from transformers import AutoModel\nAutoModel.from_pretrained('nobody/nothing')", "--allow-hub"),
     ],

@@ -1,0 +1,78 @@
+"""Keeps a script that is only looked at from leaving anything behind: folders, uploads, tracker runs, connections."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from autofit.runtime.discover.observed import NotUnderstood, Observed
+
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1", "0.0.0.0", "")  # noqa: S104 - compared with, nothing listens
+
+
+def nothing(*_args: Any, **_kwargs: Any) -> None:
+    """Stand in for what would write files."""
+
+
+def watch_folders(observed: Observed) -> None:
+    """Note every folder that is made, to take back those that stay empty."""
+
+    def hear(event: str, args: tuple[Any, ...]) -> None:
+        if event == "os.mkdir" and isinstance(args[0], (str, os.PathLike)):
+            path = Path(args[0]).absolute()  # the working directory may have changed by the end
+            if not path.exists():
+                observed.folders.append(path)
+
+    sys.addaudithook(hear)
+
+
+def forbid_network() -> None:
+    """Let no connection leave this machine. Source: Python's audit events, `socket.connect`, `socket.getaddrinfo`."""
+
+    def hear(event: str, args: tuple[Any, ...]) -> None:
+        if event == "socket.getaddrinfo" and str(args[0] or "").strip("'") not in LOCAL_HOSTS:
+            raise _no_network(args[0])
+        if event == "socket.connect" and isinstance(args[1], tuple) and args[1][0] not in LOCAL_HOSTS:
+            raise _no_network(args[1][0])
+
+    sys.addaudithook(hear)
+
+
+def _no_network(host: object) -> OSError:
+    return ConnectionError(f"autofit: {host} is not asked while the script is only looked at: offline (--allow-hub)")
+
+
+def hook_tokenizers(observed: Observed, module: ModuleType) -> None:
+    """Let tokenizers save nothing."""
+    module.PreTrainedTokenizerBase.save_pretrained = nothing
+    module.PreTrainedTokenizerBase.push_to_hub = nothing
+
+
+def hook_trackers(observed: Observed, module: ModuleType) -> None:
+    """Let a tracker start no run."""
+    for name in ("init", "start_run", "log", "finish"):
+        if hasattr(module, name):
+            setattr(module, name, nothing)
+
+
+def hook_process_groups(observed: Observed, module: ModuleType) -> None:
+    """Say what a script that starts its own processes' group would run into: a launcher has started one already."""
+    original: Callable[..., Any] = module.init_process_group
+
+    def init_process_group(*args: Any, **kwargs: Any) -> Any:
+        if observed.inside_library or "fake" in (kwargs.get("backend"), *args[:1]):
+            return original(*args, **kwargs)
+        observed.mark("init_process_group")
+        raise NotUnderstood(
+            f"starts its own process group ({observed.where.get('init_process_group', 'torch.distributed')})",
+            "leave that, and wrapping the model in DistributedDataParallel, to Accelerator.prepare or to a Trainer",
+        )
+
+    vars(module)["init_process_group"] = init_process_group
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and hasattr(distributed, "init_process_group"):
+        vars(distributed)["init_process_group"] = init_process_group

@@ -1,0 +1,345 @@
+"""Makes a job of what a script turned out to train, with what the user says in place of it where the user says so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+
+from autofit.errors import InputError
+from autofit.memory.optimizers import OPTIMIZERS
+from autofit.search.space import shardings
+from autofit.sources.lengths import distribution
+from autofit.spec.configuration import Attention, Dtype, Lora, Method, Optim, Sharding
+from autofit.spec.discovered import Discovered, FoundAdapter, FoundLengths
+from autofit.spec.hardware import Cluster
+from autofit.spec.job import Job, Model, Restrictions, Workload
+from autofit.spec.lengths import LengthDistribution
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overrides:
+    """What the user says beside the script; what is None or empty is the script's to say."""
+
+    model: Model | None = None
+    sequence_tokens: int | None = None
+    global_batch_sequences: int | None = None
+    restrictions: Restrictions = field(default_factory=Restrictions)
+
+
+def job_from_discovery(
+    discovered: Discovered,
+    cluster: Cluster,
+    overrides: Overrides | None = None,
+    *,
+    script: Path | None = None,
+    arguments: Sequence[str] = (),
+) -> Job:
+    """Return the job a script is, run by `accelerate launch` on every device of a cluster.
+
+    What changes the result of training (method, adapter, precision, optimizer, global batch) is the script's, unless
+    the user says otherwise; what changes only memory and speed is the planner's.
+
+    Raises:
+        InputError: the script does something that cannot be planned for.
+    """
+    wishes = overrides or Overrides()
+    return Job(
+        model=wishes.model or _model(discovered),
+        workload=Workload(
+            sequence_tokens=wishes.sequence_tokens or _sequence_tokens(discovered),
+            global_batch_sequences=_wished_batch(discovered, wishes) or _global_batch(discovered, cluster),
+            lengths=_lengths(discovered, script),
+            num_rows_per_sequence=discovered.lengths.num_rows_per_sequence if discovered.lengths else 1,
+        ),
+        restrictions=_restrictions(discovered, wishes.restrictions, cluster),
+        script=None if script is None else str(script),
+        script_arguments=tuple(arguments),
+        found=_found(discovered, cluster),
+    )
+
+
+def _model(discovered: Discovered) -> Model:
+    return Model(
+        name=discovered.model_name, config=discovered.config, origin="script", source=_said(discovered, "model")
+    )
+
+
+def _sequence_tokens(discovered: Discovered) -> int:
+    if discovered.lengths is None:
+        raise InputError(
+            "the script's batches have no input_ids, so their length is not known.", to_fix="give --seq-len"
+        )
+    return discovered.lengths.sequence_tokens
+
+
+def _global_batch(discovered: Discovered, cluster: Cluster) -> int:
+    """Return what the script trains on in one step: each device its own batches."""
+    said = discovered.arguments
+    return int(said["per_device_train_batch_size"] * said["gradient_accumulation_steps"] * cluster.num_devices)
+
+
+def _wished_batch(discovered: Discovered, wishes: Overrides) -> int | None:
+    """Return the global batch that the user asks for; a loop of the script's own has its own."""
+    if wishes.global_batch_sequences is not None and discovered.is_loop:
+        raise InputError(
+            "the script trains in a loop of its own, whose batch and accumulation are its own: --global-batch cannot "
+            "be put into effect.",
+            to_fix="leave --global-batch out, or change the script's batch",
+        )
+    return wishes.global_batch_sequences
+
+
+def _lengths(discovered: Discovered, script: Path | None) -> LengthDistribution | None:
+    """Return the lengths of the script's own data, where batches depend on them and all rows are sequences."""
+    found, sampled = discovered.lengths, discovered.sampled_tokens
+    if found is None or found.batching not in {"padded", "padding_free"} or found.num_rows_per_sequence > 1:
+        return None
+    if not any(sampled):
+        return None
+    return distribution(
+        np.array(sampled),
+        path=str(script) if script else discovered.model_name,
+        read_as="what the script's own data set holds",
+        tokenizer=discovered.tokenizer,
+        num_sequences=found.num_samples or len(sampled),
+        max_tokens=max(sampled),
+    )
+
+
+def _restrictions(discovered: Discovered, wishes: Restrictions, cluster: Cluster) -> Restrictions:
+    """Return the user's wishes, with the script's own choices where the user has none."""
+    said = discovered.arguments
+    _refuse_unplanned(discovered)
+    default = Restrictions()
+    lengths = discovered.lengths
+    return replace(
+        wishes,
+        methods=wishes.methods or (_method(discovered),),
+        precision=_precision(discovered) if wishes.precision == default.precision else wishes.precision,
+        weights_dtype=wishes.weights_dtype or _weights_dtype(discovered, wishes),
+        shardings=_shardings(discovered, wishes, cluster),
+        optims=wishes.optims or _optims(said.get("optim"), is_loop=discovered.is_loop),
+        attention=_attention(discovered) if wishes.attention == default.attention else wishes.attention,
+        lora=_lora(discovered.adapter) if discovered.adapter and wishes.lora == default.lora else wishes.lora,
+        image_tokens=wishes.image_tokens or (lengths.image_tokens if lengths else 0),
+        loss=discovered.loss if wishes.loss == default.loss else wishes.loss,
+        batchings=wishes.batchings or ((lengths.batching,) if lengths else ()),
+        micro_batch_sequences=_micro_batches(discovered, wishes),
+        gradient_checkpointing=_checkpointing(discovered, wishes),
+        keeps_outputs=wishes.keeps_outputs or discovered.is_loop,
+    )
+
+
+def _refuse_unplanned(discovered: Discovered) -> None:
+    """Refuse what decides memory and is not modelled.
+
+    Raises:
+        InputError: the script compiles its model, or holds a second one.
+    """
+    if discovered.arguments.get("torch_compile"):
+        raise InputError(
+            "the script sets torch_compile=True: what its fused kernels keep and allocate is not modelled.",
+            to_fix="plan and train without torch_compile",
+        )
+    if discovered.reference_model:
+        raise InputError(
+            f"the script's {discovered.trainer} holds a reference model beside the one it trains, which is not "
+            "planned for.",
+            to_fix="train an adapter (peft_config=...), whose reference is the model without it, or give "
+            "precompute_ref_log_probs=True",
+        )
+
+
+def _micro_batches(discovered: Discovered, wishes: Restrictions) -> tuple[int, ...]:
+    """Return the micro-batches that are allowed: a loop of the script's own has one."""
+    if not discovered.is_loop:
+        return wishes.micro_batch_sequences
+    own = int(discovered.arguments["per_device_train_batch_size"])
+    if wishes.micro_batch_sequences not in {(), (own,)}:
+        raise InputError(
+            f"the script trains in a loop of its own on batches of {own}: --micro-batch cannot be put into effect.",
+            to_fix="leave --micro-batch out, or change the script's batch",
+        )
+    return (own,)
+
+
+def _shardings(discovered: Discovered, wishes: Restrictions, cluster: Cluster) -> tuple[Sharding, ...]:
+    """Return the shardings that are allowed: a loop of the script's own is planned as it would run without any.
+
+    DeepSpeed and FSDP would take clipping, and with it what is trained, out of the script's hands.
+    Source: accelerate/accelerator.py 1.15, `clip_grad_norm_`, `_prepare_deepspeed`.
+    """
+    if not discovered.is_loop:
+        return wishes.shardings or _modelled_shardings(discovered, wishes, cluster)
+    unsharded: Sharding = "ddp" if cluster.num_devices > 1 else "none"
+    if wishes.shardings and unsharded not in wishes.shardings:
+        raise InputError(
+            "the script trains in a loop of its own, which is planned for without sharding only: under DeepSpeed and "
+            "FSDP its own clipping of gradients would have no effect.",
+            to_fix="leave the sharding out, or train with a transformers Trainer",
+        )
+    return (unsharded,)
+
+
+def _modelled_shardings(discovered: Discovered, wishes: Restrictions, cluster: Cluster) -> tuple[Sharding, ...]:
+    """Leave out what is not modelled beside a fused head, rather than to refuse the script for it."""
+    if discovered.loss == "stock":
+        return ()
+    return tuple(each for each in shardings(wishes, cluster) if each not in {"zero3", "fsdp1", "fsdp2"})
+
+
+def _checkpointing(discovered: Discovered, wishes: Restrictions) -> bool | None:
+    """A loop that switches checkpointing on itself keeps it."""
+    fixed = True if discovered.checkpoints else None
+    return fixed if wishes.gradient_checkpointing is None else wishes.gradient_checkpointing
+
+
+def _weights_dtype(discovered: Discovered, wishes: Restrictions) -> Dtype | None:
+    """Return the dtype that the script names for its weights; one that it leaves to the checkpoint is no choice.
+
+    A precision that the user asks for, or a method, decides the dtype instead.
+    """
+    if not discovered.fixes_weights_dtype or wishes.methods or wishes.precision != "auto":
+        return None
+    return discovered.weights_dtype if discovered.weights_dtype in get_args(Dtype) else None  # type: ignore[return-value]
+
+
+def _precision(discovered: Discovered) -> Literal["auto", "bf16", "fp16", "fp32"]:
+    """Return the mixed precision the script switches on; where it says nothing, the planner is free.
+
+    An Accelerator that is told "no" keeps it: what it is told goes before the launcher's.
+    """
+    said = discovered.arguments
+    if said.get("bf16"):
+        return "bf16"
+    if said.get("fp16"):
+        return "fp16"
+    return "fp32" if said.get("fixes_precision") else "auto"
+
+
+def _method(discovered: Discovered) -> Method:
+    quantization = discovered.quantization
+    if quantization is None:
+        return "full" if discovered.adapter is None else "lora"
+    if discovered.adapter is None:
+        raise InputError(
+            "the script loads a quantised model and puts no adapter on it, which transformers' Trainer refuses.",
+            to_fix="put a LoRA adapter on it, load it unquantised, or give --method",
+        )
+    if (quantization.bits, quantization.quant_type) != (4, "nf4"):
+        raise InputError(
+            f"the script quantises to {quantization.bits} bits, {quantization.quant_type}; planned for is 4-bit nf4.",
+            to_fix="use nf4, or give --method",
+        )
+    return "qlora"
+
+
+def _optims(said: str | None, *, is_loop: bool) -> tuple[Optim, ...]:
+    """Return the script's optimizer; transformers' default is no choice, and leaves the planner free.
+
+    A loop of the script's own makes its optimizer itself.
+    """
+    if not said or (said.startswith("adamw_torch") and not is_loop):
+        return ()
+    known = {"adamw_bnb_8bit": "adamw_8bit", "paged_adamw": "paged_adamw_32bit"}
+    optim = known.get(said, said)
+    if optim not in OPTIMIZERS:
+        raise InputError(
+            f"the script trains with optim={said!r}, which is not planned for.",
+            to_fix=f"use one of {', '.join(OPTIMIZERS)}, or give --optim",
+        )
+    return (optim,)
+
+
+def _attention(discovered: Discovered) -> Attention:
+    if discovered.attention not in get_args(Attention):
+        raise InputError(
+            f"the script's attention is {discovered.attention!r}, which is not planned for.",
+            to_fix=f"use one of {', '.join(get_args(Attention))}, or give --attention",
+        )
+    return discovered.attention  # type: ignore[return-value]
+
+
+def _lora(adapter: FoundAdapter) -> Lora:
+    if adapter.unplanned or adapter.r is None or adapter.lora_alpha is None:
+        raise InputError(
+            f"the script's adapter has {', '.join(adapter.unplanned)}, which is not planned for.",
+            to_fix="use plain LoRA on whole groups of modules",
+        )
+    return Lora(
+        r=adapter.r,
+        lora_alpha=adapter.lora_alpha,
+        lora_dropout=adapter.lora_dropout or 0.0,
+        target_modules=adapter.target_modules,
+    )
+
+
+def _found(discovered: Discovered, cluster: Cluster) -> dict[str, str]:
+    """Say what was read from the script and where, for the user to check."""
+    said = discovered.arguments
+    adapter = discovered.adapter
+    found = {
+        "model": f"{discovered.model_name} ({discovered.config['architectures'][0]}), {_said(discovered, 'model')}",
+        "method": "no adapter, so full fine-tuning" if adapter is None else _adapter_words(adapter),
+        "global batch": f"{said['per_device_train_batch_size']} sequences a device x "
+        f"{said['gradient_accumulation_steps']} accumulation steps x {cluster.num_devices} devices, "
+        f"{_said(discovered, 'arguments')}",
+        "trainer": f"{discovered.trainer}, {_said(discovered, 'trainer')}",
+        "precision": _precision_words(discovered),
+        "attention": discovered.attention,
+    }
+    if lengths := discovered.lengths:
+        found["sequence"] = _sequence_words(lengths)
+        found["batching"] = _BATCHING_WORDS[lengths.batching]
+        if lengths.image_tokens:
+            found["images"] = f"{lengths.image_tokens} tokens of a sequence at most"
+    if discovered.loss != "stock":
+        found["loss"] = f"{_LOSS_WORDS[discovered.loss]}; beside it ZeRO-3 and FSDP are not modelled, and not tried"
+    for name in ("tokenizer", "collator"):
+        if getattr(discovered, name):
+            found[name] = getattr(discovered, name)
+    if discovered.device_map is not None:
+        found["device_map"] = f"the script's {discovered.device_map}, which the plan replaces"
+    if quantization := discovered.quantization:
+        found["quantization"] = f"{quantization.bits} bits, {quantization.quant_type}"
+    if said.get("optim"):
+        found["optimizer"] = str(said["optim"])
+    if said.get("deepspeed"):
+        found["deepspeed"] = "the script's own DeepSpeed settings, which the plan replaces"
+    return found
+
+
+_BATCHING_WORDS = {
+    "equal": "all sequences of a batch as long as each other",
+    "padded": "padded to the longest of a batch, with a mask",
+    "padding_free": "the sequences of a batch one after the other in one row",
+    "packed": "packed into rows, and the rows of a batch one after the other",
+}
+_LOSS_WORDS = {"liger": "Liger's kernels", "chunked": "trl's fused head, which never holds all logits"}
+
+
+def _sequence_words(lengths: FoundLengths) -> str:
+    of = "an unknown number" if lengths.num_samples is None else str(lengths.num_samples)
+    seen = f"of {lengths.num_samples_seen} of {of} samples"
+    if lengths.num_rows_per_sequence == 1:
+        return f"{lengths.sequence_tokens} tokens, the widest batch {seen}"
+    each = lengths.sequence_tokens // lengths.num_rows_per_sequence
+    return f"pairs of {each} + {each} tokens, planned as sequences of {lengths.sequence_tokens}, the longest {seen}"
+
+
+def _adapter_words(adapter: FoundAdapter) -> str:
+    targets = ", ".join(adapter.target_modules)
+    return f"{adapter.peft_type} r={adapter.r} alpha={adapter.lora_alpha} dropout={adapter.lora_dropout} on {targets}"
+
+
+def _precision_words(discovered: Discovered) -> str:
+    autocast = {"bf16": "bf16", "fp16": "fp16"}.get(_precision(discovered), "no")
+    return f"{autocast} mixed precision, weights loaded as {discovered.weights_dtype or 'the checkpoint has them'}"
+
+
+def _said(discovered: Discovered, fact: str) -> str:
+    return f"{discovered.where[fact]}" if fact in discovered.where else "by transformers' defaults"
