@@ -11,7 +11,7 @@ import numpy as np
 
 from autofit.errors import InputError
 from autofit.memory.optimizers import OPTIMIZERS
-from autofit.search.space import shardings
+from autofit.search.space import engines
 from autofit.sources.lengths import distribution
 from autofit.spec.configuration import Attention, Dtype, Lora, Method, Optim, Sharding
 from autofit.spec.discovered import Discovered, FoundAdapter, FoundLengths
@@ -175,6 +175,11 @@ def _shardings(discovered: Discovered, wishes: Restrictions, cluster: Cluster) -
     """
     if not discovered.is_loop:
         return wishes.shardings or _modelled_shardings(discovered, wishes, cluster)
+    if set(wishes.num_processes) - {cluster.num_devices}:
+        raise InputError(
+            "the script trains in a loop of its own, whose global batch follows from the number of devices.",
+            to_fix=f"leave --num-processes out, or give {cluster.num_devices}",
+        )
     unsharded: Sharding = "ddp" if cluster.num_devices > 1 else "none"
     if wishes.shardings and unsharded not in wishes.shardings:
         raise InputError(
@@ -189,7 +194,8 @@ def _modelled_shardings(discovered: Discovered, wishes: Restrictions, cluster: C
     """Leave out what is not modelled beside a fused head, rather than to refuse the script for it."""
     if discovered.loss == "stock":
         return ()
-    return tuple(each for each in shardings(wishes, cluster) if each not in {"zero3", "fsdp1", "fsdp2"})
+    possible = (engine.sharding for engine in engines(wishes, cluster))
+    return tuple(dict.fromkeys(each for each in possible if each not in {"zero3", "fsdp1", "fsdp2"}))
 
 
 def _checkpointing(discovered: Discovered, wishes: Restrictions) -> bool | None:
