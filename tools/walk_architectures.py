@@ -5,8 +5,9 @@
     python tools/walk_architectures.py --rows FILE        goes on where an earlier walk with that file stopped
 
 Configs are each config class's defaults with a few layers: fake tensors have no memory, so that widths, vocabularies
-and experts stay what they are. A type is traced where a training step (full fine-tuning in bf16 on a GPU, two lengths)
-runs and has the same operators at both; attention is sdpa, or eager where the class has no sdpa.
+and experts stay what they are. A type is traced where a training step (full fine-tuning in bf16 on a GPU) runs and has
+the same operators at two lengths, or, where it has not, for two batches of one length. Attention is sdpa, or eager
+where the class has no sdpa; weights are bf16, or fp32 under autocast where transformers' own step fails otherwise.
 """  # noqa: INP001 - a script, not a module
 
 from __future__ import annotations
@@ -27,19 +28,19 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import transformers
 from transformers.models.auto import modeling_auto
 
-from autofit.errors import AutofitError
-from autofit.profile.kernel_packages import kernel_packages
-from autofit.profile.models import build, load_config, text_config
+from autofit.errors import InputError
+from autofit.profile.fit import StructureDiffersError
+from autofit.profile.loops import MAX_OPERATORS_OF_SEVERAL, SHORT_LENGTHS, Growth, TooManyOperatorsError
+from autofit.profile.models import build, choose_depth, load_config, text_config
 from autofit.profile.tasks import MAPPINGS, Head
-from autofit.profile.trace import trace_model
+from autofit.profile.trace import trace_model, trace_points
 from autofit.profile.windows import lengths_to_trace
 from autofit.spec.profile import Regime
 
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
 BEGIN, END = "<!-- walk: begin -->", "<!-- walk: end -->"
 NUM_LAYERS = 2
-NUM_SEQUENCES = 2
-SHORT_POINTS = ((2, 8), (2, 16))
+MANY_TOKENS = 100_000
 MISSING: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 8, "moe_intermediate_size": 1408},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
@@ -47,8 +48,15 @@ MISSING: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 8},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128, "num_experts": 8, "moe_topk": 2},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "dbrx": {"attn_config": {"clip_qkv": 8, "kv_n_heads": 8, "rope_theta": 500000}, "d_model": 6144, "n_heads": 48},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
+    "reformer": {"is_decoder": True},
+    "xmod": {"default_language": "en_XX"},
 }
-"""What the defaults of a config class leave out or cannot be run with, and published configs give."""
+"""What the defaults of a config class leave out or cannot be run with, and published configs or scripts give."""
+ONLY_LENGTHS = {"reformer": 4096}
+"""Of types that train at one length alone: the product of reformer's `axial_pos_shape`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +66,16 @@ class Row:
     head: Head
     model_type: str
     attention: str
+    precision: str
+    """bf16 weights, or fp32 weights under autocast."""
+    operators_per_token: float
+    """Where it is traced at one length, as its step has more operators the longer it is: how many for two layers."""
+    longest_tokens: int | None
+    """The longest sequence at which so many operators are traced, with the class's own number of layers; None: any."""
     reason: str
     """Why it is not traced; empty where it is."""
+    refused_by: str
+    """transformers, where its own run would end so; else autofit."""
 
     @property
     def traced(self) -> bool:
@@ -79,47 +95,104 @@ def walk(head: Head, model_types: Iterable[str]) -> Iterator[Row]:
 
 
 def _attempt(head: Head, model_type: str) -> Row:
-    for attention in ("sdpa", "eager"):
-        reason = _reason(head, model_type, attention)
-        if "--attention eager" not in reason:
+    """Trace one type with the attention and the precision that it has."""
+    for dtype, autocast in (("bfloat16", "no"), ("float32", "bf16")):
+        for attention in ("sdpa", "eager"):
+            regime = _regime(head, attention, dtype, autocast)
+            growth, longest_tokens, error = _traced(model_type, regime)
+            if "--attention eager" not in str(error):
+                break
+        if not isinstance(error, RuntimeError):  # a product of two dtypes: the class needs autocast
             break
-    return Row(head=head, model_type=model_type, attention=attention, reason=reason.split(" To fix:")[0])
+    reason = _one_line(error)
+    by_us = isinstance(error, InputError) and not reason.startswith("transformers")
+    return Row(
+        head=head,
+        model_type=model_type,
+        attention=attention,
+        precision="bf16" if autocast == "no" else "autocast",
+        operators_per_token=growth.per_token if growth else 0.0,
+        longest_tokens=longest_tokens,
+        reason=reason,
+        refused_by="" if not reason else "autofit" if by_us else "transformers",
+    )
 
 
-def _reason(head: Head, model_type: str, attention: str) -> str:
-    """Why a type is not traced, in one line; empty where it is."""
-    regime = Regime(
+def _regime(head: Head, attention: str, dtype: str, autocast: str) -> Regime:
+    return Regime(
         method="full",
         quantization=None,
         lora=None,
-        weights_dtype="bfloat16",
+        weights_dtype=dtype,  # type: ignore[arg-type]
         adapter_dtype="float32",
-        autocast="no",
+        autocast=autocast,  # type: ignore[arg-type]
         gradient_checkpointing=False,
         use_reentrant=False,
         attention=attention,  # type: ignore[arg-type]
         task=head,
         device="cuda",
     )
+
+
+def _config(model_type: str, regime: Regime) -> dict[str, Any]:
+    return {"model_type": model_type, **_needed(regime.task), **MISSING.get(model_type, {})}
+
+
+def _traced(model_type: str, regime: Regime) -> tuple[Growth | None, int | None, Exception | None]:
+    """Trace a step.
+
+    Returns how its operators grow and up to which length they are traced, where they grow; and why it cannot be traced,
+    where it cannot. Of a type that loops the class's own depth has to be buildable: two layers may be of one kind.
+    """
+    config = _config(model_type, regime)
     try:
-        config = {"model_type": model_type, **_needed(head), **MISSING.get(model_type, {})}
         try:
             small = load_config(config, NUM_LAYERS, regime)
-            model = build(small, regime)
+            build(small, regime)
         except Exception as error:
             if "--attention eager" in str(error):
                 raise
             small = load_config(config, None, regime)
-            model = build(small, regime)
-        if kernel_packages(model):  # a loop over tokens shows in a few of them, and takes minutes for many
-            trace_model(build(small, regime), regime, SHORT_POINTS, lambda _done, _total: None)
-        lengths = lengths_to_trace(text_config(small), None).traced[:2]
-        trace_model(model, regime, [(NUM_SEQUENCES, length) for length in lengths], lambda _done, _total: None)
-    except AutofitError as error:
-        return " ".join(str(error).split())
+        only = ONLY_LENGTHS.get(model_type)
+        lengths = lengths_to_trace(text_config(small), only).traced[:2]
+        growth = None if only else _growth(small, regime, lengths)
+        if only or growth:
+            _run(small, regime, trace_points([only or lengths[0]]))
+        longest_tokens = _longest_tokens(model_type, regime, growth) if growth else None
     except Exception as error:  # noqa: BLE001 - what a library raises is the answer
-        return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    return ""
+        return None, None, error
+    return growth, longest_tokens, None
+
+
+def _growth(config: Any, regime: Regime, lengths: Sequence[int]) -> Growth | None:
+    """Run two lengths; None where the step has the same operators at both."""
+    try:
+        _run(config, regime, trace_points(lengths)[: len(lengths)], max_operators=MAX_OPERATORS_OF_SEVERAL)
+    except StructureDiffersError as error:
+        return error.growth
+    except TooManyOperatorsError:
+        return _growth(config, regime, SHORT_LENGTHS)
+    return None
+
+
+def _run(config: Any, regime: Regime, points: Sequence[tuple[int, int]], **options: Any) -> None:
+    trace_model(build(config, regime), regime, points, lambda _done, _total: None, **options)
+
+
+def _longest_tokens(model_type: str, regime: Regime, growth: Growth) -> int:
+    """Estimate the longest sequence that is traced, from the operators of two layers."""
+    whole = load_config(_config(model_type, regime), None, regime)
+    chosen = choose_depth(_config(model_type, regime), whole, regime)
+    num_layers = chosen[2].num_traced if chosen else text_config(whole).num_hidden_layers
+    return growth.of_layers(num_layers / NUM_LAYERS).longest_tokens()
+
+
+def _one_line(error: Exception | None) -> str:
+    """Say why a type is not traced; nothing where it is."""
+    if error is None:
+        return ""
+    text = error.message if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())[:300]
 
 
 def _needed(head: Head) -> dict[str, Any]:
@@ -143,16 +216,29 @@ def page(rows: Sequence[Row]) -> str:
     for head in heads:
         mine = [row for row in rows if row.head == head]
         lines += ["", f"### {head}", ""]
+        alike = [row for row in mine if row.traced and not row.operators_per_token and row.precision == "bf16"]
         for attention in ("sdpa", "eager"):
-            names = [f"`{row.model_type}`" for row in mine if row.traced and row.attention == attention]
+            names = [f"`{row.model_type}`" for row in alike if row.attention == attention]
             lines += [f"Traced with {attention} attention: {', '.join(names)}.", ""] if names else []
+        names = [f"`{row.model_type}`" for row in mine if row.traced and row.precision != "bf16"]
+        lines += [f"Traced with fp32 weights under autocast alone: {', '.join(names)}.", ""] if names else []
+        loops = [row for row in mine if row.traced and row.operators_per_token]
+        if loops:
+            lines += ["| traced at one length | operators for a token, two layers | longest sequence |"]
+            lines += ["| --- | ---: | ---: |", *map(_loop_cells, loops), ""]
         untried = [f"`{name}`" for name in registered(head) if name not in {row.model_type for row in mine}]
         lines += [f"Not tried: {', '.join(untried)}.", ""] if untried else []
         refused = [row for row in mine if not row.traced]
         if refused:
-            lines += ["| refused | why |", "| --- | --- |"]
-            lines += [f"| `{row.model_type}` | {_cell(row.reason)} |" for row in refused]
+            lines += ["| refused | by | why |", "| --- | --- | --- |"]
+            lines += [f"| `{row.model_type}` | {row.refused_by} | {_cell(row.reason)} |" for row in refused]
     return "\n".join(lines).replace("\n\n\n", "\n\n").rstrip() + "\n"
+
+
+def _loop_cells(row: Row) -> str:
+    tokens = row.longest_tokens or 0
+    longest = f"{tokens:,}" if tokens <= MANY_TOKENS else f"over {MANY_TOKENS:,}"
+    return f"| `{row.model_type}` | {row.operators_per_token:,.1f} | {longest} |"
 
 
 def _cell(text: str) -> str:

@@ -19,11 +19,27 @@ def bound_on(size: Polynomial, profile: RegimeProfile, num_tokens: int) -> float
         num_tokens: of the micro-batch.
     """
     for element in (2, 4):
-        if profile.regime.loss == "liger" and size == _rows(profile, profile.vocab_size * element, shifted=False):
-            return liger_chunk_tokens(num_tokens, profile) * profile.vocab_size * element
-        if profile.regime.loss == "chunked" and size == _rows(profile, CHUNK_ENTRIES * element, shifted=True):
+        if profile.regime.loss == "liger":
+            if _same(size, _rows(profile, profile.vocab_size * element, shifted=False), profile):
+                return liger_chunk_tokens(num_tokens, profile) * profile.vocab_size * element
+        elif profile.regime.loss == "chunked" and _same(
+            size, _rows(profile, CHUNK_ENTRIES * element, shifted=True), profile
+        ):
             return CHUNK_TOKENS * CHUNK_ENTRIES * element
     return None
+
+
+def _same(size: Polynomial, other: Polynomial, profile: RegimeProfile) -> bool:
+    """Whether two polynomials are the same; of a tape of one length, which has no powers of s, at that length."""
+    tokens = profile.only_length
+    return size == other if tokens is None else _in_batches(size, tokens) == _in_batches(other, tokens)
+
+
+def _in_batches(size: Polynomial, sequence_tokens: int) -> tuple[float, float]:
+    """The coefficients of 1 and b, at one length."""
+    terms = list(zip(MONOMIALS, size, strict=True))
+    constant, linear = (sum(c * sequence_tokens**j for (i, j), c in terms if i == power) for power in (0, 1))
+    return constant, linear
 
 
 def liger_chunk_tokens(num_tokens: int, profile: RegimeProfile) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from autofit.errors import AutofitError
-from autofit.spec.profile import Regime
+from autofit.spec.profile import Regime, RegimeProfile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,17 +38,21 @@ def main() -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from autofit.profile.trace import trace
 
+    loops = False
     for regime in request.regimes:
         with contextlib.redirect_stdout(sys.stderr):
-            answer = _answer(trace, request, regime)
+            answer = _answer(trace, request, regime, at_one_length=loops)
+        loops = loops or (isinstance(answer, RegimeProfile) and answer.only_length is not None)
         answers.write(msgspec.json.encode(answer) + b"\n")
         answers.flush()
     return 0
 
 
-def _answer(trace: Any, request: TraceRequest, regime: Regime) -> Any:
+def _answer(trace: Any, request: TraceRequest, regime: Regime, *, at_one_length: bool) -> Any:
+    """Answer for one regime; where another was traced at one length, so is this one, without trying several."""
+    tokens = request.sequence_tokens
     try:
-        return trace(request.model, request.config, regime, sequence_tokens=request.sequence_tokens)
+        return trace(request.model, request.config, regime, sequence_tokens=tokens, at_one_length=at_one_length)
     except AutofitError as error:
         return {"error": {"message": error.message, "to_fix": error.to_fix}}
     except Exception as error:  # noqa: BLE001 - whatever a library raises while it is traced is the answer, not our crash

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from autofit.profile.fit import StructureDiffersError
+from autofit.errors import AutofitError
 from autofit.profile.layers import Depth
 from autofit.profile.parameters import layer_index
 from autofit.spec.profile import Event, Segment, StaticTensor
@@ -19,6 +19,10 @@ from autofit.spec.profile import Event, Segment, StaticTensor
 _BIRTH_FIELDS = 2
 _Key = tuple[str, int]
 """(kind, index) of a layer's segment."""
+
+
+class LayersDifferError(AutofitError):
+    """Layers that should be alike do not make and free the same tensors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,11 +52,11 @@ def deepen(segments: Sequence[Segment], stretch: Stretch) -> tuple[Segment, ...]
     A reference to a layer of the same stack means one so many layers away; to anything else, that very one.
 
     Raises:
-        StructureDiffersError: the tape shows that the layers are not alike, or hold on to each other in other ways.
+        LayersDifferError: the tape shows that the layers are not alike, or hold on to each other in other ways.
     """
     keys = [_key(segment) for segment in segments]
     if max(Counter(key for key in keys if key is not None).values(), default=0) > 1:
-        raise StructureDiffersError("a layer has several segments")
+        raise LayersDifferError("a layer has several segments")
     _check_twins(segments, stretch)
     order = _real_order(segments, stretch)
     index_of = {(number, real): new for new, (number, real) in enumerate(order)}
@@ -94,7 +98,7 @@ def _real_order(segments: Sequence[Segment], stretch: Stretch) -> list[tuple[int
         backward = here[0][1].kind == "backward"
         order += [(number, real) for real, number in sorted(copies, reverse=backward)]
         if {seg.layer for _, seg in here} != set(range(stretch.first, stretch.first + stretch.depth.num_traced)):
-            raise StructureDiffersError("the layers do not run one after another")
+            raise LayersDifferError("the layers do not run one after another")
     return order
 
 
@@ -120,10 +124,10 @@ def _copies(
     wanted = real + born_in.layer - here.layer
     order = stretch.depth.real_order()
     if not 0 <= wanted - stretch.first < len(order):
-        raise StructureDiffersError("a layer frees what none of the real model made")
+        raise LayersDifferError("a layer frees what none of the real model made")
     source = of_layer[born_in.kind, stretch.first + order[wanted - stretch.first]]
     if source != target and _births(segments[source]) != _births(born_in):
-        raise StructureDiffersError("a layer frees what was made in a layer of another kind")
+        raise LayersDifferError("a layer frees what was made in a layer of another kind")
     return [(size, category, index_of[source, wanted], ordinal)]
 
 
@@ -146,9 +150,9 @@ def _check_twins(segments: Sequence[Segment], stretch: Stretch) -> None:
             one = layers.get((kind, stretch.first + inside))
             other = layers.get((kind, stretch.first + inside + depth.period))
             if (one is None) != (other is None):
-                raise StructureDiffersError(f"layers {inside} and {inside + depth.period} are not alike")
+                raise LayersDifferError(f"layers {inside} and {inside + depth.period} are not alike")
             if one is not None and other is not None and _shape(one, segments) != _shape(other, segments):
-                raise StructureDiffersError(f"layers {inside} and {inside + depth.period} are not alike")
+                raise LayersDifferError(f"layers {inside} and {inside + depth.period} are not alike")
 
 
 def _shape(segment: Segment, segments: Sequence[Segment]) -> list[tuple[object, ...]]:
@@ -168,11 +172,11 @@ def _check_lifetimes(traced: Sequence[Segment], deep: Sequence[Segment], order: 
     """Each copy of a tensor dies once where the tensor did, and not where it did not."""
     dead, deaths = _deaths(traced), _deaths(deep)
     if any(count > 1 for count in deaths.values()):
-        raise StructureDiffersError("a tensor is freed twice")
+        raise LayersDifferError("a tensor is freed twice")
     for new, (old, _) in enumerate(order):
         births = sum(len(event) == _BIRTH_FIELDS for event in traced[old].events)
         if any(((old, n) in dead) != ((new, n) in deaths) for n in range(births)):
-            raise StructureDiffersError("layers do not free what they make in the same way")
+            raise LayersDifferError("layers do not free what they make in the same way")
 
 
 def _deaths(segments: Sequence[Segment]) -> Counter[tuple[int, int]]:
@@ -190,7 +194,7 @@ def deepen_tensors(
         depth: which of them repeat.
 
     Raises:
-        StructureDiffersError: two layers that should be alike have different tensors.
+        LayersDifferError: two layers that should be alike have different tensors.
     """
     out: list[tuple[str, StaticTensor]] = []
     for in_stack, run in groupby(named, lambda pair: layer_index(pair[0], stack) is not None):
@@ -211,7 +215,7 @@ def _check_tensor_twins(by_layer: dict[int, list[tuple[str, StaticTensor]]], sta
     for layer in range(depth.start, depth.start + depth.period):
         twin = [_renamed(pair, stack, layer + depth.period, layer) for pair in by_layer.get(layer + depth.period, [])]
         if twin != by_layer.get(layer, []):
-            raise StructureDiffersError(f"layers {layer} and {layer + depth.period} do not have the same tensors")
+            raise LayersDifferError(f"layers {layer} and {layer + depth.period} do not have the same tensors")
 
 
 def _renamed(pair: tuple[str, StaticTensor], stack: str, old: int, new: int) -> tuple[str, StaticTensor]:

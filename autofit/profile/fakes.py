@@ -10,9 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-_MASK_DIMS = 2
-"""Of one expert's mask: choices of a token, tokens."""
-
 
 def fill_with_fakes(model: nn.Module) -> None:
     """Replace each meta parameter and buffer by a fake one, in place; call it under FakeTensorMode.
@@ -54,32 +51,6 @@ def _owner(module: str, name: str) -> Any:
     for part in name.split(".")[:-1]:
         owner = getattr(owner, part, None)
     return owner
-
-
-@contextmanager
-def routed_evenly(num_experts: int | None) -> Iterator[None]:
-    """Let loops over experts give each as many tokens as any other, where a mask would say which.
-
-    Releases before 5 have no grouped product: each expert picks its tokens with `torch.where`. Over all experts as many
-    rows are kept for backward however they are routed; one expert's temporaries are as large as an even share.
-    Source: transformers/models/mixtral/modeling_mixtral.py 4.48, MixtralSparseMoeBlock.forward.
-
-    Args:
-        num_experts: of a layer; None for a model without.
-    """
-    where = torch.where
-
-    def even(condition: torch.Tensor, *values: Any, **kwargs: Any) -> Any:
-        if values or kwargs or not num_experts or condition.dim() != _MASK_DIMS:
-            return where(condition, *values, **kwargs)
-        share = -(-condition.numel() // num_experts)
-        return tuple(torch.zeros(share, dtype=torch.int64, device=condition.device) for _ in range(_MASK_DIMS))
-
-    torch.where = even
-    try:
-        yield
-    finally:
-        torch.where = where
 
 
 @contextmanager

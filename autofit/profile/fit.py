@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from autofit.errors import AutofitError
+from autofit.profile.loops import Growth
 from autofit.spec.profile import MONOMIALS, Polynomial
 
 LENGTHS_ALONE = tuple((i, j) for i, j in MONOMIALS if i == 0)
+BATCHES_ALONE = tuple((i, j) for i, j in MONOMIALS if j == 0)
 
 Point = tuple[int, int]
 """(b, s): sequences of the micro-batch, tokens of a sequence."""
@@ -19,13 +21,13 @@ def inverse(points: Sequence[Point]) -> list[list[Fraction]]:
 
     Args:
         points: as many as there are monomials, in general position; or three lengths of one row, which determine the
-            powers of s alone.
+            powers of s alone; or two batches of one length, which determine those of b.
 
     Raises:
         ValueError: the points do not determine the coefficients.
     """
     size = len(points)
-    monomials = MONOMIALS if size == len(MONOMIALS) else LENGTHS_ALONE
+    monomials = next(each for each in (MONOMIALS, LENGTHS_ALONE, BATCHES_ALONE) if len(each) == size)
     rows = [
         [Fraction(b**i * s**j) for i, j in monomials] + [Fraction(int(k == n)) for k in range(size)]
         for n, (b, s) in enumerate(points)
@@ -56,5 +58,26 @@ def evaluate(polynomial: Polynomial, point: Point) -> float:
     return sum(c * b**i * s**j for c, (i, j) in zip(polynomial, MONOMIALS, strict=True))
 
 
+def by_tokens(polynomial: Polynomial, sequence_tokens: int) -> Polynomial:
+    """Say bytes for each token where a polynomial of one length has bytes for each sequence: the same value, exactly.
+
+    Where they are no whole number for each token, they stay.
+    """
+    values = dict(zip(MONOMIALS, polynomial, strict=True))
+    per_token, rest = divmod(values[1, 0], sequence_tokens)
+    if not rest:
+        values |= {(1, 0): 0.0, (1, 1): per_token}
+    return tuple(values[monomial] for monomial in MONOMIALS)
+
+
 class StructureDiffersError(AutofitError):
-    """Two sizes of the same step did not allocate the same tensors in the same order."""
+    """Two sizes of the same step did not allocate the same tensors in the same order.
+
+    Args:
+        message: what differs.
+        growth: how many operators the two steps have.
+    """
+
+    def __init__(self, message: str, *, growth: Growth | None = None) -> None:
+        super().__init__(message)
+        self.growth = growth

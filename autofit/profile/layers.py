@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from autofit.spec.profile import MIDDLE_LAYER
 SMALLEST_STACK_FRACTION = 0.1
 """Of the largest stack's parameters: a list of modules with fewer (heads, adapters, norms) is not cut at."""
 LONGEST_PERIOD = 12
+_DEPTHS = ("num_hidden_layers", "decoder_layers", "encoder_layers", "num_decoder_layers", "num_layers", "n_layer")
+"""What configs call the number of layers; a layer that keeps it scales by it, and is no other in a shallower model."""
 Signature = tuple[Any, ...]
 
 
@@ -142,7 +145,7 @@ def signatures(layers: nn.ModuleList, config: Any, every: int = 1) -> list[Signa
         every: how many layers go from one checkpoint to the next.
     """
     own = [_settings(layer) for layer in layers]
-    counting = {key for key in own[0] if len({settings.get(key) for settings in own}) == len(layers) > 1}
+    counting = _counting(own)
     lists = [
         values for values in vars(config).values() if isinstance(values, (list, tuple)) and len(values) == len(layers)
     ]
@@ -156,12 +159,27 @@ def signatures(layers: nn.ModuleList, config: Any, every: int = 1) -> list[Signa
     ]
 
 
+def _counting(own: Sequence[Mapping[tuple[str, str], Any]]) -> set[tuple[str, str]]:
+    """Find the settings that number the layers, or those of one kind: what hybrid models give some of their layers."""
+    found = set()
+    for key in {key: None for settings in own for key in settings}:
+        having = [(index, settings[key]) for index, settings in enumerate(own) if key in settings]
+        values = [value for _, value in having]
+        if len(having) == len(own) > 1 and len(set(values)) == len(own):
+            found.add(key)
+        elif len(having) > 1 and all(type(value) is int for value in values):
+            from_index = {value - index for index, value in having}
+            steps = {after - before for before, after in pairwise(values)}
+            found |= {key} if len(from_index) == 1 or steps == {1} else set()
+    return found
+
+
 def _settings(layer: nn.Module) -> dict[tuple[str, str], Any]:
     found: dict[tuple[str, str], Any] = {}
     for name, module in layer.named_modules():
         found[name, "class"] = type(module).__qualname__
         for key, value in vars(module).items():
-            if isinstance(value, (bool, int, str)) or value is None:
+            if key not in _DEPTHS and (isinstance(value, (bool, int, str)) or value is None):
                 found[name, key] = value
     for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
         found[name, "tensor"] = (tuple(tensor.shape), str(tensor.dtype))
@@ -196,25 +214,29 @@ class Depth:
 def shallow_depth(kinds: Sequence[Signature]) -> Depth | None:
     """Return the least depth that has every neighbourhood of the whole model, None where only the whole has.
 
-    Its first layers must be the model's first, as a config is cut to them; two layers stand at each end.
+    Its first layers must be the model's first, as a config is cut to them; two layers stand at each end. The first
+    layer of each kind is not repeated, if that can be: in backward it is the last that needs what those of its kind
+    share (rotary tables, masks), and frees it.
     """
     number_of = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
     numbers = [number_of[kind] for kind in kinds]
-    found = [
-        depth
-        for period in range(1, min(LONGEST_PERIOD, len(kinds) // 2) + 1)
-        if (depth := _depth_with(numbers, period)) is not None
-    ]
-    return min(found, key=lambda depth: depth.num_traced, default=None)
+    periods = range(1, min(LONGEST_PERIOD, len(kinds) // 2) + 1)
+    for repeats_firsts in (False, True):
+        found = [_depth_with(numbers, period, repeats_firsts=repeats_firsts) for period in periods]
+        if any(found):
+            return min((depth for depth in found if depth is not None), key=lambda depth: depth.num_traced)
+    return None
 
 
-def _depth_with(kinds: list[int], period: int) -> Depth | None:
+def _depth_with(kinds: list[int], period: int, *, repeats_firsts: bool) -> Depth | None:
     total, ends = len(kinds), 2
     for traced in range(ends + 2 * period + ends, total):
         if (total - traced) % period:
             continue
         for start in range(ends, traced - 2 * period - ends + 1):
             depth = Depth(num_layers=total, num_traced=traced, start=start, period=period)
+            if not repeats_firsts and not set(kinds[start : start + period]) <= set(kinds[:start]):
+                continue
             if [kinds[layer] for layer in depth.real_order()] == kinds and _twins(kinds, depth):
                 return depth
     return None

@@ -28,6 +28,7 @@ checkpointing (gpt_bigcode) keep every layer's in what they return; a loop of on
 Source: transformers/trainer.py 5.23, Trainer.__init__ (`config.use_cache = args.use_cache`)."""
 DEPTH_NAMES = ("num_hidden_layers", "decoder_layers", "encoder_layers", "num_decoder_layers")
 """What configs call the number of layers where `num_hidden_layers` is not an alias of it."""
+EXPERT_NAMES = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
 
 
 def load_config(config: dict[str, Any], num_layers: int | None, regime: Regime) -> Any:
@@ -78,9 +79,13 @@ def width(config: Any) -> int:
 
 
 def num_experts(config: Any) -> int | None:
-    """Return how many routed experts a layer has, whatever the config calls them; None where it has none."""
+    """Return how many routed experts a layer has, whatever the config calls them; None where it has none.
+
+    It may be said in a part of the config (dbrx's `ffn_config`).
+    """
     text = text_config(config)
-    found = [getattr(text, name, None) for name in ("num_local_experts", "n_routed_experts", "num_experts")]
+    parts = [text, *(value for value in vars(text).values() if isinstance(value, transformers.PretrainedConfig))]
+    found = [getattr(part, name, None) for part in parts for name in EXPERT_NAMES]
     return next((number for number in found if isinstance(number, int) and number > 1), None)
 
 

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from autofit.profile.kernels import Substitute, TemporaryBytes
 from autofit.profile.known import is_known
+from autofit.profile.loops import MAX_OPERATORS, TooManyOperatorsError
 from autofit.spec.profile import ACTIVATION, GRADIENT, INSIDE, SegmentKind
 
 aten = torch.ops.aten
@@ -68,10 +69,18 @@ class Recorder(TorchDispatchMode):
     Args:
         temporaries: bytes that kernels allocate inside, by operator.
         substitutes: what to call instead of an operator.
+        max_operators: of a step.
+
+    Raises:
+        TooManyOperatorsError: from within a step that has more operators than are traced.
     """
 
     def __init__(
-        self, temporaries: Mapping[Any, TemporaryBytes], substitutes: Mapping[Any, Substitute] | None = None
+        self,
+        temporaries: Mapping[Any, TemporaryBytes],
+        substitutes: Mapping[Any, Substitute] | None = None,
+        *,
+        max_operators: int = MAX_OPERATORS,
     ) -> None:
         super().__init__()
         self._temporaries = temporaries
@@ -79,6 +88,8 @@ class Recorder(TorchDispatchMode):
         self._living: dict[int, _Living] = {}
         self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._category = ACTIVATION
+        self._num_operators = 0
+        self._max_operators = max_operators
         self.segments: list[RawSegment] = []
         self.attends_causally = True
         """Whether every fused attention in a layer so far left out what lies ahead; a vision tower's is in none."""
@@ -95,6 +106,7 @@ class Recorder(TorchDispatchMode):
     def restart(self) -> None:
         """Forget the segments; what is alive becomes static."""
         self.segments = []
+        self._num_operators = 0
         self._make_static()
 
     def finished(self) -> list[RawSegment]:
@@ -173,6 +185,9 @@ class Recorder(TorchDispatchMode):
         self.segments[-1].events.append((living.num_bytes, category, living.segment, living.ordinal))
 
     def _count_work(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        self._num_operators += 1
+        if self._num_operators > self._max_operators:
+            raise TooManyOperatorsError(f"a step has more than {self._max_operators:,} operators")
         segment = self.segments[-1]
         segment.num_kernels += 1
         self.attends_causally &= segment.layer is None or _attends_causally(func, args)
@@ -217,6 +232,11 @@ def _names(events: list[tuple[int, ...]], index: int) -> list[tuple[int, ...]]:
 
 def _highest(events: Iterable[tuple[int, ...]]) -> int:
     return max(itertools.accumulate(event[0] if len(event) == 2 else -event[0] for event in events), default=0)
+
+
+def num_operators(segments: Iterable[RawSegment]) -> int:
+    """Count the operators of a step that make or change a tensor."""
+    return sum(segment.num_kernels for segment in segments)
 
 
 def _ordered_deaths(events: list[tuple[int, ...]]) -> list[tuple[int, ...]]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from autofit.errors import InputError
-from autofit.profile.fit import Point
-from autofit.profile.recorder import RawSegment
+from autofit.profile.fit import Point, StructureDiffersError
+from autofit.profile.loops import Growth
+from autofit.profile.recorder import RawSegment, num_operators
 
 
 @contextmanager
@@ -30,21 +32,25 @@ def values_refused(model: nn.Module) -> Iterator[None]:
         ) from error
 
 
-def refuse_other_structure(model: nn.Module, steps: Sequence[Sequence[RawSegment]], points: Sequence[Point]) -> None:
-    """Refuse a model whose step at the latest size has not the operators of the first.
+def check_structure(model: nn.Module, steps: Sequence[Sequence[RawSegment]], points: Sequence[Point]) -> None:
+    """Hold the step at the latest size to the first: it has as many tensors, segment by segment.
 
     Raises:
-        InputError: it loops over tokens, or takes another path at another length.
+        StructureDiffersError: it loops over tokens, or takes another path at another size.
     """
     first, last = steps[0], steps[-1]
     (b, s), (later_b, later_s) = points[0], points[len(steps) - 1]
     if (b == 1) != (later_b == 1):  # one sequence alone is a special case: a slice of one row needs no copy
         return
-    for one, other in zip(first, last, strict=False):
+    growth = Growth(tokens=(s, later_s), operators=(num_operators(first), num_operators(last)))
+    for one, other in zip_longest(first, last, fillvalue=_NO_SEGMENT):
         if (one.name, one.layer) != (other.name, other.layer) or one.num_births != other.num_births:
             what = one.name if one.layer is None else f"{one.name} {one.layer}"
-            raise InputError(
+            raise StructureDiffersError(
                 f"{type(model).__name__} allocates {one.num_births} tensors in its {what} for {b} x {s} tokens and "
                 f"{other.num_births} for {later_b} x {later_s}: it loops over tokens, or takes another path there",
-                to_fix="its memory is no function of the sizes that can be traced; choose another model",
+                growth=growth,
             )
+
+
+_NO_SEGMENT = RawSegment("no segment", "forward", None)

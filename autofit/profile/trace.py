@@ -3,38 +3,49 @@
 from __future__ import annotations
 
 import gc
+import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from autofit.errors import InputError
 from autofit.profile import kernels
 from autofit.profile.batching import arrange
-from autofit.profile.deepen import Stretch, deepen, deepen_tensors
+from autofit.profile.between import holds_at
+from autofit.profile.deepen import LayersDifferError, Stretch, deepen, deepen_tensors
 from autofit.profile.fakes import (
     believing_it_is_real,
     fill_with_fakes,
     masks_without_holes,
     no_layer_dropped,
-    routed_evenly,
 )
-from autofit.profile.fit import Point, StructureDiffersError, fit, inverse
+from autofit.profile.fit import Point, StructureDiffersError, by_tokens, fit, inverse
 from autofit.profile.inputs import a_batch, feeding_images, input_bytes
-from autofit.profile.layers import watch_layers
-from autofit.profile.models import build, choose_depth, load_config, num_experts, width
+from autofit.profile.layers import Depth, watch_layers
+from autofit.profile.loops import (
+    MAX_OPERATORS,
+    MAX_OPERATORS_OF_SEVERAL,
+    SHORT_LENGTHS,
+    Growth,
+    TooManyOperatorsError,
+    refuse_long_loop,
+)
+from autofit.profile.models import build, build_plain, choose_depth, load_config, num_experts, width
 from autofit.profile.parameters import fold_layers, static_tensors
 from autofit.profile.parts import text_config
 from autofit.profile.quantized import unpacking_as_an_operator
 from autofit.profile.recorder import RawSegment, Recorder
-from autofit.profile.refusals import refuse_other_structure, values_refused
+from autofit.profile.refusals import check_structure, values_refused
 from autofit.profile.routing import even_routing
 from autofit.profile.sequence_parallel import import_ulysses, shared_lengths
 from autofit.profile.step import checkpoint, run_step
-from autofit.profile.windows import Lengths, lengths_to_trace
+from autofit.profile.windows import Lengths, lengths_to_trace, one_length, planned_length
 from autofit.profile.zero3_linear import linear_as_in_zero3
 from autofit.spec.libraries import installed_versions
 from autofit.spec.profile import Polynomial, Regime, RegimeProfile, Segment, StaticTensor
@@ -46,7 +57,7 @@ def trace_points(lengths: Sequence[int], *, one_row: bool = False) -> tuple[Poin
     """Sizes to trace: two batches of each length, none of which is a special case (one sequence is).
 
     Args:
-        lengths: three, on one code path.
+        lengths: three, on one code path; or one, which is all that is asked for.
         one_row: whether a micro-batch is always one row; then three lengths of it are enough.
     """
     return tuple((b, s) for b in ((1,) if one_row else (2, 3)) for s in lengths)
@@ -58,33 +69,50 @@ def trace(
     regime: Regime,
     *,
     sequence_tokens: int | None = None,
+    at_one_length: bool = False,
     progress: Progress = lambda _done, _total: None,
 ) -> RegimeProfile:
     """Trace a model under a regime.
 
     Where layers repeat, a shallower model is traced; if its tape shows that they do not after all, every layer is.
+    Where the step at two lengths does not allocate the same tensors (it loops over tokens), or cannot be run at others
+    than the planned one, that length alone is traced.
 
     Args:
         model_name: for messages and the profile's label.
         config: content of config.json.
         regime: what the step does.
         sequence_tokens: length that is planned: attention windows make the path depend on it. None: about 1,024.
+        at_one_length: whether to trace the planned length alone at once; for a model that is known to loop.
         progress: called with (traces done, traces in all).
 
     Raises:
-        InputError: the installed libraries cannot build or run the model, or its step is no tape of fixed structure.
+        InputError: the installed libraries cannot build or run the model, its step is no tape of fixed structure, or
+            it loops over more tokens than are traced.
     """
     whole = load_config(config, None, regime)
+    text = text_config(whole)
+    subject = _Subject(config=config, whole=whole, regime=regime, chosen=_chosen_depth(config, whole, regime))
+    planned = max(planned_length(text, sequence_tokens), regime.image_tokens)
     lengths = _lengths(whole, regime, sequence_tokens)
-    points = trace_points(lengths.traced, one_row=regime.masks_one_row)
-    tape = _shallow_tape(config, whole, regime, points, progress) or _whole_tape(whole, regime, points, progress)
+    if regime.sequence_parallel_size > 1:
+        tape = _tape_of_shares(subject, lengths, progress)
+    else:
+        tries_several = not at_one_length and planned >= lengths.min_sequence_tokens
+        several = _tape_of_lengths(subject, lengths, planned, progress) if tries_several else None
+        if several is not None and not planned % several.multiple_tokens:
+            tape = several
+        elif several is not None and regime.masks_one_row:
+            tape = _tape_of_rows(subject, lengths, progress)
+        else:
+            tape, lengths = _tape_of_one_length(subject, planned, progress), one_length(planned)
     return RegimeProfile(
         model=model_name,
         regime=regime,
         num_layers=tape.num_layers,
         num_traced_layers=tape.num_traced_layers,
         hidden_size=width(whole),
-        vocab_size=text_config(whole).vocab_size,
+        vocab_size=text.vocab_size,
         tensors=tape.tensors,
         sizes=tape.sizes,
         segments=tape.segments,
@@ -92,6 +120,7 @@ def trace(
         min_sequence_tokens=lengths.min_sequence_tokens,
         max_sequence_tokens=lengths.max_sequence_tokens,
         attends_causally=tape.attends_causally,
+        multiple_tokens=tape.multiple_tokens,
         versions=installed_versions(),
     )
 
@@ -107,6 +136,130 @@ def _lengths(config: Any, regime: Regime, sequence_tokens: int | None) -> Length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Subject:
+    """What is traced, at whatever sizes."""
+
+    config: dict[str, Any]
+    """Content of config.json."""
+    whole: Any
+    """Its config object, of every layer."""
+    regime: Regime
+    chosen: tuple[Any, str, Depth] | None
+    """A config of few layers that stand for all, where there is one: see `choose_depth`."""
+
+    @property
+    def model_class(self) -> str:
+        """The name of transformers' class, for messages."""
+        return type(build_plain(self.whole, self.regime)).__name__
+
+    def fewest_layers(self) -> nn.Module:
+        """Build the shallowest model that has the whole one's pattern."""
+        return build(self.chosen[0] if self.chosen else self.whole, self.regime)
+
+
+def _chosen_depth(config: dict[str, Any], whole: Any, regime: Regime) -> tuple[Any, str, Depth] | None:
+    """Choose a depth, unless layers are frozen by their number."""
+    return choose_depth(config, whole, regime) if regime.freeze is None else None
+
+
+def _tape_of_lengths(subject: _Subject, lengths: Lengths, planned_tokens: int, progress: Progress) -> _Tape | None:
+    """Trace several lengths; None where only the planned one can say what its step does.
+
+    Raises:
+        InputError: the step cannot be traced at any length, or would have too many operators at the planned one.
+    """
+    points = trace_points(lengths.traced, one_row=subject.regime.masks_one_row)
+    try:
+        return _tape(subject, points, progress, between=lengths.between, max_operators=MAX_OPERATORS_OF_SEVERAL)
+    except InputError:
+        raise
+    except StructureDiffersError as error:
+        growth = error.growth
+    except TooManyOperatorsError:
+        growth = _growth_of_short(subject)
+    except Exception:  # noqa: BLE001 - some models run at some lengths only; the planned one's error is told
+        growth = None
+    if growth is not None:
+        refuse_long_loop(subject.model_class, planned_tokens, growth)
+    return None
+
+
+def _tape_of_shares(subject: _Subject, lengths: Lengths, progress: Progress) -> _Tape:
+    """Trace what one process of several has of each sequence, at several lengths.
+
+    Raises:
+        InputError: the step is not the same at all of them.
+    """
+    try:
+        return _tape(subject, trace_points(lengths.traced, one_row=subject.regime.masks_one_row), progress)
+    except (StructureDiffersError, TooManyOperatorsError) as error:
+        raise InputError(
+            error.message, to_fix="plan without sequence parallelism, or choose a model without such a loop"
+        ) from error
+
+
+def _growth_of_short(subject: _Subject) -> Growth | None:
+    """Run two lengths that are short enough for any loop; None where images leave no room for them."""
+    if subject.regime.image_tokens:
+        return None
+    try:
+        trace_model(subject.fewest_layers(), subject.regime, trace_points(SHORT_LENGTHS)[:2], lambda *_: None)
+    except StructureDiffersError as error:
+        return error.growth
+    return None
+
+
+def _tape_of_rows(subject: _Subject, lengths: Lengths, progress: Progress) -> _Tape:
+    """Trace packed rows of lengths that pad most: how long a row is depends on the micro-batch, so any is counted so.
+
+    Too high by what fewer than 8 columns of a mask take, and where no padding is needed by the copy that it makes.
+    """
+    return _tape(subject, trace_points(lengths.odd.traced, one_row=True), progress)
+
+
+def _tape_of_one_length(subject: _Subject, planned_tokens: int, progress: Progress) -> _Tape:
+    """Trace one length, whose sizes depend on the batch alone.
+
+    Raises:
+        InputError: the step is not the same at two batches, or has too many operators.
+    """
+    if subject.regime.masks_one_row:
+        raise _refuse_rows(subject)
+    points = trace_points((planned_tokens,))
+    try:
+        try:
+            short = max(min(SHORT_LENGTHS[0], planned_tokens), subject.regime.image_tokens)
+            tape = _tape(subject, points, progress, warm_up_tokens=short)
+        except StructureDiffersError:  # it made something once at this length, and had made it at the other
+            tape = _tape(subject, points, progress)
+    except TooManyOperatorsError as error:
+        raise InputError(
+            f"{subject.model_class} loops over its tokens: at {planned_tokens:,} tokens {error.message}",
+            to_fix="plan for shorter sequences (--seq-len), or choose a model without such a loop",
+        ) from error
+    except StructureDiffersError as error:
+        if subject.regime.batching == "packed":
+            raise _refuse_rows(subject) from error
+        raise InputError(
+            error.message, to_fix="its memory is no function of the sizes that can be traced; choose another model"
+        ) from error
+    return replace(tape, sizes=tuple(by_tokens(size, planned_tokens) for size in tape.sizes))
+
+
+def _refuse_rows(subject: _Subject) -> InputError:
+    return InputError(
+        f"{subject.model_class} does not allocate the same tensors for every length of a row, and how long a packed "
+        "row is depends on the micro-batch",
+        to_fix="plan for sequences of equal length (batching equal) or padded ones",
+    )
+
+
+def _tape(subject: _Subject, points: Sequence[Point], progress: Progress, **options: Any) -> _Tape:
+    """Trace as few layers as stand for all, or every one; for the options see `trace_model`."""
+    return _shallow_tape(subject, points, progress, options) or _whole_tape(subject, points, progress, options)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Tape:
     """What of a profile comes from the steps."""
 
@@ -117,11 +270,12 @@ class _Tape:
     segments: tuple[Segment, ...]
     attends_causally: bool
     input_bytes: Polynomial | None
+    multiple_tokens: int
 
 
-def _whole_tape(config: Any, regime: Regime, points: Sequence[Point], progress: Progress) -> _Tape:
+def _whole_tape(subject: _Subject, points: Sequence[Point], progress: Progress, options: Mapping[str, Any]) -> _Tape:
     """Trace every layer."""
-    traced = trace_model(build(config, regime), regime, points, progress)
+    traced = trace_model(build(subject.whole, subject.regime), subject.regime, points, progress, **options)
     sizes, segments = fold(traced.steps, points)
     num_layers = len({segment.layer for segment in segments if segment.layer is not None})
     return _Tape(
@@ -132,25 +286,25 @@ def _whole_tape(config: Any, regime: Regime, points: Sequence[Point], progress: 
         segments=segments,
         attends_causally=traced.attends_causally,
         input_bytes=traced.input_bytes,
+        multiple_tokens=traced.multiple_tokens,
     )
 
 
 def _shallow_tape(
-    config: dict[str, Any], whole: Any, regime: Regime, points: Sequence[Point], progress: Progress
+    subject: _Subject, points: Sequence[Point], progress: Progress, options: Mapping[str, Any]
 ) -> _Tape | None:
     """Trace few layers that stand for all; None where only the whole model shows what it does."""
-    chosen = choose_depth(config, whole, regime) if regime.freeze is None else None  # its layers differ
-    if chosen is None:
+    if subject.chosen is None:
         return None
-    shallow, stack, depth = chosen
-    traced = trace_model(build(shallow, regime), regime, points, progress)
+    _, stack, depth = subject.chosen
+    traced = trace_model(subject.fewest_layers(), subject.regime, points, progress, **options)
     sizes, segments = fold(traced.steps, points)
     name, first = traced.stack(stack)
     stretch = Stretch(depth=depth, first=first)
     try:
         deep = deepen(segments, stretch)
         tensors = deepen_tensors(traced.tensors, name, depth)
-    except StructureDiffersError:
+    except LayersDifferError:
         return None
     if depth.is_uniform and len({s.layer for s in segments if s.layer is not None}) == depth.num_traced:
         return _Tape(
@@ -161,6 +315,7 @@ def _shallow_tape(
             segments=segments,
             attends_causally=traced.attends_causally,
             input_bytes=traced.input_bytes,
+            multiple_tokens=traced.multiple_tokens,
         )
     num_layers = len({segment.layer for segment in deep if segment.layer is not None})
     return _Tape(
@@ -171,6 +326,7 @@ def _shallow_tape(
         segments=deep,
         attends_causally=traced.attends_causally,
         input_bytes=traced.input_bytes,
+        multiple_tokens=traced.multiple_tokens,
     )
 
 
@@ -185,6 +341,8 @@ class Traced:
     first_indices: dict[str, int]
     """By dotted name of a stack that ran: the index of its first layer."""
     attends_causally: bool
+    multiple_tokens: int = 1
+    """For multiples of how many tokens the polynomials through the points hold; 1 where that was not asked."""
 
     def stack(self, name: str) -> tuple[str, int]:
         """Return a stack's name, which an adapter prefixes, and the index of its first layer."""
@@ -199,35 +357,72 @@ def trace_steps(
     return traced.steps, traced.tensors
 
 
-def trace_model(model: nn.Module, regime: Regime, points: Sequence[Point], progress: Progress) -> Traced:
+def trace_model(
+    model: nn.Module,
+    regime: Regime,
+    points: Sequence[Point],
+    progress: Progress,
+    *,
+    between: Mapping[int, int] = MappingProxyType({}),
+    warm_up_tokens: int | None = None,
+    max_operators: int = MAX_OPERATORS,
+) -> Traced:
     """Run micro-steps of a model that was built on the meta device.
 
     A step before the first is not kept: what libraries make once (rotary tables, masks) is there afterwards.
 
+    Args:
+        model: on the meta device.
+        regime: what the step does.
+        points: sizes to trace.
+        progress: called with (points done, points in all).
+        between: lengths at which to check that polynomials through the points hold, and the multiple of tokens for
+            which they do if they do there; the first that does is taken, or what all points are multiples of.
+        warm_up_tokens: length of the step that is not kept; by default the first of `between`, or of the points.
+        max_operators: of a step.
+
     Raises:
-        InputError: the step needs the values of tensors, or is not the same at every length.
+        InputError: the step needs the values of tensors.
+        StructureDiffersError: it is not the same at every size.
+        TooManyOperatorsError: it has more operators than are traced.
     """
     import_ulysses(regime)  # before tensors are fake: modules keep what they make when they are imported
+    num_sequences, tokens = points[0]
+    first = (num_sequences, warm_up_tokens or next(iter(between), tokens))
+    evenly = even_routing(num_experts(model.config))
     with ExitStack() as stack:
-        for each in (FakeTensorMode(allow_non_fake_inputs=True), environment(regime), even_routing(model)):
+        for each in (FakeTensorMode(allow_non_fake_inputs=True), environment(regime), evenly):
             stack.enter_context(each)
         fill_with_fakes(model)
         model.train()
         feed = stack.enter_context(feeding_images(model, regime))
-        recorder = Recorder(kernels.temporaries(regime), kernels.substitutes(regime))
+        temporaries, substitutes = kernels.temporaries(regime), kernels.substitutes(regime)
+        recorder = Recorder(temporaries, substitutes, max_operators=max_operators)
         if regime.gradient_checkpointing:
             checkpoint(model, regime, recorder)
         recorder.ignore([*model.parameters(), *model.buffers()])
         watch = watch_layers(model, recorder)
         steps: list[list[RawSegment]] = []
-        with recorder, values_refused(model), routed_evenly(num_experts(model.config)):
-            run_step(model, recorder, regime, points[0], feed)
+
+        def step_at(point: Point) -> list[RawSegment]:
+            recorder.restart()
+            run_step(model, recorder, regime, point, feed)
+            return recorder.finished()
+
+        with recorder, values_refused(model):
+            warm_up = step_at(first)
             for done, point in enumerate(points):
                 progress(done, len(points))
-                recorder.restart()
-                run_step(model, recorder, regime, point, feed)
-                steps.append(recorder.finished())
-                refuse_other_structure(model, steps, points)
+                steps.append(step_at(point))
+                check_structure(model, steps, points)
+            holding = (
+                multiple
+                for length, multiple in between.items()
+                for point in [(num_sequences, length)]
+                if (point == first and holds_at(warm_up, point, steps, points))
+                or holds_at(step_at(point), point, steps, points)
+            )
+            multiple_tokens = next(holding, math.gcd(*(length for _, length in points)) if between else 1)
         inputs = arrange(a_batch(points[0], model, regime, feed), regime) if feed is not None else None
         return Traced(
             steps=steps,
@@ -235,6 +430,7 @@ def trace_model(model: nn.Module, regime: Regime, points: Sequence[Point], progr
             first_indices=watch.first_indices(),
             attends_causally=recorder.attends_causally,
             input_bytes=None if inputs is None else input_bytes(inputs, points[0]),
+            multiple_tokens=multiple_tokens,
         )
 
 

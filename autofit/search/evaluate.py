@@ -225,6 +225,8 @@ def refuse_length(profile: RegimeProfile, sequence_tokens: int) -> None:
     if profile.holds_for(sequence_tokens):
         return
     allowed = f"at least {profile.min_sequence_tokens}" + ("" if longest is None else f" and at most {longest}")
+    if profile.multiple_tokens > 1:
+        allowed += f" and a multiple of {profile.multiple_tokens}"
     raise InputError(
         f"sequences of {sequence_tokens} tokens take a code path of {profile.model} that was not traced.",
         to_fix=f"choose a length of {allowed} tokens",

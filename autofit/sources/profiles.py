@@ -82,7 +82,10 @@ def write_pack(path: Path, profiles: Pack) -> None:
 
 def merged(kept: Pack, added: Iterable[RegimeProfile]) -> Pack:
     """Put profiles into a pack, each in place of the one of the same regime and lengths."""
-    by_path = {(profile.regime, profile.min_sequence_tokens): profile for profile in (*kept, *added)}
+    by_path = {
+        (profile.regime, profile.min_sequence_tokens, profile.max_sequence_tokens, profile.multiple_tokens): profile
+        for profile in (*kept, *added)
+    }
     return tuple(by_path.values())
 
 
@@ -97,7 +100,7 @@ def stored_profiles(model: Model, regimes: Sequence[Regime], sequence_tokens: in
     if not can_trace():
         packs += map(read_pack, sorted(SHIPPED_FOLDER.glob(f"{architecture_key(model.config)}-*.json.gz")))
     found: ProfileSet = {}
-    for profile in itertools.chain.from_iterable(packs):
+    for profile in sorted(itertools.chain.from_iterable(packs), key=lambda profile: -profile.multiple_tokens):
         if profile.holds_for(sequence_tokens):
             found.setdefault(profile.regime, profile)
     return {regime: found[regime] for regime in regimes if regime in found}

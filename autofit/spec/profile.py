@@ -160,13 +160,21 @@ class RegimeProfile:
     """Whether fused attention leaves out what lies ahead; a profile that does not say is of a causal model."""
     input_bytes: Polynomial | None = None
     """Bytes of a micro-batch's inputs, all of which are in the tape; None: ids, labels, and a mask or positions."""
+    multiple_tokens: int = 1
+    """Only sequences of a multiple of so many tokens: a scan in chunks pads others to whole ones."""
     versions: dict[str, str]
     """Of the libraries that were traced."""
 
     def holds_for(self, sequence_tokens: int) -> bool:
         """Whether sequences of that length take the code path that was traced."""
         longest = self.max_sequence_tokens
-        return self.min_sequence_tokens <= sequence_tokens and (longest is None or sequence_tokens <= longest)
+        in_range = self.min_sequence_tokens <= sequence_tokens and (longest is None or sequence_tokens <= longest)
+        return in_range and not sequence_tokens % self.multiple_tokens
+
+    @property
+    def only_length(self) -> int | None:
+        """The one length that the tape holds for, where it holds for one (a loop over tokens), else None."""
+        return self.max_sequence_tokens if self.max_sequence_tokens == self.min_sequence_tokens else None
 
     def repeats(self, segment: Segment) -> int:
         """How often a traced segment runs in one micro-step of the real model.

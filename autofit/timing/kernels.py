@@ -57,6 +57,8 @@ class MicroStepWork:
     backward: PassWork
     recomputed_flops: Polynomial
     """Of what backward does again because forward did not keep it."""
+    only_length: int | None = None
+    """The one length that the polynomials hold for, which then have no powers of s."""
 
 
 def micro_step_work(profile: RegimeProfile) -> MicroStepWork:
@@ -67,6 +69,7 @@ def micro_step_work(profile: RegimeProfile) -> MicroStepWork:
     return MicroStepWork(
         regime=profile.regime,
         attends_causally=profile.attends_causally,
+        only_length=profile.only_length,
         forward=_pass_work(profile, "forward"),
         backward=_pass_work(profile, "backward"),
         recomputed_flops=_times(_total(profile, layers, "matmul_flops"), share),
@@ -193,7 +196,13 @@ class MicroStepTime:
 
 
 def micro_step_time(work: MicroStepWork, num_sequences: float, sequence_tokens: float, rates: Rates) -> MicroStepTime:
-    """Time a micro-batch."""
+    """Time a micro-batch.
+
+    Of a tape of one length, other sequences (an average batch's) take as long as as many tokens of that length do: work
+    in s is right, attention's in s² too much where they are shorter, and all of it counts as products.
+    """
+    if work.only_length is not None:
+        num_sequences, sequence_tokens = num_sequences * sequence_tokens / work.only_length, work.only_length
     rows, tokens = work.regime.rows(num_sequences, sequence_tokens)
     powers = tuple(rows**b * tokens**s for b, s in MONOMIALS)
     square = square_share(work.regime, tokens, attends_causally=work.attends_causally)

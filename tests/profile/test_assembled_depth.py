@@ -10,12 +10,13 @@ from autofit.memory.tape import phase_peaks
 from autofit.memory.unroll import unroll
 from autofit.profile.fit import evaluate
 from autofit.profile.trace import trace
-from tests.profile.tiny import CONFIGS, REGIMES, every_layer_traced, highest_alive
+from tests.profile.tiny import CONFIGS, REGIMES, every_layer_traced, highest_alive, tool
 
 SIZES = [(1, 384), (5, 257)]
 """None was traced: one sequence alone, and a length that is no multiple of anything."""
 LABEL_BYTES = 8
 """Of a token. With one sequence the shifted labels are a slice of one row, which is contiguous and not copied."""
+MOST_ERROR = 0.005
 FAST = [("llama", "full"), ("gpt2", "autocast, checkpointing")]
 SLOW = [("qwen3", "eager lora"), ("llama", "qlora, checkpointing"), ("qwen3", "autocast, checkpointing")]
 
@@ -42,6 +43,19 @@ def test_the_assembled_peak_is_that_of_a_trace_of_every_layer(model, regime):
 def test_the_assembled_peak_is_that_of_a_trace_of_every_layer_in_every_regime(model, regime):
     """The same for each architecture with each method."""
     assert_assembled_equals_traced(model, regime)
+
+
+depths = tool("compare_depths")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", depths.ARCHITECTURES)
+def test_the_assembled_peak_is_that_of_a_trace_of_every_layer_whatever_the_architecture(name):
+    """Dense, routed, windowed, state-space or encoding: the error is what the page says, and 0.5 % at most."""
+    page = depths.PAGE.read_text(encoding="utf-8").split(depths.BEGIN)[1].split(depths.END)[0]
+    (row,) = depths.compare([name])
+    assert abs(row.relative_error) <= MOST_ERROR
+    assert depths.line(row) in page
 
 
 def test_an_unrolled_step_is_a_trace_of_every_layer():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from pathlib import Path
 from typing import Any
 
 from autofit.profile.models import load_config
@@ -57,6 +60,17 @@ def every_layer_traced(config: dict[str, Any], regime: Regime, points: list[tupl
     """Trace the whole model, every layer of it, at each of `points`."""
     whole = load_config(config, None, regime)
     return trace_steps(whole, regime, points)[0]
+
+
+def tool(name: str) -> Any:
+    """Load a script of tools/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "tools" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
 
 
 def highest_alive(segments: list[RawSegment]) -> int:
