@@ -255,7 +255,7 @@ def test_a_chunk_of_tokens_has_no_more_rows_than_the_library_gives_it():
     """Liger's chunk is the power of two next to a vocabulary's share; TRL's stops growing at 4096 tokens."""
     llama = SimpleNamespace(vocab_size=128256, hidden_size=4096)
     assert [liger_chunk_tokens(tokens, llama) for tokens in (1, 1000, 16384)] == [1, 32, 512]
-    chunked = SimpleNamespace(regime=a_regime(loss="chunked"))
+    chunked = SimpleNamespace(regime=a_regime(loss="chunked"), only_length=None)
     row = 32768 * 2.0
     assert bound_on((0.0, -row, 0.0, row, 0.0, 0.0), chunked, 10**6) == 4096 * row
     assert bound_on((0.0, 0.0, 0.0, row, 0.0, 0.0), chunked, 10**6) is None
