@@ -6,8 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from autofit.errors import InputError
 from autofit.memory.fused_losses import CHUNK_ENTRIES, CHUNK_TOKENS, bound_on
@@ -16,14 +14,13 @@ from autofit.memory.unroll import unroll
 from autofit.profile.fit import by_tokens, evaluate
 from autofit.profile.loops import MAX_OPERATORS, ROUND_TOKENS, Growth, refuse_long_loop
 from autofit.profile.trace import trace
-from autofit.runtime.live_bytes import LiveBytes
 from autofit.sources.profiles import merged, pack_name, stored_profiles, write_pack
 from autofit.spec.job import Model
 from autofit.spec.libraries import installed_versions
 from autofit.spec.profile import RegimeProfile
 from autofit.timing.kernels import micro_step_time, micro_step_work
 from autofit.timing.rates import rates_of
-from tests.profile.tiny import CONFIGS, a_regime, every_layer_traced, highest_alive, tool
+from tests.profile.tiny import CONFIGS, a_regime, every_layer_traced, highest_alive, real_peak, tool
 from tests.search.worlds import a_cluster
 
 BATCH = 5
@@ -64,33 +61,6 @@ def predicted(profile: RegimeProfile, tokens: int, batch: int = BATCH) -> int:
     return int(max(peak.kept[0] for peak in phase_peaks(profile, [batch], tokens)))
 
 
-def real_peak(
-    config: dict[str, Any], tokens: int, *, attention: str = "sdpa", gradient_checkpointing: bool = False
-) -> int:
-    """Train a real model for two steps on this machine; return the most bytes alive in the second above the first."""
-    torch.manual_seed(0)
-    values = {key: value for key, value in config.items() if key != "model_type"}
-    made = AutoConfig.for_model(config["model_type"], **values, use_cache=False)
-    model = AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16, attn_implementation=attention).train()
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    counter, peak = LiveBytes(), 0
-    with counter:
-        for tensor in [*model.parameters(), *model.buffers()]:
-            counter.add(tensor)
-        for _ in range(2):
-            before = counter.now_bytes
-            counter.reset_peak()
-            ids = torch.randint(0, 8, (BATCH, tokens))
-            loss = model(input_ids=ids, labels=ids)["loss"]
-            del ids
-            loss.backward()
-            del loss
-            peak = counter.peak_bytes - before
-            model.zero_grad()
-    return peak
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_real_step_at_the_length_needs_what_is_predicted(case):
@@ -98,7 +68,7 @@ def test_a_real_step_at_the_length_needs_what_is_predicted(case):
     config, tokens, regime = CASES[case]
     profile = at_one_length(config, tokens, **regime)
     assert profile.only_length == tokens
-    assert predicted(profile, tokens) == real_peak(config, tokens, **regime)
+    assert predicted(profile, tokens) == real_peak(config, (BATCH, tokens), **regime)
 
 
 @pytest.mark.slow

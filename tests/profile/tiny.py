@@ -7,9 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from autofit.profile.models import load_config
 from autofit.profile.recorder import RawSegment
 from autofit.profile.trace import trace_steps
+from autofit.runtime.live_bytes import LiveBytes
 from autofit.spec.configuration import Lora, Quantization
 from autofit.spec.profile import Regime
 
@@ -81,3 +85,30 @@ def highest_alive(segments: list[RawSegment]) -> int:
             alive += event[0] if len(event) == 2 else -event[0]
             highest = max(highest, alive)
     return highest
+
+
+def real_peak(
+    config: dict[str, Any], size: tuple[int, int], *, attention: str = "sdpa", gradient_checkpointing: bool = False
+) -> int:
+    """Train a real model for two steps on this machine; return the most bytes alive in the second above the first."""
+    torch.manual_seed(0)
+    values = {key: value for key, value in config.items() if key != "model_type"}
+    made = AutoConfig.for_model(config["model_type"], **values, use_cache=False)
+    model = AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16, attn_implementation=attention).train()
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    counter, peak = LiveBytes(), 0
+    with counter:
+        for tensor in [*model.parameters(), *model.buffers()]:
+            counter.add(tensor)
+        for _ in range(2):
+            before = counter.now_bytes
+            counter.reset_peak()
+            ids = torch.randint(0, 8, size)
+            loss = model(input_ids=ids, labels=ids)["loss"]
+            del ids
+            loss.backward()
+            del loss
+            peak = counter.peak_bytes - before
+            model.zero_grad()
+    return peak
