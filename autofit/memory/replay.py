@@ -36,6 +36,8 @@ MAX_MICRO_STEPS = 2
 """The second finds gradients already there; later ones are like it."""
 MAX_PRESSURE_REPLAYS = 5
 """The smallest capacity is found to within a 32nd of what fragmentation costs, rounded up."""
+NEARLY_FULL_FRACTION = 0.9
+"""Beyond this share of the device, what the allocator would keep is told from what it cannot do without."""
 DDP_BUCKET_BYTES = (MIB, 25 * MIB)
 """The first bucket is small, to be sent early.
 
@@ -147,11 +149,13 @@ class Replayer:
 
 
 def _settle(trials: _Trials, capacity_bytes: int | None) -> Replayed:
-    """Run with room, and where the device has less than would be kept, as tightly as it goes."""
+    """Run with room, and where that would nearly fill the device or more, as tightly as it goes."""
     roomy = trials.run(math.inf)
     assert roomy is not None, "an allocator without a bound does not run out of memory"
-    if capacity_bytes is None or roomy.most_reserved_bytes <= capacity_bytes:
+    if capacity_bytes is None or roomy.most_reserved_bytes <= NEARLY_FULL_FRACTION * capacity_bytes:
         return _replayed(roomy, None)
+    if roomy.most_reserved_bytes <= capacity_bytes:
+        return _replayed(roomy, _least_capacity(trials, roomy.peak_allocated_bytes, roomy.most_reserved_bytes))
     kept = trials.run(capacity_bytes)
     suffices = roomy.most_reserved_bytes if kept is None else capacity_bytes
     fails = max(capacity_bytes, roomy.peak_allocated_bytes) if kept is None else roomy.peak_allocated_bytes

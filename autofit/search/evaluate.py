@@ -88,9 +88,14 @@ def has_ample_room(memory: MemoryEstimate) -> bool:
     return memory.needed_bytes <= AMPLE_FRACTION * memory.budget_bytes
 
 
+def leaves_headroom(memory: MemoryEstimate) -> bool:
+    """Tell whether a device holds a configuration with room to spare."""
+    return memory.needed_bytes <= usable_bytes(memory)
+
+
 def misfit_of(memory: MemoryEstimate, cluster: Cluster) -> Misfit:
     """Say whether device and, where it is known, host hold a configuration, with room to spare on the device."""
-    if memory.needed_bytes > usable_bytes(memory):
+    if not leaves_headroom(memory):
         return "device memory"
     host = cluster.host_memory_bytes
     return "host memory" if host is not None and (memory.host_bytes or 0) > host else "none"

@@ -11,7 +11,7 @@ import msgspec
 
 from autofit.errors import InputError
 from autofit.plan import Inputs, Plan, Rung
-from autofit.search.evaluate import Evaluated, Evaluator, MemoryEstimator, has_ample_room
+from autofit.search.evaluate import Evaluated, Evaluator, MemoryEstimator, has_ample_room, leaves_headroom
 from autofit.search.nothing_fits import Search, changes, refusal
 from autofit.search.rank import best, cost_of, ladder
 from autofit.search.rules import Rule, Site, broken_rule, rules_for, rules_for_given
@@ -236,8 +236,7 @@ def _settled(
     """Find the best, of one method or of all, that still fits when every allocation is replayed.
 
     One with ample room is taken without a replay. One that does not fit is marked, with those of its method that need
-    as much or more. A replay keeps below the device's memory wherever torch's allocator would, so of its figure no
-    share has to stay free.
+    as much or more. What the allocator cannot do without has to leave as much of the device free as tensors have.
     """
     while fitting := [each for each in evaluated if each.fits and method in {None, each.configuration.method}]:
         chosen = choose(fitting)
@@ -250,11 +249,11 @@ def _settled(
 
 def _as_it_fits(best: Evaluated, evaluator: Evaluator) -> Evaluated | None:
     """Return a configuration as it fits when replayed: as it is, or with segments that grow; None if neither does."""
-    if has_ample_room(best.memory) or evaluator.replay(best.configuration).fits:
+    if has_ample_room(best.memory) or leaves_headroom(evaluator.replay(best.configuration)):
         return best
     if evaluator.can_grow_segments:
         grown = replace(best, configuration=replace(best.configuration, expandable_segments=True))
-        if evaluator.replay(grown.configuration).fits:
+        if leaves_headroom(evaluator.replay(grown.configuration)):
             return grown
     return None
 
