@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -133,6 +134,12 @@ def launch(
         bool,
         typer.Option("--strict/--no-strict", help="Stop before the first step if a planned setting is not in effect."),
     ] = True,
+    discovers: Annotated[
+        bool, typer.Option("--discover/--no-discover", help="Run the script up to its first step, or read its source.")
+    ] = True,
+    discovery_limit: Annotated[
+        float, typer.Option("--discovery-limit", metavar="SECONDS", help="How long that may take.", min=1)
+    ] = 120,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, and start nothing.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -154,6 +161,8 @@ def launch(
             wishes,
             overrides(wishes, model=model, seq_len=seq_len, global_batch=global_batch, allow_hub=allow_hub),
             allow_hub=allow_hub,
+            runs_it=discovers,
+            limit_seconds=discovery_limit,
         )
     if dry_run:
         show_plan(made, output, as_json=as_json)
@@ -183,18 +192,32 @@ def overrides(
 
 
 def plan_for_script(
-    script: Path, arguments: Sequence[str], gpus: str, wishes: RunWish, said: Overrides, *, allow_hub: bool
+    script: Path,
+    arguments: Sequence[str],
+    gpus: str,
+    wishes: RunWish,
+    said: Overrides,
+    *,
+    allow_hub: bool,
+    runs_it: bool,
+    limit_seconds: float,
 ) -> Plan:
-    """Find out what a script is about to train, and plan it."""
+    """Find out what a script is about to train, by running or reading it, and plan it."""
     from autofit.api import cluster_of, run_length, solve_job, with_data
     from autofit.report.console import side_console
     from autofit.report.progress import discovery_display
+    from autofit.sources.models import resolve_model
     from autofit.sources.script import discover
     from autofit.sources.script_job import job_from_discovery
+    from autofit.sources.script_reading import read_script
 
     cluster, run = here(cluster_of(gpus, wishes)), run_length(wishes)
-    with discovery_display(side_console(), script):
-        discovered = discover(script, arguments, allow_hub=allow_hub)
+    if runs_it:
+        with discovery_display(side_console(), script):
+            discovered = discover(script, arguments, allow_hub=allow_hub, time_limit_seconds=limit_seconds)
+    else:
+        find = partial(resolve_model, allow_hub=allow_hub)
+        discovered = read_script(script, arguments, find_model=find, model=said.model)
     job = job_from_discovery(discovered, cluster, said, script=script, arguments=arguments)
     job = with_data(job, wishes, allow_hub=allow_hub, display=measuring)
     return solve_job(with_allocator_of(os.environ, replace(job, run=run)), cluster, tracing)

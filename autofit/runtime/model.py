@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,11 @@ SHAPE_KEYS = (
 CONFIG_ARGUMENTS = ("gguf_file", "revision", "cache_dir", "token", "subfolder", "local_files_only", "trust_remote_code")
 
 
+DECIDED_ARGUMENTS = ("dtype", "torch_dtype", "attn_implementation", "device_map")
+"""What the plan decides in the script's place. A `device_map` would put every rank's model on one device, or part it
+over all, which accelerate refuses. Source: accelerate/accelerator.py 1.15, `prepare`, "device_map='auto'"."""
+
+
 def load_as_planned(
     session: Session, cls: Any, load: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
@@ -27,7 +33,8 @@ def load_as_planned(
         return load(*args, **kwargs)
     if session.plan.configuration.zero_stage == 3:
         _announce_zero3(session)
-    given = {name: kwargs.pop(name, None) for name in ("dtype", "torch_dtype", "attn_implementation")}
+    given = {name: kwargs.pop(name, None) for name in DECIDED_ARGUMENTS}
+    _take_own_device()
     model = _load(session.plan.configuration, load, args, kwargs)
     session.log.record(
         "applied",
@@ -36,6 +43,17 @@ def load_as_planned(
         changes={name: [str(value), "the plan's"] for name, value in given.items() if value is not None},
     )
     return model
+
+
+def _take_own_device() -> None:
+    """Make each rank's GPU its current one before anything is loaded, as accelerate does later.
+
+    Source: accelerate/state.py 1.15, `PartialState.set_device`.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def is_jobs_model(session: Session, cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -36,7 +36,10 @@ LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER
 MARK_VARIABLE = "AUTOFIT_DISCOVERY"
 """Tells the processes of one discovery from all others."""
 POLL_SECONDS = 0.05
+ORPHAN_SECONDS = 20.0
+"""How long what a script has forked may go on after the script itself has ended well."""
 NUM_LINES_SHOWN = 12
+_READ = "--no-discover plans from what the script's source says, read and not run, and from the flags beside it"
 _INSTEAD = "plan without running it: autofit plan --model ... --seq-len ... --global-batch ... --gpus ..."
 
 
@@ -58,7 +61,7 @@ def discover(
         environment: the script's environment; this process's own by default.
 
     Raises:
-        InputError: it cannot be read, fails, takes too long, or does not train with transformers' Trainer.
+        InputError: it cannot be read, fails, takes too long, or does not train in a way that a plan can be applied to.
     """
     if not script.is_file():
         raise InputError(f"there is no script {str(script)!r}.", to_fix="give the path of a Python script")
@@ -88,17 +91,21 @@ def _run(
     It is over as soon as there is something in `out`, or when the child has ended and left no other process that may
     still write it: a script may fork and let its first process go. All that it started is ended with it.
     """
-    deadline = time.monotonic() + time_limit_seconds
+    deadline, orphaned_until = time.monotonic() + time_limit_seconds, None
     with log.open("wb") as file:
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=dict(environment), start_new_session=True
         )
         try:
             while time.monotonic() < deadline:
-                if out.is_file() or (child.poll() is not None and not _marked_processes(environment)):
-                    return child.poll() or 0
+                exit_code = child.poll()
+                if out.is_file() or exit_code or (exit_code == 0 and not _marked_processes(environment)):
+                    return exit_code or 0
+                if exit_code == 0:
+                    orphaned_until = orphaned_until or time.monotonic() + ORPHAN_SECONDS
+                    deadline = min(deadline, orphaned_until)
                 time.sleep(POLL_SECONDS)
-            return None
+            return child.poll()
         finally:
             _end_all(child, environment)
 
@@ -128,7 +135,9 @@ def _failure(script: Path, exit_code: int | None, output: str, time_limit_second
     """Say how the script ended before it began to train, with the last it printed."""
     told = [line.removeprefix("autofit: ") for line in output.splitlines() if line.startswith("autofit: the script ")]
     if told:
-        return InputError(f"{str(script)!r} cannot be planned for: {told[-1]}", to_fix=f"change that, or {_INSTEAD}")
+        return InputError(
+            f"{str(script)!r} cannot be planned for: {told[-1]}", to_fix=f"change that, or {_INSTEAD}", hint=_READ
+        )
     last = output.rstrip().splitlines()[-NUM_LINES_SHOWN:]
     shown = "".join(f"\n    {line}" for line in last)
     offline = "the Hub was not allowed: --allow-hub; or " if "offline" in output.casefold() else ""
@@ -136,6 +145,7 @@ def _failure(script: Path, exit_code: int | None, output: str, time_limit_second
         f"{str(script)!r} {_ending(exit_code, output, time_limit_seconds)}."
         + (f" It printed last:{shown}" if last else ""),
         to_fix=f"{offline}correct the script, pass the arguments it needs, or {_INSTEAD}",
+        hint=_READ,
     )
 
 

@@ -288,7 +288,8 @@ def _found(discovered: Discovered, cluster: Cluster) -> dict[str, str]:
     """Say what was read from the script and where, for the user to check."""
     said = discovered.arguments
     adapter = discovered.adapter
-    found = {
+    found = {"guessed": "the script was read, not run (--no-discover): check each line"} if discovered.is_guess else {}
+    found |= {
         "model": f"{discovered.model_name} ({discovered.config['architectures'][0]}), {_said(discovered, 'model')}",
         "method": "no adapter, so full fine-tuning" if adapter is None else _adapter_words(adapter),
         "global batch": f"{said['per_device_train_batch_size']} sequences a device x "
@@ -329,6 +330,8 @@ _LOSS_WORDS = {"liger": "Liger's kernels", "chunked": "trl's fused head, which n
 
 
 def _sequence_words(lengths: FoundLengths) -> str:
+    if lengths.num_samples_seen == 0:
+        return f"{lengths.sequence_tokens} tokens, which the source names; no data was looked at"
     of = "an unknown number" if lengths.num_samples is None else str(lengths.num_samples)
     seen = f"of {lengths.num_samples_seen} of {of} samples"
     if lengths.num_rows_per_sequence == 1:

@@ -82,6 +82,8 @@ class Discovered:
     """Whether the script names the dtype itself."""
     checkpoints: bool | None = None
     """Of a loop: whether the script has switched activation checkpointing on; None: a Trainer's arguments say it."""
+    is_guess: bool = False
+    """Whether the source was read instead of run: then nothing of it is certain."""
     device_map: str | None = None
     """Where the script puts the model, if it says so."""
     tokenizer: str | None = None

@@ -65,8 +65,8 @@ class Observed:
         """Write what was found and end the process where it stands: no handler, thread or worker can hold it up."""
         seconds = time.monotonic() - self.began_seconds
         found = dataclasses.replace(found, seconds=seconds, peak_process_bytes=peak_process_bytes())
-        write_whole(self.out, msgspec.json.encode(found))
         self.remove_empty_folders()
+        write_whole(self.out, msgspec.json.encode(found))  # last: whoever waits for it ends this process
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
