@@ -28,8 +28,8 @@ from autofit.profile.recorder import Recorder
 from autofit.profile.trace import trace
 from autofit.runtime.live_bytes import LiveBytes
 from autofit.sources.hardware import parse_cluster
-from autofit.sources.script import job_from_discovery
-from autofit.spec.configuration import Lora
+from autofit.sources.script_job import job_from_discovery
+from autofit.spec.configuration import Lora, Loss
 from autofit.spec.discovered import Discovered, FoundLengths
 from autofit.spec.profile import ON_HOST, RegimeProfile
 from tests.profile.tiny import CONFIGS, a_regime
@@ -361,8 +361,8 @@ def test_liger_is_refused_on_a_cpu():
         traced("llama", loss="liger")
 
 
-def found(**arguments: Any) -> Discovered:
-    """Return what discovery hands back of a script with these training arguments."""
+def found(loss: Loss = "stock", **arguments: Any) -> Discovered:
+    """Return what discovery hands back of a script with this loss and these training arguments."""
     return Discovered(
         model_name="tiny",
         config={**CONFIGS["llama"], "architectures": ["LlamaForCausalLM"]},
@@ -371,17 +371,18 @@ def found(**arguments: Any) -> Discovered:
         adapter=None,
         quantization=None,
         trainer="Trainer",
+        loss=loss,
         lengths=FoundLengths(sequence_tokens=64, num_samples_seen=1, num_samples=1),
         arguments={"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, **arguments},
     )
 
 
 def test_a_compiled_script_is_refused_and_ligers_is_planned_as_such():
-    """`torch_compile` is not guessed at, and `use_liger_kernel` is the loss liger."""
+    """`torch_compile` is not guessed at, and the loss that discovery finds is the one that is planned."""
     cluster = parse_cluster("1xCPU-8G")
     with pytest.raises(InputError, match="torch_compile"):
         job_from_discovery(found(torch_compile=True), cluster)
-    assert job_from_discovery(found(use_liger_kernel=True), cluster).restrictions.loss == "liger"
+    assert job_from_discovery(found("liger"), cluster).restrictions.loss == "liger"
     assert job_from_discovery(found(), cluster).restrictions.loss == "stock"
 
 
