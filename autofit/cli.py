@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from autofit.search.compare import Offer
     from autofit.search.whatif import Answer
     from autofit.sources.script_job import Overrides
+    from autofit.spec.discovered import Discovered
     from autofit.spec.hardware import Cluster
     from autofit.spec.job import Job
 
@@ -126,6 +127,15 @@ def launch(
     output: OutputOption = None,
     *,
     allow_hub: AllowHubOption = False,
+    road: Annotated[
+        str | None,
+        typer.Option(
+            "--road",
+            metavar="hooks|flags|api",
+            help="How the plan reaches the script (default: hooks; api if it calls autofit.current_plan).",
+            show_default=False,
+        ),
+    ] = None,
     probe: Annotated[
         bool,
         typer.Option("--probe", help="First take two steps on the longest batch; if memory runs out, the next rung."),
@@ -149,6 +159,13 @@ def launch(
             "launch needs either --gpus, to plan for, or --plan, to use.",
             to_fix="give one of the two, for instance --gpus 2xA100-80G",
         )
+    from autofit.launch.launch import Conduct, refuse_useless_conduct
+    from autofit.launch.road import choose_road
+    from autofit.launch.script import check_script
+
+    conduct = Conduct(road=road, is_strict=strict, probes=probe, store=runs_file())
+    refuse_useless_conduct(conduct)
+    choose_road(road, check_script(script).read_text(encoding="utf-8", errors="replace"))
     if plan_file is not None:
         from autofit.plan import load_plan
 
@@ -167,13 +184,16 @@ def launch(
     if dry_run:
         show_plan(made, output, as_json=as_json)
     else:
-        from autofit.calibrate.store import store_path
-        from autofit.files import user_cache_folder
-        from autofit.launch import Conduct
-
-        conduct = Conduct(is_strict=strict, probes=probe, store=store_path(user_cache_folder()))
         folder = output or new_run_folder(script)
         raise typer.Exit(train(made, folder, script, arguments or [], conduct, as_json=as_json))
+
+
+def runs_file() -> Path:
+    """Return the file of remembered runs."""
+    from autofit.calibrate.store import store_path
+    from autofit.files import user_cache_folder
+
+    return store_path(user_cache_folder())
 
 
 def overrides(
@@ -219,8 +239,22 @@ def plan_for_script(
         find = partial(resolve_model, allow_hub=allow_hub)
         discovered = read_script(script, arguments, find_model=find, model=said.model)
     job = job_from_discovery(discovered, cluster, said, script=script, arguments=arguments)
+    job = replace(job, script_settings=script_settings(discovered))
     job = with_data(job, wishes, allow_hub=allow_hub, display=measuring)
     return solve_job(with_allocator_of(os.environ, replace(job, run=run)), cluster, tracing)
+
+
+def script_settings(discovered: Discovered) -> dict[str, str]:
+    """Say in a plan's words what the script does by itself."""
+    from autofit.launch.road import adapter_words
+
+    adapter, quantization = discovered.adapter, discovered.quantization
+    words = adapter_words(
+        None if adapter is None else (adapter.r, adapter.lora_alpha, adapter.lora_dropout),
+        None if quantization is None else quantization.quant_type,
+    )
+    dtype = {} if discovered.weights_dtype is None else {"weights_dtype": discovered.weights_dtype}
+    return {"method": words, "attention": discovered.attention, **dtype}
 
 
 def here(cluster: Cluster) -> Cluster:

@@ -124,6 +124,12 @@ def with_script(plan: Plan, script: str) -> Plan:
     return replace(plan, inputs=replace(plan.inputs, job=job))
 
 
+def with_script_settings(plan: Plan, settings: dict[str, str]) -> Plan:
+    """Return the plan of the same job, of a script that does by itself what is given."""
+    job = replace(plan.inputs.job, script_settings=settings)
+    return replace(plan, inputs=replace(plan.inputs, job=job))
+
+
 def a_distribution(lengths: Iterable[int], **changes: Any) -> LengthDistribution:
     """Return the distribution of lengths, all of them measured."""
     measured = np.array(sorted(lengths))

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from autofit.launch.road import Road, flags_of
 from autofit.memory.alloc_conf import refuse_other_setting
 from autofit.plan import Plan
-from autofit.spec.event import NO_STRICT_VARIABLE, PROBE_VARIABLE, RUN_FOLDER_VARIABLE
+from autofit.spec.event import NO_STRICT_VARIABLE, PROBE_VARIABLE, ROAD_VARIABLE, RUN_FOLDER_VARIABLE
 from autofit.writers.render import ACCELERATE_FILE
 from autofit.writers.scripts import launch_options, script_environment
 
@@ -52,6 +53,10 @@ class Invocation:
     num_cores: int
     """Of this machine, shared by its CPU ranks."""
     python: str = sys.executable
+    road: Road = "hooks"
+    """How the plan reaches the script."""
+    source: str = ""
+    """Of the script; only looked at where flags are appended."""
     is_strict: bool = True
     """Whether a planned setting that is not in effect stops the training."""
     is_probe: bool = False
@@ -76,20 +81,28 @@ def build_command(plan: Plan, run_folder: Path, invocation: Invocation) -> Comma
     Source: accelerate/commands/launch.py, `_validate_launch_command`.
 
     Raises:
-        InputError: the plan relies on options of torch's allocator that the user's environment sets otherwise.
+        InputError: the plan relies on options of torch's allocator that the user's environment sets otherwise; or a
+            planned value has no flag, and flags are the road.
     """
     refuse_other_setting(plan.configuration, invocation.environment)
     added = added_environment(plan, run_folder, invocation)
     return Command(
         argv=(
-            *(invocation.python, "-m", "accelerate.commands.launch"),
+            *(invocation.python, *(["-P"] if invocation.road == "flags" else []), "-m", "accelerate.commands.launch"),
             *("--config_file", str(run_folder / ACCELERATE_FILE)),
             *launch_options(plan),
-            *("--module", "autofit.runtime", str(invocation.script), *invocation.arguments),
+            *_script(plan, invocation),
         ),
         environment=_without_inherited_decisions(invocation.environment) | added,
         added=added,
     )
+
+
+def _script(plan: Plan, invocation: Invocation) -> tuple[str, ...]:
+    script = (str(invocation.script), *invocation.arguments)
+    if invocation.road == "flags":
+        return (*script, *flags_of(plan, invocation.source, invocation.arguments))
+    return ("--module", "autofit.runtime", *script)
 
 
 def added_environment(plan: Plan, run_folder: Path, invocation: Invocation) -> dict[str, str]:
@@ -98,9 +111,14 @@ def added_environment(plan: Plan, run_folder: Path, invocation: Invocation) -> d
     The interpreter's own folder goes first on the PATH, as activating its environment would put it: DeepSpeed compiles
     its operators with the `ninja` it finds there, and compiles them all again whenever another release of it did.
     PYTHONSAFEPATH keeps `python -m` from putting the current folder before the libraries, where a file of the user's
-    could hide one of them; `python train.py` would not search it either.
+    could hide one of them; `python train.py` would not search it either. A script that is started itself is left its
+    own folder.
     """
-    added = {RUN_FOLDER_VARIABLE: str(run_folder), "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
+    added = {RUN_FOLDER_VARIABLE: str(run_folder), "PYTHONUNBUFFERED": "1"}
+    if invocation.road != "flags":
+        added["PYTHONSAFEPATH"] = "1"
+    if invocation.road == "api":
+        added[ROAD_VARIABLE] = "api"
     added["PATH"] = os.pathsep.join([str(Path(invocation.python).parent), invocation.environment.get("PATH", "")])
     if plan.inputs.cluster.device.kind == "cpu" and "OMP_NUM_THREADS" not in invocation.environment:
         added["OMP_NUM_THREADS"] = str(max(1, invocation.num_cores // plan.configuration.num_processes))

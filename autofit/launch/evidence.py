@@ -25,6 +25,8 @@ class Evidence:
     log_tail: str
     interrupted_by: int | None = None
     """The signal by which the user stopped the launch."""
+    is_watched: bool = True
+    """Whether the ranks tell anything; a script that is started without hooks does not."""
     is_of_probe: bool = False
     """Whether it was a probe that ended so, and the training itself was not started."""
 

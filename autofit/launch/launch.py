@@ -16,12 +16,13 @@ import msgspec
 
 from autofit.calibrate.records import Ending, record_of
 from autofit.calibrate.store import append
-from autofit.errors import LadderExhaustedError, TrainingFailedError
+from autofit.errors import InputError, LadderExhaustedError, TrainingFailedError
 from autofit.files import replace_text
 from autofit.launch.command import Command, Invocation, build_command
 from autofit.launch.evidence import LOG_FILE, RANK_EVENTS_PATTERN, Evidence, gather_evidence, read_events
 from autofit.launch.ladder import probe_folder, rung_folder, rung_plans
 from autofit.launch.process import run_process
+from autofit.launch.road import choose_road, flags_of
 from autofit.launch.script import check_script
 from autofit.launch.summary import EVENTS_FILE, SUMMARY_FILE, log_excerpt, log_path, memory_summary, summarize
 from autofit.launch.supervise import Attempt, supervise
@@ -50,6 +51,8 @@ class Outcome:
 class Conduct:
     """How a launch is to go about it."""
 
+    road: str | None = None
+    """How the plan reaches the script, see autofit.launch.road; None: as the script asks for it."""
     is_strict: bool = True
     """Whether a planned setting that is not in effect stops the training."""
     probes: bool = False
@@ -83,9 +86,14 @@ def launch(
         LadderExhaustedError: the plan and all its fallbacks ran out of memory.
     """
     conduct = conduct or Conduct()
+    refuse_useless_conduct(conduct)
     run_folder = run_folder.absolute()
+    source = check_script(script).read_text(encoding="utf-8", errors="replace")
+    road = choose_road(conduct.road, source)
     invocation = Invocation(
         script=check_script(script),
+        source=source,
+        road=road,
         arguments=tuple(arguments),
         environment=os.environ,
         num_cores=os.cpu_count() or 1,
@@ -94,7 +102,8 @@ def launch(
     probed: dict[int, dict[str, Any]] = {}
 
     def start(rung: Plan, folder: Path, how: Invocation) -> Evidence:
-        return run_command(prepare(rung, folder, how), folder, stream or sys.stdout.buffer)
+        evidence = run_command(prepare(rung, folder, how), folder, stream or sys.stdout.buffer)
+        return replace(evidence, is_watched=road != "flags")
 
     def run(number: int, rung: Plan) -> Evidence:
         if conduct.probes:
@@ -105,10 +114,47 @@ def launch(
             _say(f"probe: {probe_words(probed[number], rung)}; starting the training")
         return start(rung, rung_folder(run_folder, number), invocation)
 
-    attempts = supervise(rung_plans(plan), run, _say)
+    attempts = supervise(startable_rungs(plan, invocation), run, _say)
     if conduct.store is not None:
         remember(attempts, conduct.store)
     return conclude(attempts, run_folder, probed.get(attempts[-1].number))
+
+
+def refuse_useless_conduct(conduct: Conduct) -> None:
+    """Refuse to probe where nothing in the script's process could end it and measure.
+
+    Raises:
+        InputError: a probe is asked for, and flags are the road.
+    """
+    if conduct.probes and conduct.road == "flags":
+        raise InputError(
+            "--probe needs hooks in the script's process, and --road flags has none.",
+            to_fix="leave one of them out",
+        )
+
+
+def startable_rungs(plan: Plan, invocation: Invocation) -> tuple[Plan, ...]:
+    """Return the rungs that the road can put into effect; the first has to be one.
+
+    Raises:
+        InputError: a value that was planned has no flag, and flags are the road.
+    """
+    rungs = rung_plans(plan)
+    if invocation.road != "flags":
+        return rungs
+    flags_of(plan, invocation.source, invocation.arguments)
+    kept = [rung for rung in rungs if _has_flags(rung, invocation)]
+    if len(kept) < len(rungs):
+        _say(f"{len(rungs) - len(kept)} of {len(rungs) - 1} fallbacks have no flags in this script and are left out")
+    return tuple(kept)
+
+
+def _has_flags(plan: Plan, invocation: Invocation) -> bool:
+    try:
+        flags_of(plan, invocation.source, invocation.arguments)
+    except InputError:
+        return False
+    return True
 
 
 def probe_words(memory: dict[str, Any], plan: Plan) -> str:

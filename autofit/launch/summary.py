@@ -34,6 +34,7 @@ def summarize(
         "failure": last.verdict.failure,
         "reason": last.verdict.reason,
         "rung": last.number,
+        "is_verified": any(event.kind == "verified" for event in last.evidence.events),
         "memory": memory_summary(last.plan, last.evidence.events),
         "time": time_summary(last.plan, last.evidence.events),
         "probe": probe,

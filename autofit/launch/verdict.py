@@ -64,6 +64,8 @@ def _judge_success(evidence: Evidence) -> Verdict | None:
     """A script that ends well without ever training has not had the plan applied, which must not pass in silence."""
     if evidence.exit_code != 0:
         return None
+    if not evidence.is_watched:
+        return Verdict(failure="none", reason="the script ended well; it ran without hooks, so nothing was verified")
     if not any(event.kind in {"verified", "mismatch"} for event in evidence.events):
         return Verdict(
             failure="plan_not_in_effect",

@@ -30,6 +30,8 @@ def run_report(summary: Mapping[str, Any], summary_file: Path) -> Group:
 def _ending(summary: Mapping[str, Any]) -> str:
     if summary["failure"] == "interrupted":
         return "Interrupted: all ranks are ended, and the files are as they were."
+    if not summary["is_verified"]:
+        return "Trained. The script ran without hooks: nothing was verified or measured."
     if summary["rung"] == 0:
         return "Trained as planned."
     return f"Trained on fallback {summary['rung']}: what came before ran out of memory."

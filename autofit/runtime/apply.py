@@ -34,7 +34,7 @@ def _hook_training_arguments(session: Session, module: ModuleType) -> None:
 
     @functools.wraps(original)
     def __post_init__(self: Any) -> None:  # noqa: N807 - dataclasses call it by this name
-        changes = set_fields(self, session.training_arguments)
+        changes = set_fields(self, session.training_arguments if session.sets_values else {})
         if session.is_probe:
             known = {field.name for field in dataclasses.fields(self)}
             set_fields(self, {name: value for name, value in quiet_arguments(session).items() if name in known})
@@ -78,6 +78,8 @@ def _plain(value: object) -> str:
 
 
 def _hook_from_pretrained(session: Session, module: ModuleType) -> None:
+    if not session.sets_values:
+        return
     original = module.PreTrainedModel.from_pretrained.__func__
 
     @functools.wraps(original)
@@ -98,9 +100,9 @@ def _hook_trainer(session: Session, module: ModuleType) -> None:
 def _with_planned_model(session: Session, original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def __init__(self: Any, model: Any = None, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - as above
-        if model is not None:
+        if model is not None and session.sets_values:
             model = with_adapter(session, model)
-        if kwargs.get("model_init") is not None:
+        if kwargs.get("model_init") is not None and session.sets_values:
             build = kwargs["model_init"]
             kwargs["model_init"] = functools.wraps(build)(lambda *given: with_adapter(session, build(*given)))
         original(self, model, *args, **kwargs)

@@ -11,11 +11,11 @@ from types import ModuleType
 from typing import Any
 
 from autofit.runtime.measure import NUM_STEPS_TOLD, Record, metering
+from autofit.runtime.model import switch_checkpointing
 from autofit.runtime.probe import stop_when_done, stretched
 from autofit.runtime.session import Session
 from autofit.runtime.verify import Check, Training, check_all, check_first_batch, rows_per_rank
 from autofit.runtime.watch import settle, shape_of, wait_for_device
-from autofit.spec.configuration import Configuration
 
 
 def hook_accelerator(session: Session, module: ModuleType) -> None:
@@ -29,7 +29,7 @@ def hook_accelerator(session: Session, module: ModuleType) -> None:
             return prepare(self, *args, **kwargs)
         loop.begin(self)
         for each in args:
-            if _learns(each):
+            if session.sets_values and _learns(each):
                 set_checkpointing(session, each)
         prepared = prepare(self, *args, **kwargs)
         loop.take(args, prepared if isinstance(prepared, (tuple, list)) else [prepared])
@@ -56,18 +56,9 @@ def set_checkpointing(session: Session, model: Any) -> None:
     before = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     if before == configuration.gradient_checkpointing and not before:
         return
-    _switch(model, configuration)
+    switch_checkpointing(configuration, model)
     changes = {"gradient_checkpointing": [str(before), str(configuration.gradient_checkpointing)]}
     session.log.record("applied", to="model", changes=changes if before != configuration.gradient_checkpointing else {})
-
-
-def _switch(model: Any, configuration: Configuration) -> None:
-    if not configuration.gradient_checkpointing:
-        model.gradient_checkpointing_disable()
-        return
-    model.gradient_checkpointing_enable({"use_reentrant": configuration.use_reentrant})
-    if configuration.use_reentrant and configuration.lora is not None:
-        model.enable_input_require_grads()  # or the first layer's checkpoint has no gradient to pass on
 
 
 @dataclass(slots=True, kw_only=True)
@@ -114,9 +105,10 @@ class _Loop:
                 session.log.record("batch", rows=shape[0], tokens=shape[1])
                 settle(session, check_first_batch(session.plan, *shape))
             session.record.begin_step()
-        if shape is not None:
-            session.record.saw_batch(shape[1])
-        return (args, stretched(kwargs, session.planned_row_tokens)) if session.is_probe else None
+        given = stretched(kwargs, session.planned_row_tokens) if session.is_probe else kwargs
+        if (seen := shape_of(given)) is not None:
+            session.record.saw_batch(seen[1])
+        return (args, given) if session.is_probe else None
 
     def _training(self) -> Training:
         loader = self.accelerator.gradient_state.active_dataloader

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from autofit.plan import Plan
 from autofit.runtime.session import Session
 from autofit.spec.configuration import Configuration
 
@@ -32,10 +34,10 @@ def load_as_planned(
     if not is_jobs_model(session, cls, args, kwargs):
         return load(*args, **kwargs)
     if session.plan.configuration.zero_stage == 3:
-        _announce_zero3(session)
+        announce_zero3(session.plan, session.run_folder, session.keep_alive)
     given = {name: kwargs.pop(name, None) for name in DECIDED_ARGUMENTS}
-    _take_own_device()
-    model = _load(session.plan.configuration, load, args, kwargs)
+    take_own_device()
+    model = load_configured(session.plan.configuration, load, args, kwargs)
     session.log.record(
         "applied",
         to=f"{cls.__name__}.from_pretrained",
@@ -45,7 +47,7 @@ def load_as_planned(
     return model
 
 
-def _take_own_device() -> None:
+def take_own_device() -> None:
     """Make each rank's GPU its current one before anything is loaded, as accelerate does later.
 
     Source: accelerate/state.py 1.15, `PartialState.set_device`.
@@ -72,7 +74,10 @@ def _config_of(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return cls.config_class.from_pretrained(path, **{key: kwargs[key] for key in CONFIG_ARGUMENTS if key in kwargs})
 
 
-def _load(configuration: Configuration, load: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def load_configured(
+    configuration: Configuration, load: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Load a model in the planned dtype, attention and quantisation, whatever else was asked for."""
     import torch
 
     settings = {
@@ -143,7 +148,7 @@ def _training_device() -> Any:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _announce_zero3(session: Session) -> None:
+def announce_zero3(plan: Plan, run_folder: Path, keep_alive: list[Any]) -> None:
     """Let transformers know of ZeRO stage 3 before the model is built, so that every rank builds only its share.
 
     Source: transformers/integrations/deepspeed.py, `HfDeepSpeedConfig`; TrainingArguments would be too late for a
@@ -156,13 +161,13 @@ def _announce_zero3(session: Session) -> None:
     import accelerate
     import deepspeed
 
-    if session.plan.inputs.cluster.device.kind == "cpu":
+    if plan.inputs.cluster.device.kind == "cpu":
         # DeepSpeed asks its own communicator for the world size, and accelerate makes that one only for GPUs.
         accelerate.PartialState(cpu=True, backend="gloo")
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     else:
         accelerate.PartialState()
-    session.keep_alive.append(HfDeepSpeedConfig(str(session.run_folder / "deepspeed.json")))
+    keep_alive.append(HfDeepSpeedConfig(str(run_folder / "deepspeed.json")))
 
 
 def with_adapter(session: Session, model: Any) -> Any:
@@ -170,15 +175,30 @@ def with_adapter(session: Session, model: Any) -> Any:
     configuration = session.plan.configuration
     if configuration.lora is None:
         return model
-    from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+    from peft import PeftModel
 
-    if isinstance(model, PeftModel):
-        session.log.record("applied", to="PeftModel", changes={}, made_by="script")
-        return model
+    made_by = "script" if isinstance(model, PeftModel) else "plan"
+    session.log.record("applied", to="PeftModel", changes={}, made_by=made_by)
+    return model if made_by == "script" else adapted(configuration, model)
+
+
+def adapted(configuration: Configuration, model: Any) -> Any:
+    """Put the planned LoRA adapter on a model."""
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
     if configuration.quantization is not None and configuration.quantization.prepares_kbit:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=configuration.gradient_checkpointing)
-    session.log.record("applied", to="PeftModel", changes={}, made_by="plan")
     return get_peft_model(model, lora_config(configuration))
+
+
+def switch_checkpointing(configuration: Configuration, model: Any) -> None:
+    """Switch activation checkpointing as planned; FSDP's is accelerate's to switch, inside what it shards."""
+    if not configuration.gradient_checkpointing or configuration.uses_fsdp:
+        model.gradient_checkpointing_disable()
+        return
+    model.gradient_checkpointing_enable({"use_reentrant": configuration.use_reentrant})
+    if configuration.use_reentrant and configuration.lora is not None:
+        model.enable_input_require_grads()  # or a checkpoint of frozen inputs has no gradient to pass on
 
 
 def lora_config(configuration: Configuration) -> Any:

@@ -13,7 +13,7 @@ import msgspec
 from autofit.errors import InputError
 from autofit.plan import Plan, load_plan, planned_rows
 from autofit.runtime.events import EventLog
-from autofit.spec.event import NO_STRICT_VARIABLE, PROBE_VARIABLE, RUN_FOLDER_VARIABLE
+from autofit.spec.event import NO_STRICT_VARIABLE, PROBE_VARIABLE, ROAD_VARIABLE, RUN_FOLDER_VARIABLE
 
 
 @dataclass(slots=True, kw_only=True)
@@ -27,6 +27,8 @@ class Session:
     rank: int
     log: EventLog
     strict: bool
+    sets_values: bool = True
+    """Whether the hooks set what was planned; otherwise the script does so itself, and is only watched."""
     is_probe: bool = False
     """Whether two steps on the longest batch are all that is wanted."""
     trainer: Any = None
@@ -69,5 +71,6 @@ def open_session(environment: Mapping[str, str] = os.environ) -> Session:
         rank=rank,
         log=EventLog(run_folder=run_folder, rank=rank),
         strict=environment.get(NO_STRICT_VARIABLE) != "1",
+        sets_values=environment.get(ROAD_VARIABLE) != "api",
         is_probe=environment.get(PROBE_VARIABLE) == "1",
     )

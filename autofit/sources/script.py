@@ -16,6 +16,7 @@ import msgspec
 
 from autofit.errors import InputError
 from autofit.spec.discovered import Discovered
+from autofit.spec.event import DISCOVERING_VARIABLE
 
 CHILD_ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
@@ -28,6 +29,7 @@ CHILD_ENVIRONMENT = {
     "COMET_MODE": "disabled",
     "CLEARML_OFFLINE_MODE": "1",
     "NEPTUNE_MODE": "debug",
+    DISCOVERING_VARIABLE: "1",
 }
 """Hides GPUs, and keeps trackers from starting a run."""
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}

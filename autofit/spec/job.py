@@ -149,5 +149,7 @@ class Job:
     script: str | None = None
     """Path of the training script; None when only planning."""
     script_arguments: tuple[str, ...] = ()
+    script_settings: dict[str, str] = field(default_factory=dict)
+    """What the script does by itself, in a plan's words: `weights_dtype`, `attention`, `method`; empty: not known."""
     found: dict[str, str] = field(default_factory=dict)
     """What discovery read from the script, and where: for the user to check."""

@@ -90,7 +90,7 @@ SURFACE = {
     "plan": SEARCHED | {"--model", "--seq-len", "--global-batch", "--gpus", "--allow-hub", "-o", "--output", "--json"},
     "launch": SEARCHED
     | {"--gpus", "--plan", "--model", "--seq-len", "--global-batch", "--allow-hub"}
-    | {"-o", "--output", "--probe", "--strict", "--no-strict", "--dry-run", "--json"}
+    | {"-o", "--output", "--road", "--probe", "--strict", "--no-strict", "--dry-run", "--json"}
     | {"--discover", "--no-discover", "--discovery-limit"},
     "estimate": ESTIMATED
     | {"--model", "--seq-len", "--gpus", "--gradient-accumulation-steps", "--batch", "--replay", "--no-replay"}

@@ -20,6 +20,7 @@ def summary():
         "failure": "none",
         "reason": "every rank finished",
         "rung": 0,
+        "is_verified": True,
         "memory": {
             "predicted_peak_allocated_bytes": 2 * GIB,
             "measured_peak_allocated_bytes": int(1.9 * GIB),
@@ -63,6 +64,7 @@ def test_a_fallback_is_said(summary):
     """A run that ended on a fallback does not read like one that went as planned."""
     assert "Trained as planned" in rendered(summary)
     assert "Trained on fallback 2" in rendered(summary | {"rung": 2})
+    assert "nothing was verified" in rendered(summary | {"is_verified": False})
 
 
 def test_an_interruption_is_not_a_success(summary):
