@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from autofit.errors import InputError
 from autofit.memory.adapter_casts import without_adapter_casts
-from autofit.memory.engines import Layout, Terms, layout
+from autofit.memory.engines import Layout, Terms, engine_layout, optimizer_on_device, with_optimizer
+from autofit.memory.fsdp import MAX_MICRO_STEPS as FSDP_MICRO_STEPS
 from autofit.memory.fsdp import FsdpModel
 from autofit.memory.inputs import TOKEN_ID_BYTES, untraced_bytes
 from autofit.memory.limits import refuse_absurd_numbers, refuse_unmodelled
 from autofit.memory.overheads import context_bytes, workspace_bytes, workspace_sizes
 from autofit.memory.phases import Run, stages
 from autofit.memory.replay import MAX_MICRO_STEPS, Replayed, Replayer
-from autofit.memory.static import static_bytes
+from autofit.memory.static import OptimizerBytes, static_bytes
 from autofit.memory.tape import (
+    Bytes,
     PhasePeak,
     kept_by_the_loss_bytes,
     kept_outputs_bytes,
@@ -29,15 +32,41 @@ from autofit.memory.tape import (
 )
 from autofit.memory.tensors import Tensor, tensors
 from autofit.memory.uncertainty import Figure, RunKind, interval, run_kind
-from autofit.spec.configuration import Configuration
+from autofit.spec.configuration import Configuration, Optim
 from autofit.spec.estimate import MemoryEstimate, Phase
-from autofit.spec.hardware import Cluster, Device
+from autofit.spec.hardware import Cluster, Device, DeviceKind
 from autofit.spec.job import Workload
 from autofit.spec.profile import RegimeProfile
 from autofit.units import format_bytes
 
 PHASE_NAMES = {"layer": "layer_forward", "head": "head_and_loss"}
 FORWARD_NAMES = ("embedding", "layer", "head")
+
+
+Columns = npt.NDArray[np.int64]
+"""One figure for each split of the batch."""
+Held = Mapping[str, int | Columns]
+"""Bytes by what they hold; a single figure is that of every split."""
+Split = tuple[int, int]
+"""Micro-batch and accumulation steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """All that is alive at one moment of a step."""
+
+    phase: str
+    held: tuple[Held, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What configurations need that differ in optimizer (rows) and split of the batch (columns) alone."""
+
+    device_bytes: Columns
+    """As `MemoryEstimate.needed_bytes` without a replay."""
+    host_bytes: Columns
+    """Of one node."""
 
 
 MAX_REPLAYED_BYTES = 2**46
@@ -118,6 +147,68 @@ class MemoryModel:
             stages=stages(self._run(plan, configuration, cluster, phases)) if replays else None,
         )
 
+    def needs(
+        self, configuration: Configuration, cluster: Cluster, optims: Sequence[Optim], splits: Sequence[Split]
+    ) -> Needs:
+        """Return what `estimate` says, without a replay, of every optimizer with every split of the batch.
+
+        No moment of a step depends on the optimizer but by its state, which is always there, and by its temporaries,
+        which are in the update alone: each moment is added up once for all of them. One that works in backward is laid
+        out for itself.
+
+        Args:
+            configuration: all else; nothing of it or of the optimizers is unmodelled.
+            cluster: what it runs on.
+            optims: one row for each.
+            splits: one column for each.
+
+        Raises:
+            InputError: a combination of a knob with the traced libraries' releases is not modelled.
+        """
+        found = Needs(
+            device_bytes=np.zeros((len(optims), len(splits)), dtype=np.int64),
+            host_bytes=np.zeros((len(optims), len(splits)), dtype=np.int64),
+        )
+        context = context_bytes(cluster.device, cluster.num_devices) or 0
+        offloaded = _whole(self._offloaded)
+        for num_micro_steps, columns in _alike(
+            splits, FSDP_MICRO_STEPS if configuration.uses_fsdp else MAX_MICRO_STEPS
+        ):
+            same = replace(configuration, per_device_train_batch_size=1, gradient_accumulation_steps=num_micro_steps)
+            chosen = [splits[column] for column in columns]
+            without = self._without_optimizer(same, cluster.device)
+            *others, update = map(_total, self._moments(without, same, cluster.device, chosen))
+            steady = np.maximum.reduce(others)
+            on_host = offloaded[[self._column[micro_batch] for micro_batch, _ in chosen]]
+            added = [self._optimizer(without, same, optim, cluster.device) for optim in optims]
+            state, step, host = (
+                np.array(amounts, dtype=np.int64)[:, None]
+                for amounts in zip(*((each.state, each.step, hosted) for each, hosted in added), strict=True)
+            )
+            found.device_bytes[:, columns] = state + np.maximum(steady, update + step) + context
+            found.host_bytes[:, columns] = (host + on_host) * cluster.num_devices_per_node
+            for row, (optimizer, _) in enumerate(added):
+                if optimizer.in_backward:
+                    moments = self._moments(with_optimizer(without, optimizer), same, cluster.device, chosen)
+                    found.device_bytes[row, columns] = np.maximum.reduce(list(map(_total, moments))) + context
+        return found
+
+    def _without_optimizer(self, configuration: Configuration, device: Device) -> Layout:
+        if configuration.uses_fsdp:
+            return self._fsdp.shard_layout(configuration)
+        return self.whole.engine_layout(configuration, device)
+
+    def _optimizer(
+        self, without: Layout, configuration: Configuration, optim: Optim, device: Device
+    ) -> tuple[OptimizerBytes, int]:
+        """What an optimizer adds on the device, nothing where the host updates, and what a process has on the host."""
+        if configuration.uses_fsdp:
+            optimizer, host = self._fsdp.optimizer(configuration, optim), self._fsdp.host_bytes(configuration, optim)
+        else:
+            optimizer = self.whole.optimizer(without, optim, device.kind)
+            host = without.host + (optimizer.host if optimizer else 0)
+        return optimizer or OptimizerBytes(state=0, host=0, step=0), host
+
     def _run(self, plan: Layout, configuration: Configuration, cluster: Cluster, phases: tuple[Phase, ...]) -> Run:
         return Run(
             profile=self.profile,
@@ -152,57 +243,63 @@ class MemoryModel:
         return sum([*self._always(plan, device).values(), *later.values()])
 
     def _phases(self, plan: Layout, configuration: Configuration, device: Device) -> tuple[Phase, ...]:
-        column = self._column[configuration.per_device_train_batch_size]
-        always = {**self._always(plan, device), "batch": self._batch_bytes(configuration)}
-        outputs = {"outputs": int(self._outputs[column])}
+        split = configuration.per_device_train_batch_size, configuration.gradient_accumulation_steps
+        moments = self._moments(plan, configuration, device, (split,))
+        return _highest_of_each_name([_phase(each) for each in moments])
+
+    def _moments(
+        self, plan: Layout, configuration: Configuration, device: Device, splits: Sequence[Split]
+    ) -> list[Moment]:
+        """List the moments of a step that can be its highest, the optimizer's update last.
+
+        Args:
+            plan: what is held beside activations.
+            configuration: as laid out; of its split of the batch only whether it accumulates counts.
+            device: what it runs on.
+            splits: one column for each.
+        """
+        columns = np.array([self._column[micro_batch] for micro_batch, _ in splits])
+        batch = np.array([self._batch_bytes(*split) for split in splits], dtype=np.int64)
+        always: Held = {**self._always(plan, device), "batch": batch}
+        outputs: Held = {"outputs": _whole(self._outputs[columns])}
         accumulates = configuration.gradient_accumulation_steps > 1
         if configuration.uses_fsdp:
-            found = self._fsdp.peaks(configuration, column)
-            phases = [_phase(PHASE_NAMES.get(name, name), [always, terms]) for name, terms in found.items()]
+            moments = self._fsdp_moments(configuration, columns, always)
         else:
-            phases = [self._phase(peak, column, plan, always, outputs, accumulates=accumulates) for peak in self._peaks]
+            moments = [
+                moment
+                for peak in self._peaks
+                for moment in _moments_of(peak, columns, plan, always, outputs, accumulates=accumulates)
+            ]
             if plan.clones_outputs:
-                returned = {"activations": int(self._left[column] + 2 * self._logits[column])}
+                returned = {"activations": _whole(self._left[columns] + 2 * self._logits[columns])}
                 gradients = {"gradients": plan.accumulated_gradients if accumulates else 0}
-                phases.append(_phase("head_and_loss", [always, plan.forward, returned, gradients]))
-        later = [("gradient_reduction", held) for held in plan.reduction] + [("optimizer_step", h) for h in plan.step]
+                moments.append(Moment("head_and_loss", (always, plan.forward, returned, gradients)))
         if plan.gathering_bytes:
-            gathering = {"activations": int(self._before_head[column]), "gathered_weights": plan.gathering_bytes}
-            phases.append(_phase("head_and_loss", [always, plan.forward, gathering]))
-        loss = {"activations": self._held_in_the_step(configuration, column)}
-        return _highest_of_each_name([*phases, *(_phase(name, [always, outputs, loss, held]) for name, held in later)])
+            before: Held = {"activations": _whole(self._before_head[columns]), "gathered_weights": plan.gathering_bytes}
+            moments.append(Moment("head_and_loss", (always, plan.forward, before)))
+        loss: Held = {"activations": self._held_in_the_step(configuration, columns)}
+        later = [("gradient_reduction", held) for held in plan.reduction] + [("optimizer_step", h) for h in plan.step]
+        return [*moments, *(Moment(name, (always, outputs, loss, held)) for name, held in later)]
 
-    def _held_in_the_step(self, configuration: Configuration, column: int) -> int:
+    def _fsdp_moments(self, configuration: Configuration, columns: Columns, always: Held) -> list[Moment]:
+        found = [self._fsdp.peaks(configuration, column) for column in columns.tolist()]
+        moments = []
+        for name in found[0]:
+            terms = dict.fromkeys(term for each in found for term in each[name])
+            held = {term: np.array([each[name].get(term, 0) for each in found], dtype=np.int64) for term in terms}
+            moments.append(Moment(PHASE_NAMES.get(name, name), (always, held)))
+        return moments
+
+    def _held_in_the_step(self, configuration: Configuration, columns: Columns) -> Columns:
         """What the loss keeps alive besides outputs: DeepSpeed steps inside `accelerator.backward`, before it is gone.
 
         Source: accelerate/utils/deepspeed.py 1.15, DeepSpeedEngineWrapper.backward.
         """
-        kept = self._kept_by_the_loss[column] - self._outputs[column]
-        return int(kept) if configuration.uses_deepspeed else 0
+        kept = _whole(self._kept_by_the_loss[columns] - self._outputs[columns])
+        return kept if configuration.uses_deepspeed else np.zeros_like(kept)
 
-    def _phase(
-        self, peak: PhasePeak, column: int, plan: Layout, always: Terms, outputs: Terms, *, accumulates: bool
-    ) -> Phase:
-        name = PHASE_NAMES.get(peak.name, peak.name)
-        held = [always, plan.forward, plan.backward] if peak.has_gradients else [always, plan.forward]
-        if peak.name in FORWARD_NAMES:
-            held.append(outputs)
-        variants = []
-        if plan.gradients == "kept":
-            gradients = int(peak.kept_gradients[column])
-            variants.append({"activations": int(peak.kept[column]) - gradients, "gradients": gradients})
-        if plan.gradients == "used":
-            variants.append({"activations": int(peak.handed_over[column])})
-        elif plan.gradients == "bucketed":
-            variants.append({"activations": _bucketed(peak, column, plan)})
-        elif plan.gradients == "offloaded":
-            variants.append({"activations": max(_bucketed(peak, column, plan), int(peak.cloning[column]))})
-            variants.append(_offloaded_but_kept(peak, column, plan))
-        elif accumulates:
-            variants.append({"activations": int(peak.handed_over[column]), "gradients": plan.accumulated_gradients})
-        return max((_phase(name, [*held, variant]) for variant in variants), key=lambda phase: phase.bytes)
-
-    def _batch_bytes(self, configuration: Configuration) -> int:
+    def _batch_bytes(self, micro_batch: int, num_micro_steps: int) -> int:
         """Inputs of all micro-steps, which Trainer moves to the device before the first, besides those in the tape.
 
         Where processes share sequences, each moves its part of one micro-step's at a time: ids, shifted labels and
@@ -210,10 +307,6 @@ class MemoryModel:
         Source: transformers/trainer.py, get_batch_samples; deepspeed/runtime/sequence_parallel/ulysses_sp.py 0.19.8,
         refill.
         """
-        micro_batch, num_micro_steps = (
-            configuration.per_device_train_batch_size,
-            configuration.gradient_accumulation_steps,
-        )
         if self.profile.regime.sequence_parallel_size > 1:
             sequences, tokens = self.profile.regime.rows(micro_batch, self.sequence_tokens)
             return int(sequences * tokens) * TOKEN_ID_BYTES
@@ -250,6 +343,8 @@ class WholeModel:
         self.tensors: tuple[Tensor, ...] = tensors(profile)
         self._static = static_bytes(self.tensors, profile.regime.device)
         self._layouts: dict[Configuration, Layout] = {}
+        self._without: dict[Configuration, Layout] = {}
+        self._optimizers: dict[tuple[int, Optim], OptimizerBytes | None] = {}
 
     @cached_property
     def replayer(self) -> Replayer:
@@ -263,11 +358,42 @@ class WholeModel:
 
     def layout(self, configuration: Configuration, device: Device) -> Layout:
         """Lay out a configuration, once for all micro-batches: only whether it accumulates matters."""
-        accumulates = min(configuration.gradient_accumulation_steps, MAX_MICRO_STEPS)
-        same = replace(configuration, per_device_train_batch_size=1, gradient_accumulation_steps=accumulates)
+        same = _whatever_the_split(configuration)
         if same not in self._layouts:
-            self._layouts[same] = layout(same, self.tensors, self._static, self._profile.hidden_size, device.kind)
+            without = self.engine_layout(same, device)
+            self._layouts[same] = with_optimizer(without, self.optimizer(without, same.optim, device.kind))
         return self._layouts[same]
+
+    def engine_layout(self, configuration: Configuration, device: Device) -> Layout:
+        """Lay out what does not depend on the optimizer, once for all of them."""
+        same = replace(_whatever_the_split(configuration), optim="sgd")
+        if same not in self._without:
+            self._without[same] = engine_layout(
+                same, self.tensors, self._static, self._profile.hidden_size, device.kind
+            )
+        return self._without[same]
+
+    def optimizer(self, without: Layout, optim: Optim, device: DeviceKind) -> OptimizerBytes | None:
+        """Return what an optimizer adds to a layout, once for all that hand it the same; None: the host updates."""
+        if without.updated == "nothing":
+            return None
+        key = without.partition_elements, optim
+        if key not in self._optimizers:
+            self._optimizers[key] = optimizer_on_device(without, self.tensors, optim, device)
+        return self._optimizers[key]
+
+
+def _whatever_the_split(configuration: Configuration) -> Configuration:
+    """Keep of the split of the batch only whether it accumulates."""
+    accumulates = min(configuration.gradient_accumulation_steps, MAX_MICRO_STEPS)
+    return replace(configuration, per_device_train_batch_size=1, gradient_accumulation_steps=accumulates)
+
+
+def _alike(splits: Sequence[Split], most: int) -> Iterator[tuple[int, list[int]]]:
+    """Group columns that do as many kinds of micro-steps, of `most` kinds at most."""
+    nums = [min(num_micro_steps, most) for _, num_micro_steps in splits]
+    for num in dict.fromkeys(nums):
+        yield num, [column for column, each in enumerate(nums) if each == num]
 
 
 def _refuse_absurd(phases: Sequence[Phase]) -> None:
@@ -290,22 +416,54 @@ def _refuse_unequal_parts(sequence_tokens: int, num_processes: int) -> None:
         )
 
 
-def _bucketed(peak: PhasePeak, column: int, plan: Layout) -> int:
+def _moments_of(
+    peak: PhasePeak, columns: Columns, plan: Layout, always: Held, outputs: Held, *, accumulates: bool
+) -> Iterator[Moment]:
+    """Yield the highest moment of a phase of forward or backward for each way that gradients may stand in it."""
+    held = [always, plan.forward, *([plan.backward] if peak.has_gradients else [])]
+    if peak.name in FORWARD_NAMES:
+        held.append(outputs)
+    for variant in _variants(peak, columns, plan, accumulates=accumulates):
+        yield Moment(PHASE_NAMES.get(peak.name, peak.name), (*held, variant))
+
+
+def _variants(peak: PhasePeak, columns: Columns, plan: Layout, *, accumulates: bool) -> Iterator[Held]:
+    if plan.gradients == "kept":
+        gradients = _whole(peak.kept_gradients[columns])
+        yield {"activations": _whole(peak.kept[columns]) - gradients, "gradients": gradients}
+    if plan.gradients == "used":
+        yield {"activations": _whole(peak.handed_over[columns])}
+    elif plan.gradients == "bucketed":
+        yield {"activations": _bucketed(peak, columns, plan)}
+    elif plan.gradients == "offloaded":
+        yield {"activations": np.maximum(_bucketed(peak, columns, plan), _whole(peak.cloning[columns]))}
+        yield _offloaded_but_kept(peak, columns, plan)
+    elif accumulates:
+        yield {"activations": _whole(peak.handed_over[columns]), "gradients": plan.accumulated_gradients}
+
+
+def _bucketed(peak: PhasePeak, columns: Columns, plan: Layout) -> Columns:
     """Activations and gradients on their way through DeepSpeed's bucket, with what their reduction takes."""
-    highest = max(peak.bucketed[column], peak.at_gradients[column] + plan.reduction_bytes)
+    highest = np.maximum(peak.bucketed[columns], peak.at_gradients[columns] + plan.reduction_bytes)
     if plan.reduction_fraction:
-        highest = max(highest, peak.reducing[column] + peak.reduced[column] * (1 + plan.reduction_fraction))
-    return int(highest)
+        copied = peak.reduced[columns] * (1 + plan.reduction_fraction)
+        highest = np.maximum(highest, peak.reducing[columns] + copied)
+    return _whole(highest)
 
 
-def _offloaded_but_kept(peak: PhasePeak, column: int, plan: Layout) -> Terms:
+def _offloaded_but_kept(peak: PhasePeak, columns: Columns, plan: Layout) -> Held:
     """A micro-step before the last, whose gradients too large for the bucket stay on the device until it ends.
 
     Only those of this process's partition do: at most its bytes.
     """
-    without = int(max(peak.bucketed[column], peak.cloning[column]))
-    kept = int(min(peak.large_kept[column] - without, plan.accumulated_gradients)) if plan.accumulated_gradients else 0
-    return {"activations": without, "gradients": max(0, kept)}
+    without = _whole(np.maximum(peak.bucketed[columns], peak.cloning[columns]))
+    kept = _whole(np.minimum(peak.large_kept[columns] - without, plan.accumulated_gradients))
+    return {"activations": without, "gradients": np.maximum(0, kept)}
+
+
+def _whole(num_bytes: Bytes) -> Columns:
+    """Drop fractions of a byte."""
+    return num_bytes.astype(np.int64)
 
 
 def _around(figure: Figure, num_bytes: int | None, kind: RunKind) -> tuple[int, int] | None:
@@ -332,12 +490,21 @@ def _with_rounding(phases: tuple[Phase, ...], allocated_bytes: int) -> tuple[Pha
     return tuple(widened if phase is highest else phase for phase in phases)
 
 
-def _phase(name: str, parts: Sequence[Terms]) -> Phase:
+def _phase(moment: Moment) -> Phase:
+    """Read the only column of a moment."""
     terms: Terms = {}
-    for part in parts:
-        for term, num_bytes in part.items():
-            terms[term] = terms.get(term, 0) + num_bytes
-    return Phase(name=name, bytes=sum(terms.values()), terms={term: n for term, n in terms.items() if n})
+    for part in moment.held:
+        for term, amount in part.items():
+            terms[term] = terms.get(term, 0) + (amount if isinstance(amount, int) else int(amount[0]))
+    return Phase(name=moment.phase, bytes=sum(terms.values()), terms={term: n for term, n in terms.items() if n})
+
+
+def _total(moment: Moment) -> Columns:
+    """Add up a moment, for each column."""
+    amounts = [amount for part in moment.held for amount in part.values()]
+    alike = sum(amount for amount in amounts if isinstance(amount, int))
+    total: Columns = np.sum([amount for amount in amounts if not isinstance(amount, int)], axis=0) + alike
+    return total
 
 
 def estimate_memory(

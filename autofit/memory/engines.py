@@ -10,14 +10,16 @@ from itertools import takewhile
 from typing import Literal
 
 from autofit.memory.host import zero2_buffers, zero3_buffers, zero3_weight_buffers
-from autofit.memory.static import StaticBytes, optimizer_bytes, partition_optimizer_bytes
+from autofit.memory.static import OptimizerBytes, StaticBytes, optimizer_bytes, partition_optimizer_bytes
 from autofit.memory.tensors import Tensor
-from autofit.spec.configuration import Configuration
+from autofit.spec.configuration import Configuration, Optim
 from autofit.spec.deepspeed import DeepSpeedSettings, bucket_settings
 from autofit.spec.hardware import DeviceKind
 
 Terms = dict[str, int]
 GradientMode = Literal["kept", "bucketed", "offloaded", "used"]
+Updated = Literal["tensors", "shards", "partition", "nothing"]
+"""What an optimizer updates on the device: what trains, FSDP's shards of it, a flat fp32 partition, or nothing."""
 
 PARAMETER_KINDS = ("parameter", "adapter", "quantized")
 EIGHT_BITS = 8
@@ -54,7 +56,10 @@ class Layout:
     reduction: tuple[Terms, ...] = ()
     """Held at each moment between the last gradient and the optimizer's step that can be the highest there."""
     step: tuple[Terms, ...] = ()
-    """Held at each of the optimizer step's moments that can be its highest."""
+    """Held at each of the optimizer step's moments that can be its highest; the last is the update itself."""
+    updated: Updated = "nothing"
+    partition_elements: int = 0
+    """Of the partition that is updated."""
     not_yet_made: int = 0
     """State that the first step has not made at its highest moment."""
     host: int = 0
@@ -67,13 +72,66 @@ def layout(
     configuration: Configuration, model: tuple[Tensor, ...], static: StaticBytes, hidden_size: int, device: DeviceKind
 ) -> Layout:
     """Lay out a configuration's weights, gradients and state."""
+    without = engine_layout(configuration, model, static, hidden_size, device)
+    return with_optimizer(without, optimizer_on_device(without, model, configuration.optim, device))
+
+
+def optimizer_on_device(
+    without: Layout, model: tuple[Tensor, ...], optim: Optim, device: DeviceKind
+) -> OptimizerBytes | None:
+    """Return what an optimizer adds to an engine's layout; None where the host updates.
+
+    Args:
+        without: the layout.
+        model: the tensors that are updated, and others.
+        optim: which optimizer.
+        device: where.
+    """
+    if without.updated == "partition":
+        return partition_optimizer_bytes(without.partition_elements, optim, device)
+    return None if without.updated == "nothing" else optimizer_bytes(model, optim, device)
+
+
+def with_optimizer(without: Layout, optimizer: OptimizerBytes | None) -> Layout:
+    """Add an optimizer to an engine's layout: its state all the time, its temporaries to the update.
+
+    One that works in backward uses up each gradient as it is made.
+    """
+    if optimizer is None:
+        return without
+    with_state = replace(
+        without,
+        resident={**without.resident, "optimizer_state": optimizer.state},
+        host=without.host + optimizer.host,
+    )
+    if optimizer.in_backward:
+        return replace(
+            with_state,
+            backward={"optimizer_temporaries": optimizer.step},
+            gradients="used",
+            accumulated_gradients=0,
+            clones_outputs=False,
+            step=({},),
+        )
+    *before, update = without.step
+    return replace(
+        with_state,
+        step=(*before, {**update, "optimizer_temporaries": optimizer.step}),
+        not_yet_made=optimizer.not_yet if without.updated == "tensors" else 0,
+    )
+
+
+def engine_layout(
+    configuration: Configuration, model: tuple[Tensor, ...], static: StaticBytes, hidden_size: int, device: DeviceKind
+) -> Layout:
+    """Lay out all that does not depend on the optimizer: its state and temporaries stand in it with no bytes."""
     if configuration.zero_stage == 3:
         return _zero3(configuration, model, static, bucket_settings(configuration, hidden_size), device)
     if configuration.offload != "none":
         return _zero2_offload(configuration, model, static, bucket_settings(configuration, hidden_size), device)
     if configuration.uses_deepspeed:
-        return _zero12(configuration, model, static, bucket_settings(configuration, hidden_size), device)
-    return _replicated(configuration, model, static, device)
+        return _zero12(configuration, model, static, bucket_settings(configuration, hidden_size))
+    return _replicated(configuration, static)
 
 
 def _weights(static: StaticBytes) -> Terms:
@@ -84,9 +142,7 @@ def _weights(static: StaticBytes) -> Terms:
     }
 
 
-def _replicated(
-    configuration: Configuration, model: tuple[Tensor, ...], static: StaticBytes, device: DeviceKind
-) -> Layout:
+def _replicated(configuration: Configuration, static: StaticBytes) -> Layout:
     """Every device holds everything; DDP copies gradients into buckets of the same size.
 
     Where DDP looks for unused parameters, it clones the model's output. The Trainer has it do so; not around
@@ -95,27 +151,17 @@ def _replicated(
     Source: torch v2.13 torch/csrc/distributed/c10d/reducer.cpp; nn/parallel/distributed.py, _DDPSink; accelerate leaves
     gradient_as_bucket_view False; transformers/trainer.py 5.23, _build_accelerator_args (`find_unused`).
     """
-    optimizer = optimizer_bytes(model, configuration.optim, device)
-    resident = {**_weights(static), "optimizer_state": optimizer.state}
+    resident = {**_weights(static), "optimizer_state": 0}
     if configuration.sharding == "ddp":
         resident["communication_buckets"] = static.gradients
-    if optimizer.in_backward:
-        return Layout(
-            resident=resident,
-            backward={"optimizer_temporaries": optimizer.step},
-            gradients="used",
-            step=({},),
-            host=optimizer.host,
-        )
     return Layout(
         resident=resident,
         accumulated_gradients=static.gradients,
         clones_outputs=configuration.sharding == "ddp"
         and configuration.method == "full"
         and not (configuration.gradient_checkpointing or configuration.keeps_outputs),
-        step=({"gradients": static.gradients, "optimizer_temporaries": optimizer.step},),
-        not_yet_made=optimizer.not_yet,
-        host=optimizer.host,
+        step=({"gradients": static.gradients, "optimizer_temporaries": 0},),
+        updated="tensors",
     )
 
 
@@ -163,7 +209,6 @@ def _zero12(
     model: tuple[Tensor, ...],
     static: StaticBytes,
     settings: DeepSpeedSettings,
-    device: DeviceKind,
 ) -> Layout:
     """Weights whole in the engine's dtype; an fp32 master copy, state and (stage 2) gradients of a partition.
 
@@ -175,7 +220,6 @@ def _zero12(
     """
     element = _engine_bytes(configuration)
     partition = _partition_elements(static.trained_elements, configuration.num_processes)
-    optimizer = partition_optimizer_bytes(partition, configuration.optim, device)
     bucket = settings.reduce_bucket_size * element * (2 if settings.overlap_comm else 1)
     accumulates = configuration.gradient_accumulation_steps > 1
     splits = settings.stage == 2
@@ -188,7 +232,7 @@ def _zero12(
         resident={
             **_weights(static),
             "master_weights": partition * MASTER_BYTES,
-            "optimizer_state": optimizer.state,
+            "optimizer_state": 0,
         },
         forward={"gradients": partition * element} if splits and accumulates else {},
         backward={
@@ -203,9 +247,10 @@ def _zero12(
         step=(
             {"gradients": partition * element, "optimizer_temporaries": largest * NORM_BYTES},
             {"gradients": partition * element * 2 + cast},
-            {"gradients": partition * (element + MASTER_BYTES), "optimizer_temporaries": optimizer.step},
+            {"gradients": partition * (element + MASTER_BYTES), "optimizer_temporaries": 0},
         ),
-        host=optimizer.host,
+        updated="partition",
+        partition_elements=partition,
     )
 
 
@@ -271,7 +316,6 @@ def _zero3(
     shards = sum(-(-t.num_elements // ranks) * t.bytes_per_element for t in parameters)
     partition = sum(-(-t.num_elements // ranks) for t in parameters if t.trains)
     element = _engine_bytes(configuration)
-    optimizer = partition_optimizer_bytes(partition, configuration.optim, device)
     sub_group = min(settings.sub_group_size, partition)
     flat, master = sub_group * element, sub_group * MASTER_BYTES
     packed = _kept_packed_bytes(parameters, settings, configuration)
@@ -292,7 +336,7 @@ def _zero3(
             "quantized_weights": _replicated_packed_bytes(model, configuration),
             "buffers": static.buffers,
             "master_weights": partition * MASTER_BYTES,
-            "optimizer_state": optimizer.state,
+            "optimizer_state": 0,
             "gradients": partition * element,
             "communication_buckets": settings.reduce_bucket_size * element,
         },
@@ -305,9 +349,10 @@ def _zero3(
         step=(
             {"optimizer_temporaries": largest * NORM_BYTES, "quantized_weights": packed},
             {"gradients": flat + (master if element != MASTER_BYTES else 0), "quantized_weights": packed},
-            {"gradients": master, "optimizer_temporaries": optimizer.step, "quantized_weights": packed},
+            {"gradients": master, "optimizer_temporaries": 0, "quantized_weights": packed},
         ),
-        host=optimizer.host,
+        updated="partition",
+        partition_elements=partition,
     )
 
 

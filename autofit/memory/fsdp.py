@@ -18,12 +18,12 @@ from typing import Literal
 import numpy as np
 
 from autofit.errors import InputError
-from autofit.memory.engines import Layout, Terms
+from autofit.memory.engines import Layout, Terms, with_optimizer
 from autofit.memory.host import fsdp_buffers
-from autofit.memory.static import optimizer_bytes, rounded
+from autofit.memory.static import OptimizerBytes, optimizer_bytes, rounded
 from autofit.memory.tape import BIRTH_FIELDS, PER_TOKEN, Bytes, size_table
 from autofit.memory.tensors import Tensor, tensors
-from autofit.spec.configuration import Configuration
+from autofit.spec.configuration import Configuration, Optim
 from autofit.spec.hardware import DeviceKind
 from autofit.spec.profile import GRADIENT, ON_HOST, Event, RegimeProfile, Segment, StaticTensor
 from autofit.units import BYTES_PER_ELEMENT
@@ -332,26 +332,23 @@ def between_steps(configuration: Configuration, units: Units) -> Terms:
     return {"gradients": units.total("kept")} if stay else {}
 
 
-def lay_out(configuration: Configuration, profile: RegimeProfile, units: Units) -> Layout:
-    """Lay out shards and state: what is held around the script of a step.
+def shard_layout(configuration: Configuration, units: Units) -> Layout:
+    """Lay out all that does not depend on the optimizer; what the host holds where it updates is not in it.
 
     Offloaded, all of it is on the host, and the optimizer steps there. Between steps FSDP1 keeps the gradients too.
     Source: torch v2.13 distributed/fsdp/_fully_shard/_fsdp_api.py, `CPUOffloadPolicy`; distributed/fsdp/api.py,
     `CPUOffload`.
     """
-    device = profile.regime.device
     if configuration.offload != "none":
-        return Layout(resident=units.replicated, step=({},), host=_host_bytes(configuration, units, device))
-    optimizer = optimizer_bytes(units.state, configuration.optim, device)
-    shards, gradients = units.total("shard"), units.total("kept")
+        return Layout(resident=units.replicated, step=({},))
     return Layout(
-        resident={**units.replicated, "weights": shards, "optimizer_state": optimizer.state},
-        step=({"gradients": gradients, "optimizer_temporaries": optimizer.step},),
-        host=optimizer.host,
+        resident={**units.replicated, "weights": units.total("shard"), "optimizer_state": 0},
+        step=({"gradients": units.total("kept"), "optimizer_temporaries": 0},),
+        updated="shards",
     )
 
 
-def _host_bytes(configuration: Configuration, units: Units, device: DeviceKind) -> int:
+def _host_bytes(configuration: Configuration, optim: Optim, units: Units, device: DeviceKind) -> int:
     """Of one process whose shards, gradients and optimizer are on the host.
 
     When FSDP1 gathers a layer again it finds the last step's gradients exposed and none of its own, and makes zeros of
@@ -359,7 +356,7 @@ def _host_bytes(configuration: Configuration, units: Units, device: DeviceKind) 
     Source: torch v2.13 distributed/fsdp/_flat_param.py, `_writeback_orig_params`, `prepare_gradient_for_backward`.
     """
     parts = [part for unit in units.all() for part in unit.parts]
-    optimizer = optimizer_bytes(units.state, configuration.optim, "cpu")
+    optimizer = optimizer_bytes(units.state, optim, "cpu")
     shards = [part.shard for part in parts]
     if configuration.sharding == "fsdp2":
         return fsdp_buffers(shards, [part.kept for part in parts], optimizer.state + optimizer.step).num_bytes(device)
@@ -954,7 +951,26 @@ class FsdpModel:
 
     def layout(self, configuration: Configuration) -> Layout:
         """Return what is held around the step."""
-        return self._make(configuration).layout
+        laid_out = with_optimizer(self.shard_layout(configuration), self.optimizer(configuration, configuration.optim))
+        return replace(laid_out, host=self.host_bytes(configuration, configuration.optim))
+
+    def shard_layout(self, configuration: Configuration) -> Layout:
+        """Return it without the optimizer."""
+        return shard_layout(configuration, self._make(configuration).units)
+
+    def optimizer(self, configuration: Configuration, optim: Optim) -> OptimizerBytes | None:
+        """Return what an optimizer adds to it on the device; None where the host updates."""
+        if configuration.offload != "none":
+            return None
+        return optimizer_bytes(self._make(configuration).units.state, optim, self._profile.regime.device)
+
+    def host_bytes(self, configuration: Configuration, optim: Optim) -> int:
+        """Return the host memory of one process."""
+        optimizer = self.optimizer(configuration, optim)
+        if optimizer is not None:
+            return optimizer.host
+        units = self._make(configuration).units
+        return _host_bytes(configuration, optim, units, self._profile.regime.device)
 
     def units(self, configuration: Configuration) -> Units:
         """Return what is gathered together."""
@@ -973,14 +989,15 @@ class FsdpModel:
         return self._curves.peaks(self._make(configuration).operations, column)
 
     def _make(self, configuration: Configuration) -> _Made:
-        """Make what all micro-batches share, once."""
+        """Make what all micro-batches and optimizers share, once."""
         micro_steps = min(configuration.gradient_accumulation_steps, MAX_MICRO_STEPS)
-        same = replace(configuration, per_device_train_batch_size=1, gradient_accumulation_steps=micro_steps)
+        same = replace(
+            configuration, optim="sgd", per_device_train_batch_size=1, gradient_accumulation_steps=micro_steps
+        )
         if same not in self._made:
             _refuse_inner_reentry(same, self._profile)
             units = make_units(same, self._profile)
-            layout = lay_out(same, self._profile, units)
-            self._made[same] = _Made(units, layout, script(same, self._profile, units))
+            self._made[same] = _Made(units, script(same, self._profile, units))
         return self._made[same]
 
 
@@ -1001,5 +1018,4 @@ def _refuse_inner_reentry(configuration: Configuration, profile: RegimeProfile) 
 @dataclass(frozen=True, slots=True)
 class _Made:
     units: Units
-    layout: Layout
     operations: list[Operation]

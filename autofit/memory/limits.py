@@ -28,19 +28,32 @@ def refuse_unmodelled(configuration: Configuration) -> None:
 
 def unmodelled(configuration: Configuration) -> str | None:
     """Name the first knob that is not modelled, None if all are."""
+    return unmodelled_optim(configuration) or unmodelled_but_optim(configuration)
+
+
+def unmodelled_optim(configuration: Configuration) -> str | None:
+    """Name the optimizer if it is not modelled with the configuration's engine and its accumulation."""
     c = configuration
     checks = (
         (c.optim not in OPTIMIZERS, f"optim {c.optim} ({UNMODELLED.get(c.optim)})"),
         (_updates_in_backward(c.optim) and c.sharding != "none", f"optim {c.optim} in several processes"),
         (_projects(c.optim) and (c.uses_deepspeed or c.uses_fsdp), f"optim {c.optim} under {c.sharding}"),
         (c.optim.endswith("layerwise") and c.gradient_accumulation_steps > 1, f"accumulation under optim {c.optim}"),
-        (c.sharding not in MODELLED_SHARDINGS, f"sharding {c.sharding}"),
-        (c.offload != "none" and c.sharding not in OFFLOADED_SHARDINGS, f"offload {c.offload} under {c.sharding}"),
-        (c.uses_fsdp and c.offload == "optimizer", f"offload of the optimizer alone under {c.sharding}"),
         (
             c.uses_fsdp and c.offload != "none" and c.optim not in FSDP_HOST_OPTIMS,
             f"optim {c.optim} on the host under {c.sharding}",
         ),
+    )
+    return next((name for applies, name in checks if applies), None)
+
+
+def unmodelled_but_optim(configuration: Configuration) -> str | None:
+    """Name the first other knob that is not modelled, whatever the optimizer and the split of the batch."""
+    c = configuration
+    checks = (
+        (c.sharding not in MODELLED_SHARDINGS, f"sharding {c.sharding}"),
+        (c.offload != "none" and c.sharding not in OFFLOADED_SHARDINGS, f"offload {c.offload} under {c.sharding}"),
+        (c.uses_fsdp and c.offload == "optimizer", f"offload of the optimizer alone under {c.sharding}"),
         (c.num_replicas != 1 and not c.uses_fsdp, f"a hybrid shard (num_replicas) under {c.sharding}"),
         (c.sequence_parallel_size != 1 and _unshared(c) is not None, f"sequence parallelism {_unshared(c)}"),
         (not c.reshard_after_forward and not c.uses_fsdp, f"reshard_after_forward off under {c.sharding}"),

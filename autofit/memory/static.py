@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from autofit.memory.optimizers import OPTIMIZERS, clip_frame, step_frame
 from autofit.memory.tape import CUDA_BLOCK_BYTES
@@ -80,7 +81,11 @@ def optimizer_bytes(
         device: where it is; of a CPU rank all memory is its own.
         clips: whether torch clips the gradients before the step.
     """
-    trained = [t for t in model if t.trains]
+    return _optimizer_bytes(tuple(t for t in model if t.trains), optim, device, clips=clips)
+
+
+@lru_cache(maxsize=1024)
+def _optimizer_bytes(trained: tuple[Tensor, ...], optim: Optim, device: DeviceKind, *, clips: bool) -> OptimizerBytes:
     optimizer = OPTIMIZERS[optim]
     states = [optimizer.state(t) for t in trained]
     host = sum(state.host for state in states)

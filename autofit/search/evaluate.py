@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from itertools import compress
+from typing import Literal, Protocol, get_args
+
+import numpy as np
+import numpy.typing as npt
 
 from autofit.errors import InputError
 from autofit.memory.alloc_conf import expandable_segments_problem
 from autofit.memory.assemble import MemoryModel
+from autofit.memory.uncertainty import interval, run_kind
+from autofit.search.allowed import Mask
 from autofit.search.calibrated import calibrated_memory, calibrated_time, calibration_for, uncalibrated
+from autofit.search.space import Block, Split
 from autofit.spec.calibration import Calibration, Uncalibrated
-from autofit.spec.configuration import Configuration
+from autofit.spec.configuration import Configuration, Optim
 from autofit.spec.estimate import MemoryEstimate, TimeEstimate
 from autofit.spec.hardware import Cluster
 from autofit.spec.job import Workload
@@ -38,6 +45,7 @@ returns cached segments before it gives up.
 
 Misfit = Literal["none", "device memory", "host memory", "fragmentation"]
 """What of a configuration does not fit; `fragmentation`: its tensors would, but not as the allocator lays them out."""
+MISFITS: tuple[Misfit, ...] = get_args(Misfit)
 
 
 class MemoryEstimator(Protocol):
@@ -63,8 +71,6 @@ class Evaluated:
     configuration: Configuration
     memory: MemoryEstimate
     time: TimeEstimate
-    relative_work: float
-    """Orders configurations where times are not known; without unit."""
     misfit: Misfit
 
     @property
@@ -78,9 +84,23 @@ class Evaluated:
         return self.memory.needed_bytes
 
 
-def usable_bytes(memory: MemoryEstimate) -> int:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class EvaluatedBlock:
+    """What is left of a block, one figure for each of its configurations."""
+
+    number: int
+    """Its place among the blocks."""
+    optim: npt.NDArray[np.intp]
+    split: npt.NDArray[np.intp]
+    needed_bytes: npt.NDArray[np.int64]
+    risky_bytes: npt.NDArray[np.int64]
+    misfit: npt.NDArray[np.int8]
+    seconds: npt.NDArray[np.float64]
+
+
+def usable_bytes(budget_bytes: int) -> int:
     """Return what of a device's memory a plan may need."""
-    return int(memory.budget_bytes * (1 - HEADROOM_FRACTION))
+    return int(budget_bytes * (1 - HEADROOM_FRACTION))
 
 
 def has_ample_room(memory: MemoryEstimate) -> bool:
@@ -90,7 +110,7 @@ def has_ample_room(memory: MemoryEstimate) -> bool:
 
 def leaves_headroom(memory: MemoryEstimate) -> bool:
     """Tell whether a device holds a configuration with room to spare."""
-    return memory.needed_bytes <= usable_bytes(memory)
+    return memory.needed_bytes <= usable_bytes(memory.budget_bytes)
 
 
 def misfit_of(memory: MemoryEstimate, cluster: Cluster) -> Misfit:
@@ -139,6 +159,19 @@ class Evaluator:
         problem = expandable_segments_problem(self._cluster.device, is_linux=sys.platform == "linux", is_wsl=is_wsl)
         return problem is None
 
+    @property
+    def budget_bytes(self) -> int:
+        """What each device has."""
+        return self._cluster.device.memory_bytes
+
+    def refuse_length(self, configuration: Configuration) -> None:
+        """Refuse a length that the profile of a configuration's code path does not hold for.
+
+        Raises:
+            InputError: it does not.
+        """
+        refuse_length(self._profiles[self._regime(configuration)], self._workload.sequence_tokens)
+
     def profile(self, configuration: Configuration) -> RegimeProfile | None:
         """Return the profile of a configuration's code path, None where it was not traced."""
         return self._profiles.get(self._regime(configuration))
@@ -146,14 +179,78 @@ class Evaluator:
     def evaluate(self, configuration: Configuration) -> Evaluated:
         """Estimate memory and time of a configuration whose profile is there."""
         memory = self._memory(configuration, replays=False)
-        model = self._time_model(configuration)
         return Evaluated(
             configuration=configuration,
             memory=memory,
             time=self._time(configuration),
-            relative_work=model.relative_work(configuration),
             misfit=misfit_of(memory, self._cluster_of(configuration)),
         )
+
+    def evaluate_block(self, number: int, block: Block, mask: Mask) -> EvaluatedBlock:
+        """Evaluate what is left of a block whose profile is there.
+
+        Raises:
+            InputError: it is not modelled.
+        """
+        optim, split = np.nonzero(mask)
+        device, host = self._needs(block, mask)
+        misfit = np.zeros(len(optim), dtype=np.int8)
+        available = self._cluster.host_memory_bytes
+        if available is not None:
+            misfit[host > available] = MISFITS.index("host memory")
+        misfit[device > usable_bytes(self.budget_bytes)] = MISFITS.index("device memory")
+        return EvaluatedBlock(
+            number=number,
+            optim=optim,
+            split=split,
+            needed_bytes=device,
+            risky_bytes=(device * self._risk(block.first)).astype(np.int64),
+            misfit=misfit,
+            seconds=self._seconds(block, mask),
+        )
+
+    def _seconds(self, block: Block, mask: Mask) -> npt.NDArray[np.float64]:
+        calibration = self.calibration(block.first)
+        factor = 1.0 if calibration is None else calibration.time.factor
+        return self._by_split(block, mask, self._time_model(block.first).seconds) * factor
+
+    def relative_works(self, block: Block, mask: Mask) -> npt.NDArray[np.float64]:
+        """Return what orders the configurations left of a block where a time is not known."""
+        return self._by_split(block, mask, self._time_model(block.first).relative_works)
+
+    def _needs(self, block: Block, mask: Mask) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return the bytes of device and host of what is left of a block.
+
+        A calibration corrects phases, each by what is in it: with one every configuration is estimated by itself.
+        """
+        if self._estimate_memory is not None or self.calibration(block.first) is not None:
+            estimates = [
+                self._memory(block.configuration(optim, split), replays=False) for optim, split in np.argwhere(mask)
+            ]
+            return (
+                np.array([each.needed_bytes for each in estimates], dtype=np.int64),
+                np.array([each.host_bytes or 0 for each in estimates], dtype=np.int64),
+            )
+        rows: Mask = np.any(mask, axis=1)
+        optims = list(compress(block.optims, rows.tolist()))
+        cluster = self._cluster_of(block.first)
+        needs = self._memory_model(block.first).needs(block.first, cluster, optims, block.splits)
+        return needs.device_bytes[mask[rows]], needs.host_bytes[mask[rows]]
+
+    def _by_split(
+        self,
+        block: Block,
+        mask: Mask,
+        seconds: Callable[[Configuration, Sequence[Optim], tuple[Split, ...]], npt.NDArray[np.float64]],
+    ) -> npt.NDArray[np.float64]:
+        rows: Mask = np.any(mask, axis=1)
+        return seconds(block.first, list(compress(block.optims, rows.tolist())), block.splits)[mask[rows]]
+
+    def _risk(self, configuration: Configuration) -> float:
+        """Return by how much memory may be more than was predicted, if a run is as far off as any of its kind was."""
+        kind = run_kind(self._regime(configuration), is_sharded=configuration.num_processes > 1)
+        found = interval("process" if self._cluster.device.kind == "cuda" else "peak_allocated", kind)
+        return 1.0 if found is None else found.high
 
     def replay(self, configuration: Configuration) -> MemoryEstimate:
         """Estimate memory with every allocation sent through torch's allocator policy: exact, and slow."""
@@ -178,6 +275,10 @@ class Evaluator:
         time, calibration = self._time_model(configuration).time(configuration), self.calibration(configuration)
         return time if calibration is None else calibrated_time(time, calibration)
 
+    def known_replay(self, configuration: Configuration) -> MemoryEstimate | None:
+        """Return what a replay said, if there was one."""
+        return self._replays.get(configuration)
+
     def _memory(self, configuration: Configuration, *, replays: bool) -> MemoryEstimate:
         memory, calibration = self._plain_memory(configuration, replays=replays), self.calibration(configuration)
         return memory if calibration is None else calibrated_memory(memory, calibration)
@@ -201,9 +302,8 @@ class Evaluator:
         return regime_of(configuration, self._cluster.device)
 
     def _known_profile(self, configuration: Configuration) -> RegimeProfile:
-        profile = self._profiles[self._regime(configuration)]
-        refuse_length(profile, self._workload.sequence_tokens)
-        return profile
+        self.refuse_length(configuration)
+        return self._profiles[self._regime(configuration)]
 
     def _time_model(self, configuration: Configuration) -> TimeModel:
         key = self._regime(configuration), configuration.num_processes

@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
+import numpy as np
+
 from autofit.errors import InputError, NothingFitsError
 from autofit.search.evaluate import HEADROOM_FRACTION, Evaluated, usable_bytes
-from autofit.search.rank import cheapest
+from autofit.search.rank import Ranking
 from autofit.search.space import METHODS
+from autofit.search.table import Table
 from autofit.search.words import describe
 from autofit.spec.hardware import Cluster
 from autofit.spec.job import Job, Restrictions
@@ -20,7 +23,7 @@ SHORTEST_TOKENS = 128
 NUM_DEVICES_TRIED = 8
 """Devices of one node; more are another kind of purchase."""
 
-Search = Callable[[Job, Cluster], Sequence[Evaluated]]
+Search = Callable[[Job, Cluster], Table]
 """Evaluates the smallest micro-batches of a job on a cluster."""
 
 
@@ -36,13 +39,12 @@ class Change:
     cluster: Callable[[Cluster], Cluster] = lambda cluster: cluster
 
 
-def refusal(job: Job, cluster: Cluster, evaluated: Sequence[Evaluated], search: Search) -> NothingFitsError:
-    """Describe the configuration that came nearest, and what was checked to help."""
-    nearest = min(evaluated, key=lambda each: (each.needed_bytes, describe(each.configuration)))
+def refusal(job: Job, cluster: Cluster, nearest: Evaluated, num_evaluated: int, search: Search) -> NothingFitsError:
+    """Describe the configuration that came nearest of so many, and what was checked to help."""
     found = fixes(job, cluster, search)
     return NothingFitsError(
         f"{job.model.name} does not fit {_devices(cluster)} of {format_bytes(cluster.device.memory_bytes)}: none of "
-        f"{len(evaluated)} configurations does.\n{_nearest_words(nearest)}",
+        f"{num_evaluated} configurations does.\n{_nearest_words(nearest)}",
         to_fix=_fix_words(found),
         hint="autofit estimate prints every term of one configuration",
     )
@@ -76,14 +78,15 @@ def _checked(group: tuple[Change, ...], job: Job, cluster: Cluster, search: Sear
     for change in group:
         job, cluster = change.job(job), change.cluster(cluster)
     try:
-        fitting = [each for each in search(job, cluster) if each.fits]
+        table = search(job, cluster)
     except InputError:
         return None
-    if not fitting:
+    fitting = np.flatnonzero(table.fits)
+    if not fitting.size:
         return None
-    best = cheapest(fitting, lambda each: each.relative_work)
+    best = Ranking(table, "cost").cheapest(fitting)
     words = " and ".join(change.words for change in group)
-    return f"{words} ({describe(best.configuration)}: {format_bytes(best.needed_bytes)})"
+    return f"{words} ({describe(table.configuration(best))}: {format_bytes(int(table.needed_bytes[best]))})"
 
 
 def _differ(pair: tuple[Change, ...]) -> bool:
@@ -142,7 +145,7 @@ def _of_length(tokens: int) -> Callable[[Job], Job]:
 
 
 def _nearest_words(nearest: Evaluated) -> str:
-    usable = usable_bytes(nearest.memory)
+    usable = usable_bytes(nearest.memory.budget_bytes)
     words = f"Nearest: {describe(nearest.configuration)}: it needs {format_bytes(nearest.needed_bytes)}"
     if nearest.misfit != "device memory":
         return f"{words}, but does not fit for {nearest.misfit}."

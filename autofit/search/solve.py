@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import msgspec
+import numpy as np
 
 from autofit.errors import InputError
 from autofit.plan import Inputs, Plan, Rung
-from autofit.search.evaluate import Evaluated, Evaluator, MemoryEstimator, has_ample_room, leaves_headroom
+from autofit.search.allowed import allowed
+from autofit.search.evaluate import AMPLE_FRACTION, Evaluated, Evaluator, MemoryEstimator, leaves_headroom
 from autofit.search.nothing_fits import Search, changes, refusal
-from autofit.search.rank import best, cost_of, ladder
-from autofit.search.rules import Rule, Site, broken_rule, rules_for, rules_for_given
-from autofit.search.space import candidates
+from autofit.search.rank import Ranking
+from autofit.search.rules import Site, broken_rule, rules_for_given
+from autofit.search.space import Block
+from autofit.search.table import Rows, Table, tabulate
 from autofit.search.truncate import truncations
 from autofit.search.words import (
     allocator_reasons,
@@ -27,11 +29,10 @@ from autofit.search.words import (
     objective_reason,
     precision_reason,
 )
-from autofit.spec.configuration import Configuration, Method
+from autofit.spec.configuration import Configuration
 from autofit.spec.hardware import Cluster
 from autofit.spec.job import Job
 from autofit.spec.profile import ProfileSet, Regime, RegimeProfile
-from autofit.spec.regimes import regime_of
 from autofit.timing import estimate_cost, run_cost
 from autofit.timing.batches import estimate_epoch
 
@@ -42,7 +43,7 @@ def required_regimes(job: Job, cluster: Cluster) -> tuple[Regime, ...]:
     Raises:
         InputError: see `candidates`; or every configuration falls to a rule.
     """
-    return _regimes(_allowed(job, cluster).configurations, cluster)
+    return allowed(job, cluster).regimes(cluster)
 
 
 def explaining_regimes(job: Job, cluster: Cluster) -> tuple[Regime, ...]:
@@ -53,10 +54,10 @@ def explaining_regimes(job: Job, cluster: Cluster) -> tuple[Regime, ...]:
     regimes: dict[Regime, None] = {}
     for change in changes(job, cluster):
         try:
-            allowed = _allowed(change.job(job), change.cluster(cluster))
+            left = allowed(change.job(job), change.cluster(cluster))
         except InputError:
             continue
-        regimes.update(dict.fromkeys(_regimes(allowed.configurations, cluster)))
+        regimes.update(dict.fromkeys(left.regimes(cluster)))
     known = set(required_regimes(job, cluster))
     return tuple(regime for regime in regimes if regime not in known)
 
@@ -74,41 +75,35 @@ def solve(job: Job, cluster: Cluster, profiles: ProfileSet, *, estimate_memory: 
         InputError: the job and the cluster do not go together.
         NothingFitsError: no configuration fits; says what would.
     """
-    allowed = _allowed(job, cluster)
-    evaluator = _evaluator(job, cluster, profiles, allowed.configurations, estimate_memory)
-    evaluated: Sequence[Evaluated] = _evaluate(allowed.configurations, evaluator)
-    if not evaluated:
-        raise InputError(
-            f"{job.model.name} has no traced profile for any configuration.",
-            to_fix="trace it first, or allow a method and a precision that were traced",
-        )
-    objective = job.restrictions.objective
-    cost = cost_of(evaluated, objective)
-
-    def choose(among: Sequence[Evaluated]) -> Evaluated:
-        return best(among, objective, cost)
-
-    evaluated, chosen = _settled(evaluated, evaluator, choose)
+    left = allowed(job, cluster)
+    evaluator = _evaluator(job, cluster, profiles, left.blocks, estimate_memory)
+    table = tabulate(left, evaluator)
+    if not len(table):
+        raise _nothing_evaluated(job, table)
+    ranking = Ranking(table, job.restrictions.objective)
+    table, chosen = _settled(table, np.arange(len(table)), evaluator, ranking)
     if chosen is None:
-        raise refusal(job, cluster, evaluated, _search_of_smallest(profiles, estimate_memory))
-    alternatives: list[Evaluated] = []
-    for method in dict.fromkeys(each.configuration.method for each in evaluated):
+        nearest = evaluator.evaluate(table.configuration(_nearest(table, np.arange(len(table)))))
+        raise refusal(job, cluster, nearest, len(table), _search_of_smallest(profiles, estimate_memory))
+    alternatives = []
+    methods = table.knob("method")
+    for method in dict.fromkeys(methods.tolist()):
         if method != chosen.configuration.method:
-            evaluated, found = _settled(evaluated, evaluator, choose, method)
-            alternatives.append(found or _nearest(evaluated, method))
-    replayed = evaluator.replay(chosen.configuration)
-    smaller = [each for each in evaluated if each.fits and each.needed_bytes < replayed.needed_bytes]
+            rows = np.flatnonzero(methods == method)
+            table, found = _settled(table, rows, evaluator, ranking)
+            alternatives.append(found or _Settled(row := _nearest(table, rows), table.configuration(row)))
+    fallbacks = ranking.ladder(chosen.row, _smaller(table, chosen.row))
     return _plan(
         job,
         cluster,
-        replace(chosen, memory=replayed),
+        replace(evaluator.evaluate(chosen.configuration), memory=evaluator.replay(chosen.configuration)),
         evaluator,
-        fallbacks=ladder(chosen, smaller, cost),
-        alternatives=alternatives,
+        fallbacks=_descending(chosen.configuration, map(table.configuration, fallbacks), evaluator),
+        alternatives=[_rung(each.configuration, evaluator, fits=bool(table.fits[each.row])) for each in alternatives],
         reasons=(
-            objective_reason(job, cluster, chosen, evaluator.missing_figures(chosen.configuration)),
-            *count_reasons(evaluated, allowed.fallen, len(allowed.configurations) - len(evaluated)),
-            *knob_reasons(chosen, evaluated, cost),
+            objective_reason(job, cluster, chosen.configuration, evaluator.missing_figures(chosen.configuration)),
+            *count_reasons(table, left),
+            *knob_reasons(chosen.row, table, ranking, evaluator),
             precision_reason(job, chosen.configuration, cluster),
             *allocator_reasons(job, chosen.configuration, evaluator),
         ),
@@ -129,7 +124,9 @@ def estimate(
         InputError: a library refuses the configuration, it trains another global batch, or it was not traced.
     """
     _refuse_broken(job, cluster, configuration)
-    evaluator = _evaluator(job, cluster, profiles, (configuration,), estimate_memory)
+    evaluator = Evaluator(
+        cluster, job.workload, profiles, (configuration.per_device_train_batch_size,), estimate_memory
+    )
     if evaluator.profile(configuration) is None:
         raise InputError(
             f"{job.model.name} has no traced profile for {describe(configuration)}.", to_fix="trace it first"
@@ -146,27 +143,6 @@ def profile_key(profile: RegimeProfile) -> str:
     """Identify a traced profile by what it was traced from."""
     traced = msgspec.json.encode((profile.model, profile.regime, sorted(profile.versions.items())))
     return f"{profile.model}-{hashlib.sha256(traced).hexdigest()[:12]}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Allowed:
-    configurations: tuple[Configuration, ...]
-    fallen: Counter[Rule]
-
-
-def _allowed(job: Job, cluster: Cluster) -> _Allowed:
-    every = candidates(job, cluster)
-    site, rules = Site(cluster=cluster, config=job.model.config), rules_for(cluster.software, job.restrictions)
-    verdicts = [broken_rule(each, site, rules) for each in every]
-    fallen = Counter(rule for rule in verdicts if rule is not None)
-    allowed = tuple(each for each, rule in zip(every, verdicts, strict=True) if rule is None)
-    if allowed:
-        return _Allowed(configurations=allowed, fallen=fallen)
-    raise InputError(
-        f"{job.model.name} cannot be trained as asked on {cluster.device.name}: "
-        + "; ".join(f"{rule.reason} ({rule.name})" for rule in fallen),
-        to_fix="leave the precision, optimizer or attention open, or choose another",
-    )
 
 
 def _refuse_broken(job: Job, cluster: Cluster, configuration: Configuration) -> None:
@@ -191,76 +167,100 @@ def _refuse_broken(job: Job, cluster: Cluster, configuration: Configuration) -> 
         )
 
 
-def _regimes(configurations: Iterable[Configuration], cluster: Cluster) -> tuple[Regime, ...]:
-    return tuple(dict.fromkeys(regime_of(each, cluster.device) for each in configurations))
-
-
 def _evaluator(
     job: Job,
     cluster: Cluster,
     profiles: ProfileSet,
-    configurations: Iterable[Configuration],
+    blocks: Iterable[Block],
     estimate_memory: MemoryEstimator | None,
 ) -> Evaluator:
-    micro_batches = [each.per_device_train_batch_size for each in configurations]
-    return Evaluator(cluster, job.workload, profiles, micro_batches, estimate_memory)
+    micro_batches = {micro_batch for block in blocks for micro_batch, _ in block.splits}
+    return Evaluator(cluster, job.workload, profiles, tuple(micro_batches), estimate_memory)
 
 
-def _evaluate(configurations: Iterable[Configuration], evaluator: Evaluator) -> list[Evaluated]:
-    return [evaluator.evaluate(each) for each in configurations if evaluator.profile(each) is not None]
+def _nothing_evaluated(job: Job, table: Table) -> InputError:
+    if table.unmodelled and not table.num_untraced:
+        return InputError(
+            f"{job.model.name}: {'; '.join(table.unmodelled)} is not modelled.",
+            to_fix="leave it out, or choose another",
+        )
+    return InputError(
+        f"{job.model.name} has no traced profile for any configuration.",
+        to_fix="trace it first, or allow a method and a precision that were traced",
+    )
 
 
 def _search_of_smallest(profiles: ProfileSet, estimate_memory: MemoryEstimator | None) -> Search:
     """Return a search of the smallest micro-batch alone: enough to show that something fits."""
 
-    def search(job: Job, cluster: Cluster) -> list[Evaluated]:
-        allowed = _allowed(job, cluster).configurations
-        smallest = min(each.per_device_train_batch_size for each in allowed)
-        tried = [each for each in allowed if each.per_device_train_batch_size == smallest]
-        return _evaluate(tried, _evaluator(job, cluster, profiles, tried, estimate_memory))
+    def search(job: Job, cluster: Cluster) -> Table:
+        left = allowed(job, cluster).of_smallest_micro_batch()
+        return tabulate(left, _evaluator(job, cluster, profiles, left.blocks, estimate_memory))
 
     return search
 
 
-def _nearest(evaluated: Sequence[Evaluated], method: Method) -> Evaluated:
-    """Return what needs least of a method of which nothing fits."""
-    return min((e for e in evaluated if e.configuration.method == method), key=lambda each: each.needed_bytes)
+def _nearest(table: Table, rows: Rows) -> int:
+    """Return what needs least; of several, by its name."""
+    needed = table.needed_bytes[rows]
+    least: list[int] = rows[needed == needed.min()].tolist()
+    return min(least, key=lambda row: describe(table.configuration(row)))
 
 
-def _settled(
-    evaluated: Sequence[Evaluated],
-    evaluator: Evaluator,
-    choose: Callable[[Sequence[Evaluated]], Evaluated],
-    method: Method | None = None,
-) -> tuple[Sequence[Evaluated], Evaluated | None]:
-    """Find the best, of one method or of all, that still fits when every allocation is replayed.
+@dataclass(frozen=True, slots=True)
+class _Settled:
+    row: int
+    configuration: Configuration
+    """The row's, or that one with segments that grow."""
+
+
+def _settled(table: Table, rows: Rows, evaluator: Evaluator, ranking: Ranking) -> tuple[Table, _Settled | None]:
+    """Find the best of some rows that still fits when every allocation is replayed.
 
     One with ample room is taken without a replay. One that does not fit is marked, with those of its method that need
     as much or more. What the allocator cannot do without has to leave as much of the device free as tensors have.
     """
-    while fitting := [each for each in evaluated if each.fits and method in {None, each.configuration.method}]:
-        chosen = choose(fitting)
-        settled = _as_it_fits(chosen, evaluator)
+    methods = table.knob("method")
+    while (fitting := rows[table.fits[rows]]).size:
+        row = ranking.best(fitting)
+        settled = _as_it_fits(row, table, evaluator)
         if settled is not None:
-            return evaluated, settled
-        evaluated = [replace(e, misfit="fragmentation") if _fares_no_better(e, chosen) else e for e in evaluated]
-    return evaluated, None
+            return table, _Settled(row, settled)
+        fares_no_better = table.fits & (methods == methods[row]) & (table.needed_bytes >= table.needed_bytes[row])
+        table = table.marked(fares_no_better, "fragmentation")
+    return table, None
 
 
-def _as_it_fits(best: Evaluated, evaluator: Evaluator) -> Evaluated | None:
+def _as_it_fits(row: int, table: Table, evaluator: Evaluator) -> Configuration | None:
     """Return a configuration as it fits when replayed: as it is, or with segments that grow; None if neither does."""
-    if has_ample_room(best.memory) or leaves_headroom(evaluator.replay(best.configuration)):
-        return best
+    configuration = table.configuration(row)
+    ample = int(table.needed_bytes[row]) <= AMPLE_FRACTION * table.budget_bytes
+    if ample or leaves_headroom(evaluator.replay(configuration)):
+        return configuration
     if evaluator.can_grow_segments:
-        grown = replace(best, configuration=replace(best.configuration, expandable_segments=True))
-        if leaves_headroom(evaluator.replay(grown.configuration)):
+        grown = replace(configuration, expandable_segments=True)
+        if leaves_headroom(evaluator.replay(grown)):
             return grown
     return None
 
 
-def _fares_no_better(each: Evaluated, failed: Evaluated) -> bool:
-    same_method = each.configuration.method == failed.configuration.method
-    return each.fits and same_method and each.needed_bytes >= failed.needed_bytes
+def _smaller(table: Table, chosen: int) -> Rows:
+    """Return what fits, has the method that was chosen, and needs less."""
+    methods = table.knob("method")
+    less = table.needed_bytes < table.needed_bytes[chosen]
+    return np.flatnonzero(table.fits & less & (methods == methods[chosen]))
+
+
+def _descending(chosen: Configuration, rungs: Iterable[Configuration], evaluator: Evaluator) -> tuple[Rung, ...]:
+    """Keep of a ladder what needs less than all before it also when every allocation is replayed."""
+    kept, lowest = [], evaluator.replay(chosen)
+    for configuration in rungs:
+        memory = evaluator.replay(configuration)
+        is_less = memory.peak_allocated_bytes < lowest.peak_allocated_bytes
+        if is_less and memory.needed_bytes < lowest.needed_bytes:
+            kept.append(_rung(configuration, evaluator, fits=True))
+            lowest = memory
+    return tuple(kept)
 
 
 def _plan(
@@ -269,8 +269,8 @@ def _plan(
     chosen: Evaluated,
     evaluator: Evaluator,
     *,
-    fallbacks: Iterable[Evaluated],
-    alternatives: Iterable[Evaluated],
+    fallbacks: Iterable[Rung],
+    alternatives: Iterable[Rung],
     reasons: tuple[str, ...],
 ) -> Plan:
     profile = evaluator.profile(chosen.configuration)
@@ -290,19 +290,22 @@ def _plan(
         if job.run is None
         else run_cost(job.run, chosen.time, cost, epoch, chosen.configuration.num_processes),
         truncations=truncations(job, cluster, chosen.configuration, evaluator),
-        fallbacks=tuple(_rung(each) for each in fallbacks),
-        alternatives=tuple(_rung(each) for each in alternatives),
+        fallbacks=tuple(fallbacks),
+        alternatives=tuple(alternatives),
         reasons=(*reasons, *calibration_reasons(calibration, plain, chosen.memory, chosen.time)),
         versions=dict(profile.versions),
         uncalibrated=plain,
     )
 
 
-def _rung(each: Evaluated) -> Rung:
+def _rung(configuration: Configuration, evaluator: Evaluator, *, fits: bool) -> Rung:
+    """Show a configuration with the figures that a plan of its own would have; of what does not fit, the least."""
+    evaluated = evaluator.evaluate(configuration)
+    memory = evaluator.replay(configuration) if fits else evaluator.known_replay(configuration) or evaluated.memory
     return Rung(
-        configuration=each.configuration,
-        peak_allocated_bytes=each.memory.peak_allocated_bytes,
-        needed_bytes=each.needed_bytes,
-        step_seconds=each.time.step_seconds,
-        fits=each.fits,
+        configuration=configuration,
+        peak_allocated_bytes=memory.peak_allocated_bytes,
+        needed_bytes=memory.needed_bytes,
+        step_seconds=evaluated.time.step_seconds,
+        fits=fits,
     )

@@ -8,9 +8,11 @@ from typing import get_args
 
 from autofit.errors import InputError
 from autofit.spec.configuration import (
+    Attention,
     Batching,
     Configuration,
     Dtype,
+    Loss,
     Method,
     MixedPrecision,
     Offload,
@@ -29,13 +31,20 @@ gradients; paged 32-bit state is larger than paged 8-bit state."""
 ADAPTER_METHODS: tuple[Method, ...] = ("lora", "qlora")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchSplit:
-    """A global batch as micro-batches on every device."""
+Split = tuple[int, int]
+"""A device's share of the global batch as micro-batch and accumulation steps."""
 
-    per_device_train_batch_size: int
-    gradient_accumulation_steps: int
-    batching: Batching = "equal"
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Path:
+    """The code that a step runs, but for what the engine does around it."""
+
+    method: Method
+    precision: Precision
+    gradient_checkpointing: bool
+    attention: Attention
+    loss: Loss
+    batching: Batching
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,51 +66,105 @@ class Engine:
     num_processes: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """Configurations that differ in the optimizer and in the split of the batch alone."""
+
+    path: Path
+    engine: Engine
+    optims: tuple[Optim, ...]
+    splits: tuple[Split, ...]
+    first: Configuration
+    """With the first optimizer and the first split."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Numbers of optimizers and of splits."""
+        return len(self.optims), len(self.splits)
+
+    def configuration(self, optim: int, split: int) -> Configuration:
+        """Return one of its configurations by the places of its optimizer and its split."""
+        micro_batch, num_micro_steps = self.splits[split]
+        return replace(
+            self.first,
+            optim=self.optims[optim],
+            per_device_train_batch_size=micro_batch,
+            gradient_accumulation_steps=num_micro_steps,
+        )
+
+
 def candidates(job: Job, cluster: Cluster) -> tuple[Configuration, ...]:
     """Enumerate the configurations that the job's restrictions leave free.
+
+    Raises:
+        InputError: see `blocks`.
+    """
+    return tuple(
+        block.configuration(optim, split)
+        for block in blocks(job, cluster)
+        for optim, split in product(*map(range, block.shape))
+    )
+
+
+def blocks(job: Job, cluster: Cluster) -> tuple[Block, ...]:
+    """Divide the space: a block for every path with every engine.
 
     Raises:
         InputError: the global batch does not divide over the devices, or a restriction leaves nothing.
     """
     restrictions = job.restrictions
     splits = {
-        num: [
-            replace(split, batching=batching)
-            for split in batch_splits(job.workload, cluster.using(num), restrictions)
-            for batching in batchings(job)
-        ]
+        num: batch_splits(job.workload, cluster.using(num), restrictions)
         for num in process_counts(restrictions, cluster)
     }
-    knobs = product(
-        restrictions.methods or METHODS,
-        [engine for num in splits for engine in engines(restrictions, cluster.using(num))],
-        (False, True) if restrictions.gradient_checkpointing is None else (restrictions.gradient_checkpointing,),
+    every = product(
+        paths(job, cluster), [engine for num in splits for engine in engines(restrictions, cluster.using(num))]
     )
     return tuple(
-        configuration(
-            method=method,
+        Block(
+            path=path,
             engine=engine,
-            gradient_checkpointing=checkpoints,
-            optim=optim,
-            split=split,
-            restrictions=restrictions,
-            cluster=cluster,
+            optims=optims(restrictions, engine),
+            splits=splits[engine.num_processes],
+            first=configuration(
+                path=path,
+                engine=engine,
+                optim=optims(restrictions, engine)[0],
+                split=splits[engine.num_processes][0],
+                restrictions=restrictions,
+            ),
         )
-        for method, engine, checkpoints in knobs
-        for optim in optims(restrictions, engine)
-        for split in splits[engine.num_processes]
+        for path, engine in every
+    )
+
+
+def paths(job: Job, cluster: Cluster) -> tuple[Path, ...]:
+    """Return every path that the job's restrictions leave free.
+
+    Raises:
+        InputError: see `batchings`.
+    """
+    restrictions = job.restrictions
+    asked = restrictions.gradient_checkpointing
+    return tuple(
+        Path(
+            method=method,
+            precision=resolved_precision(restrictions.precision, cluster.device),
+            gradient_checkpointing=checkpoints,
+            attention=restrictions.attention,
+            loss=restrictions.loss,
+            batching=batching,
+        )
+        for method, checkpoints, batching in product(
+            dict.fromkeys(restrictions.methods or METHODS),
+            (False, True) if asked is None else (asked,),
+            batchings(job),
+        )
     )
 
 
 def configuration(
-    *,
-    method: Method,
-    engine: Engine,
-    gradient_checkpointing: bool,
-    optim: Optim,
-    split: BatchSplit,
-    restrictions: Restrictions,
-    cluster: Cluster,
+    *, path: Path, engine: Engine, optim: Optim, split: Split, restrictions: Restrictions
 ) -> Configuration:
     """Complete the free knobs with what follows from them.
 
@@ -109,8 +172,8 @@ def configuration(
     for int8 weights, whose inputs the other keeps.
     Source: huggingface/transformers#47254, deepspeedai/DeepSpeed#8130; the rule int8-checkpoints-with-reentry.
     """
-    precision, sharding = resolved_precision(restrictions.precision, cluster.device), engine.sharding
-    dtypes = dtypes_of(precision, method, sharding)
+    method, sharding, gradient_checkpointing = path.method, engine.sharding, path.gradient_checkpointing
+    dtypes = dtypes_of(path.precision, method, sharding)
     quantization = _quantization(restrictions.quantization, dtypes, sharding) if method == "qlora" else None
     is_int8 = quantization is not None and quantization.bits == 8
     reentrant_by_need = (method in ADAPTER_METHODS and sharding == "zero3") or is_int8
@@ -120,8 +183,8 @@ def configuration(
         lora=restrictions.lora if method in ADAPTER_METHODS else None,
         freeze=restrictions.freeze if method == "freeze" else None,
         optim=optim,
-        per_device_train_batch_size=split.per_device_train_batch_size,
-        gradient_accumulation_steps=split.gradient_accumulation_steps,
+        per_device_train_batch_size=split[0],
+        gradient_accumulation_steps=split[1],
         num_processes=engine.num_processes,
         gradient_checkpointing=gradient_checkpointing,
         sharding=sharding,
@@ -131,18 +194,18 @@ def configuration(
         sequence_parallel_size=restrictions.sequence_parallel_size,
         weights_dtype=restrictions.weights_dtype or dtypes.weights_dtype,
         mixed_precision=dtypes.mixed_precision,
-        attention=restrictions.attention,
+        attention=path.attention,
         sdpa_kernel=restrictions.sdpa_kernel,
         use_reentrant=gradient_checkpointing
         and (reentrant_by_need if restrictions.use_reentrant is None else restrictions.use_reentrant),
         checkpoint_every_n_layers=restrictions.checkpoint_every_n_layers if gradient_checkpointing else 1,
         checkpoint_offload=gradient_checkpointing and restrictions.checkpoint_offload,
-        loss=restrictions.loss,
-        batching=split.batching,
+        loss=path.loss,
+        batching=path.batching,
         task=restrictions.task,
         image_tokens=restrictions.image_tokens,
         keeps_outputs=restrictions.keeps_outputs,
-        tf32=precision == "tf32",
+        tf32=path.precision == "tf32",
         expandable_segments=restrictions.expandable_segments,
         max_split_size_mb=restrictions.max_split_size_mb,
     )
@@ -214,7 +277,7 @@ def _quantization(wish: QuantizationWish, dtypes: Dtypes, sharding: Sharding) ->
 def optims(restrictions: Restrictions, engine: Engine) -> tuple[Optim, ...]:
     """Return the optimizers to try; unasked, none that offload would put its own in the place of."""
     if restrictions.optims:
-        return restrictions.optims
+        return tuple(dict.fromkeys(restrictions.optims))
     return OPTIMS if engine.offload == "none" else OPTIMS[:1]
 
 
@@ -302,7 +365,7 @@ def _asked_of_sharding(restrictions: Restrictions) -> str:
     return f" with {' and '.join(names)}" if names else ""
 
 
-def batch_splits(workload: Workload, cluster: Cluster, restrictions: Restrictions) -> tuple[BatchSplit, ...]:
+def batch_splits(workload: Workload, cluster: Cluster, restrictions: Restrictions) -> tuple[Split, ...]:
     """Split the global batch over all devices in every way that is exact, the smallest micro-batch first.
 
     Raises:
@@ -316,10 +379,7 @@ def batch_splits(workload: Workload, cluster: Cluster, restrictions: Restriction
             f"a micro-batch of {unusable[0]} does not divide the {per_device} sequences of each device's step.",
             to_fix=f"choose from {', '.join(map(str, divisors(per_device)))}, or another global batch",
         )
-    return tuple(
-        BatchSplit(per_device_train_batch_size=size, gradient_accumulation_steps=per_device // size)
-        for size in (sorted(set(asked)) or divisors(per_device))
-    )
+    return tuple((size, per_device // size) for size in (sorted(set(asked)) or divisors(per_device)))
 
 
 def _per_device_sequences(workload: Workload, cluster: Cluster, sequence_parallel_size: int) -> int:

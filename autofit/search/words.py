@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from autofit.search.evaluate import HEADROOM_FRACTION, Evaluated, Evaluator, usable_bytes
-from autofit.search.rank import Cost, cheapest
-from autofit.search.rules import Rule
+import numpy as np
+
+from autofit.search.allowed import Allowed
+from autofit.search.evaluate import HEADROOM_FRACTION, Evaluator
+from autofit.search.rank import SAFETY_FRACTION, Ranking
+from autofit.search.table import Rows, Table
 from autofit.spec.calibration import Calibration, Uncalibrated
 from autofit.spec.configuration import Configuration
 from autofit.spec.estimate import MemoryEstimate, TimeEstimate
@@ -43,23 +45,25 @@ def describe(configuration: Configuration) -> str:
     return ", ".join(parts)
 
 
-def count_reasons(evaluated: Sequence[Evaluated], fallen: Counter[Rule], num_untraced: int) -> tuple[str, ...]:
+def count_reasons(table: Table, left: Allowed) -> tuple[str, ...]:
     """Say how many configurations there were and where they went."""
-    num_fitting = sum(each.fits for each in evaluated)
-    num = len(evaluated) + fallen.total() + num_untraced
-    usable = format_bytes(usable_bytes(evaluated[0].memory))
+    unmodelled = left.unmodelled + table.unmodelled
+    num_fitting = int(table.fits.sum())
+    num = len(table) + left.fallen.total() + unmodelled.total() + table.num_untraced
     whole = (
-        f"{num} configurations: {fallen.total()} fell to rules, {len(evaluated) - num_fitting} do not fit {usable} "
-        f"({1 - HEADROOM_FRACTION:.0%} of the device's memory), {num_fitting} fit"
-        + (f", {num_untraced} have no traced profile and were not considered." if num_untraced else ".")
+        f"{num} configurations: {left.fallen.total()} fell to rules, {len(table) - num_fitting} do not fit "
+        f"{format_bytes(table.usable_bytes)} ({1 - HEADROOM_FRACTION:.0%} of the device's memory), {num_fitting} fit"
+        + (f", {unmodelled.total()} are not modelled" if unmodelled else "")
+        + (f", {table.num_untraced} have no traced profile and were not considered." if table.num_untraced else ".")
     )
     return (
         whole,
-        *(f"{num} fell to {rule.name}: {rule.reason} ({rule.source})." for rule, num in fallen.most_common()),
+        *(f"{num} fell to {rule.name}: {rule.reason} ({rule.source})." for rule, num in left.fallen.most_common()),
+        *(f"{num} left out: {knob} is not modelled." for knob, num in unmodelled.most_common()),
     )
 
 
-def objective_reason(job: Job, cluster: Cluster, chosen: Evaluated, missing: Sequence[str]) -> str:
+def objective_reason(job: Job, cluster: Cluster, chosen: Configuration, missing: Sequence[str]) -> str:
     """Say what decided."""
     methods, objective = job.restrictions.methods, job.restrictions.objective
     among = f"of the methods you allowed ({', '.join(methods)})" if methods else "of full, lora and qlora"
@@ -71,8 +75,9 @@ def objective_reason(job: Job, cluster: Cluster, chosen: Evaluated, missing: Seq
     }[objective]
     default = ", the default" if objective == "cost" else ""
     said = (
-        f"{chosen.configuration.method} is {least} {among} (--objective {objective}{default}); "
-        "ties go to the simpler setup."
+        f"{chosen.method} is {least} {among} (--objective {objective}{default}); "
+        f"ties go to the simpler setup, and up to {SAFETY_FRACTION:.0%} more is paid for one that fits if memory is "
+        "off as far as any published run's was."
     )
     return f"{said} {no_time_reason(cluster, missing)}" if missing else said
 
@@ -129,59 +134,66 @@ def precision_reason(job: Job, configuration: Configuration, cluster: Cluster) -
     return f"precision {_precision(configuration)}: {because}."
 
 
-def knob_reasons(chosen: Evaluated, evaluated: Sequence[Evaluated], cost: Cost) -> tuple[str, ...]:
-    """Say of each knob what its other values would need and take, everything else chosen best for them."""
-    return tuple(sentence for knob in KNOBS if (sentence := _knob_reason(knob, chosen, evaluated, cost)))
+def knob_reasons(chosen: int, table: Table, ranking: Ranking, evaluator: Evaluator) -> tuple[str, ...]:
+    """Say of each knob what its other values would need and take, everything else chosen best for them.
+
+    What was replayed needs what its own plan says; of the rest it is what their tensors need at least.
+    """
+    return tuple(sentence for knob in KNOBS if (sentence := _knob_reason(knob, chosen, table, ranking, evaluator)))
 
 
-def _knob_reason(knob: str, chosen: Evaluated, evaluated: Sequence[Evaluated], cost: Cost) -> str | None:
-    rivals = (
-        evaluated if knob == "method" else [e for e in evaluated if _value(e, "method") == _value(chosen, "method")]
-    )
-    others = sorted({_value(each, knob) for each in rivals} - {_value(chosen, knob)}, key=lambda v: (str(type(v)), v))
+def _knob_reason(knob: str, chosen: int, table: Table, ranking: Ranking, evaluator: Evaluator) -> str | None:
+    values, methods = table.knob(knob), table.knob("method")
+    rivals = np.flatnonzero((methods == methods[chosen]) | (knob == "method"))
+    mine = values[chosen].item()
+    others = sorted({*np.unique(values[rivals]).tolist()} - {mine}, key=lambda value: (str(type(value)), value))
     if not others:
         return None
     if knob == "per_device_train_batch_size":
-        others = _neighbours(others, chosen.configuration.per_device_train_batch_size)
-    compared = [_compared(knob, value, chosen, rivals, cost) for value in others]
-    return f"{knob} {_spelt(_value(chosen, knob))}: {'; '.join(compared)}."
+        others = _neighbours(others, mine)
+    compared = [
+        _compared(value, chosen, rivals[values[rivals] == value], table, ranking, evaluator) for value in others
+    ]
+    return f"{knob} {_spelt(mine)}: {'; '.join(compared)}."
 
 
-def _compared(knob: str, value: object, chosen: Evaluated, rivals: Sequence[Evaluated], cost: Cost) -> str:
-    group = [each for each in rivals if _value(each, knob) == value]
-    fitting = [each for each in group if each.fits]
-    if not fitting:
-        least = min(group, key=lambda each: each.needed_bytes)
-        return f"{_spelt(value)} would need {format_bytes(least.needed_bytes)} at least, {_too_much(least)}"
-    best = cheapest(fitting, cost)
-    needs = f"{_spelt(value)} would need {format_bytes(best.needed_bytes)}"
-    if best.configuration.num_processes == chosen.configuration.num_processes:
-        return f"{needs} and {_slower(_seconds(best) / _seconds(chosen) - 1, knows_time=_knows_time(best))}"
-    return f"{needs}, {_dearer(best, chosen)} and {_slower(_seconds(best) / _seconds(chosen) - 1, knows_time=True)}"
+def _compared(value: object, chosen: int, group: Rows, table: Table, ranking: Ranking, evaluator: Evaluator) -> str:
+    fitting = group[table.fits[group]]
+    if not fitting.size:
+        least = int(group[np.argmin(table.needed_bytes[group])])
+        needed = format_bytes(int(table.needed_bytes[least]))
+        return f"{_spelt(value)} would need {needed} at least, {_too_much(table, least)}"
+    best = ranking.cheapest(fitting)
+    needs = f"{_spelt(value)} would need {_needed(table, best, evaluator)}"
+    time = _slower(float(table.seconds[best] / table.seconds[chosen]) - 1, knows_time=table.knows_time)
+    devices = table.knob("num_processes")
+    if devices[best] == devices[chosen]:
+        return f"{needs} and {time}"
+    spent = table.seconds * devices
+    return f"{needs}, {_dearer(float(spent[best] / spent[chosen]) - 1)} and {time}"
 
 
-def _dearer(best: Evaluated, chosen: Evaluated) -> str:
+def _needed(table: Table, row: int, evaluator: Evaluator) -> str:
+    replayed = evaluator.known_replay(table.configuration(row))
+    if replayed is None:
+        return f"at least {format_bytes(int(table.needed_bytes[row]))}"
+    return format_bytes(replayed.needed_bytes)
+
+
+def _dearer(excess_fraction: float) -> str:
     """Say what another number of devices costs: the time of all of them."""
-    devices = best.configuration.num_processes / chosen.configuration.num_processes
-    excess = devices * _seconds(best) / _seconds(chosen) - 1
-    return "cost as much" if abs(excess) < 0.005 else f"cost {abs(excess):.0%} {'more' if excess > 0 else 'less'}"
+    if abs(excess_fraction) < 0.005:
+        return "cost as much"
+    return f"cost {abs(excess_fraction):.0%} {'more' if excess_fraction > 0 else 'less'}"
 
 
-def _seconds(each: Evaluated) -> float:
-    """Return the time of a step, or where it is not known what orders them."""
-    return each.time.step_seconds if each.time.step_seconds is not None else each.relative_work
-
-
-def _knows_time(each: Evaluated) -> bool:
-    return each.time.step_seconds is not None
-
-
-def _too_much(least: Evaluated) -> str:
-    if least.misfit == "host memory":
+def _too_much(table: Table, least: int) -> str:
+    misfit = table.misfit_of(least)
+    if misfit == "host memory":
         return "and more host memory than there is"
-    if least.misfit == "fragmentation":
+    if misfit == "fragmentation":
         return "which does not fit as torch's allocator lays it out"
-    return f"{format_bytes(least.needed_bytes - usable_bytes(least.memory))} too much"
+    return f"{format_bytes(int(table.needed_bytes[least]) - table.usable_bytes)} too much"
 
 
 def _slower(excess_fraction: float, *, knows_time: bool) -> str:
@@ -196,11 +208,6 @@ def _neighbours(values: Sequence[object], chosen: int) -> list[object]:
     numbers = [value for value in values if isinstance(value, int)]
     below, above = [n for n in numbers if n < chosen], [n for n in numbers if n > chosen]
     return [*below[-1:], *above[:1]]
-
-
-def _value(each: Evaluated, knob: str) -> object:
-    value: object = getattr(each.configuration, knob)
-    return value
 
 
 def _spelt(value: object) -> str:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import compress
+from typing import TypeVar
 
-from autofit.spec.configuration import Configuration
+import numpy as np
+import numpy.typing as npt
+
+from autofit.spec.configuration import Batching, Configuration, Optim
 from autofit.spec.deepspeed import bucket_settings
 from autofit.spec.estimate import TimeEstimate
 from autofit.spec.hardware import Cluster
 from autofit.spec.job import Workload
 from autofit.spec.profile import RegimeProfile
-from autofit.timing.batches import micro_batch_shape, step_tokens
+from autofit.timing.batches import IN_STEP, micro_batch_shape, step_tokens
 from autofit.timing.collectives import TrafficSeconds, step_traffic, traffic_seconds
 from autofit.timing.hooks import HookSeconds, hook_seconds
 from autofit.timing.kernels import MicroStepTime, MicroStepWork, micro_step_time, micro_step_work
@@ -30,6 +36,12 @@ from autofit.timing.rates import (
     product_dtype,
     rates_of,
 )
+
+Seconds = npt.NDArray[np.float64]
+"""One figure for each configuration."""
+Amount = TypeVar("Amount", float, Seconds)
+Split = tuple[int, int]
+"""Micro-batch and accumulation steps."""
 
 UNKNOWN = TimeEstimate(
     step_seconds=None,
@@ -62,6 +74,9 @@ class TimeModel:
     """By whether fp32 products may use TF32, and the number of devices."""
     _nominal: Rates = field(init=False)
     _micro_steps: dict[tuple[Rates, float, float], MicroStepTime] = field(init=False, default_factory=dict)
+    _known_passes: dict[tuple[Rates, int, Batching, bool, tuple[Split, ...]], Passes] = field(
+        init=False, default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         self._work = micro_step_work(self.profile)
@@ -103,7 +118,46 @@ class TimeModel:
         communicates with the cores it computes with, so that nothing is hidden.
         """
         step = self._step(configuration, self._nominal)
-        return step.expected_seconds + step.hidden_seconds * (1 - step.traffic.occupied_fraction)
+        return step.expected_seconds + step.hidden_seconds * (1 - step.engine.traffic.occupied_fraction)
+
+    def seconds(self, configuration: Configuration, optims: Sequence[Optim], splits: tuple[Split, ...]) -> Seconds:
+        """Return `time(...).step_seconds` of every optimizer with every split of the batch, NaN where it is not known.
+
+        The passes do not depend on the optimizer, and the rest on the split by the number of micro-steps alone.
+
+        Args:
+            configuration: all else.
+            optims: one row for each.
+            splits: one column for each.
+        """
+        each = [replace(configuration, optim=optim) for optim in optims]
+        is_known = [not self.missing(one) for one in each]
+        found = np.full((len(optims), len(splits)), np.nan)
+        if any(is_known):
+            timed = list(compress(each, is_known))
+            found[is_known] = self._expected(timed, splits, self._rates_of(configuration))[0]
+        return found
+
+    def relative_works(
+        self, configuration: Configuration, optims: Sequence[Optim], splits: tuple[Split, ...]
+    ) -> Seconds:
+        """Return `relative_work` of every optimizer with every split of the batch; see `seconds`."""
+        each = [replace(configuration, optim=optim) for optim in optims]
+        expected, hidden, traffic = self._expected(each, splits, self._nominal)
+        return expected + hidden * (1 - traffic.occupied_fraction)
+
+    def _expected(
+        self, each: Sequence[Configuration], splits: tuple[Split, ...], rates: Rates
+    ) -> tuple[Seconds, Seconds, TrafficSeconds]:
+        """Return seconds of configurations that differ in the optimizer, those that are hidden, and of what."""
+        engine, passes = self._engine(each[0], rates), self._passes(each[0], splits, rates)
+        forward = _larger(passes.forward_seconds, passes.forward_launch_seconds + engine.hooks.forward_seconds)
+        backward = _larger(passes.backward_seconds, passes.backward_launch_seconds + engine.hooks.backward_seconds)
+        updates = [self._update(one, rates) for one in each]
+        update = np.array([_update_seconds(**one) for one in updates])[:, None]
+        hidden = engine.hidden_seconds(forward, backward, passes.num_micro_steps)
+        expected = engine.expected_seconds(forward, backward, passes.num_micro_steps, update)
+        return expected, hidden, engine.traffic
 
     def _rates_of(self, configuration: Configuration) -> Rates:
         key = configuration.tf32, configuration.num_processes
@@ -112,23 +166,56 @@ class TimeModel:
         return self._rates[key]
 
     def _step(self, configuration: Configuration, rates: Rates) -> StepTime:
-        micro_step = self._micro_step(*micro_batch_shape(self.workload, configuration), rates)
+        return StepTime(
+            micro_step=self._micro_step(*micro_batch_shape(self.workload, configuration), rates),
+            num_micro_steps=configuration.gradient_accumulation_steps,
+            engine=self._engine(configuration, rates),
+        )
+
+    def _engine(self, configuration: Configuration, rates: Rates) -> EngineTime:
         settings = bucket_settings(configuration, self.profile.hidden_size)
         traffic = step_traffic(self._totals, configuration, settings)
         moved, link = host_traffic(self._totals, configuration), rates.host_bytes_per_second
-        paged = paged_bytes(self._totals, configuration)
-        return StepTime(
-            micro_step=micro_step,
-            num_micro_steps=configuration.gradient_accumulation_steps,
+        return EngineTime(
             traffic=traffic_seconds(traffic, configuration, rates.fabric),
             hooks=hook_seconds(self._totals, configuration),
-            optimizer_seconds=update_bytes(self._totals, configuration) / known(rates.memory_bytes_per_second),
-            host_update_seconds=host_update_seconds(self._totals, configuration, rates.fabric.num_devices_per_node),
-            paging_seconds=paged / known(link) if paged else 0.0,
             forward_host_seconds=moved.forward_bytes / known(link) if moved.forward_bytes else 0.0,
             backward_host_seconds=moved.backward_bytes / known(link) if moved.backward_bytes else 0.0,
             step_host_seconds=moved.step_bytes / known(link) if moved.step_bytes else 0.0,
+            **self._update(configuration, rates),
         )
+
+    def _update(self, configuration: Configuration, rates: Rates) -> dict[str, float]:
+        """Return the times that depend on the optimizer."""
+        paged = paged_bytes(self._totals, configuration)
+        on_node = rates.fabric.num_devices_per_node
+        return {
+            "optimizer_seconds": update_bytes(self._totals, configuration) / known(rates.memory_bytes_per_second),
+            "host_update_seconds": host_update_seconds(self._totals, configuration, on_node),
+            "paging_seconds": paged / known(rates.host_bytes_per_second) if paged else 0.0,
+        }
+
+    def _passes(self, configuration: Configuration, splits: tuple[Split, ...], rates: Rates) -> Passes:
+        """Return forward and backward of every split, once for all engines that wait for each other alike."""
+        waits = configuration.sharding in IN_STEP
+        key = rates, configuration.num_processes, configuration.batching, waits, splits
+        if key not in self._known_passes:
+            found = []
+            for micro_batch, num_micro_steps in splits:
+                one = replace(
+                    configuration,
+                    per_device_train_batch_size=micro_batch,
+                    gradient_accumulation_steps=num_micro_steps,
+                )
+                found.append(self._micro_step(*micro_batch_shape(self.workload, one), rates))
+            self._known_passes[key] = Passes(
+                forward_seconds=np.array([each.forward.device_seconds for each in found]),
+                backward_seconds=np.array([each.backward.device_seconds for each in found]),
+                forward_launch_seconds=np.array([each.forward.launch_seconds for each in found]),
+                backward_launch_seconds=np.array([each.backward.launch_seconds for each in found]),
+                num_micro_steps=np.array([float(num_micro_steps) for _, num_micro_steps in splits]),
+            )
+        return self._known_passes[key]
 
     def _micro_step(self, num_sequences: float, sequence_tokens: float, rates: Rates) -> MicroStepTime:
         key = (rates, num_sequences, sequence_tokens)
@@ -150,11 +237,23 @@ class TimeModel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepTime:
-    """One optimizer step by the resource that each part of it occupies."""
+class Passes:
+    """Forward and backward of a micro-batch, for each split of the batch."""
 
-    micro_step: MicroStepTime
-    num_micro_steps: int
+    forward_seconds: Seconds
+    """Of the device's kernels."""
+    backward_seconds: Seconds
+    forward_launch_seconds: Seconds
+    """What the host needs to issue them."""
+    backward_launch_seconds: Seconds
+    num_micro_steps: Seconds
+    """Without unit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineTime:
+    """What one optimizer step takes beside forward and backward, whatever its micro-batches are."""
+
     traffic: TrafficSeconds
     hooks: HookSeconds
     optimizer_seconds: float
@@ -166,36 +265,21 @@ class StepTime:
     step_host_seconds: float
 
     @property
-    def launch_seconds(self) -> float:
-        """What the host needs for a micro-step, to issue operations and to run the engine's hooks."""
-        return self.micro_step.total("launch_seconds") + self.hooks.forward_seconds + self.hooks.backward_seconds
+    def update_seconds(self) -> float:
+        """The optimizer's step."""
+        return _update_seconds(self.optimizer_seconds, self.host_update_seconds, self.paging_seconds)
 
-    @property
-    def forward_seconds(self) -> float:
-        """The host runs ahead of the device, so the slower of the two sets the pace."""
-        each = self.micro_step.forward
-        return max(each.device_seconds, each.launch_seconds + self.hooks.forward_seconds)
-
-    @property
-    def backward_seconds(self) -> float:
-        """As in forward."""
-        each = self.micro_step.backward
-        return max(each.device_seconds, each.launch_seconds + self.hooks.backward_seconds)
-
-    @property
-    def communication_seconds(self) -> float:
+    def communication_seconds(self, num_micro_steps: Amount) -> Amount:
         """All collectives."""
-        traffic, num = self.traffic, self.num_micro_steps
-        every = num * (traffic.forward_seconds + traffic.backward_seconds)
+        traffic = self.traffic
+        every = num_micro_steps * (traffic.forward_seconds + traffic.backward_seconds)
         return every + traffic.last_backward_seconds + traffic.step_seconds
 
-    @property
-    def offload_seconds(self) -> float:
+    def offload_seconds(self, num_micro_steps: Amount) -> Amount:
         """All that crosses the link to the host for offload."""
-        return self.num_micro_steps * (self.forward_host_seconds + self.backward_host_seconds) + self.step_host_seconds
+        return num_micro_steps * (self.forward_host_seconds + self.backward_host_seconds) + self.step_host_seconds
 
-    @property
-    def hidden_seconds(self) -> float:
+    def hidden_seconds(self, forward_seconds: Amount, backward_seconds: Amount, num_micro_steps: Amount) -> Amount:
         """What of collectives, and of shards that come from the host for them, goes on behind kernels.
 
         A layer's weights come while the layer before computes, and its gradients leave while the next one does; the
@@ -203,15 +287,91 @@ class StepTime:
         Source: Li et al. 2020 (PyTorch Distributed), section 3.2.3; Zhao et al. 2023 (PyTorch FSDP), section 3.3;
         deepspeed/runtime/zero/config.py, `overlap_comm`.
         """
-        traffic, num = self.traffic, self.num_micro_steps
+        traffic = self.traffic
         if not traffic.overlaps:
-            return 0.0
+            return 0.0 * num_micro_steps
         forward = traffic.forward_seconds + self.forward_host_seconds
         backward = traffic.backward_seconds + self.backward_host_seconds
         last = backward + traffic.last_backward_seconds
-        in_forward, in_backward, share = self.forward_seconds, self.backward_seconds, traffic.hidden_fraction
-        hidden = num * min(share * forward, in_forward) + (num - 1) * min(share * backward, in_backward)
-        return hidden + min(share * last, in_backward)
+        share = traffic.hidden_fraction
+        hidden = num_micro_steps * _smaller(share * forward, forward_seconds)
+        hidden = hidden + (num_micro_steps - 1) * _smaller(share * backward, backward_seconds)
+        return hidden + _smaller(share * last, backward_seconds)
+
+    def expected_seconds(
+        self, forward_seconds: Amount, backward_seconds: Amount, num_micro_steps: Amount, update_seconds: Amount
+    ) -> Amount:
+        """Kernels one after the other, and of what goes on beside them what cannot hide.
+
+        A collective that is hidden still keeps multiprocessors from the kernels it hides behind.
+        """
+        hidden = self.hidden_seconds(forward_seconds, backward_seconds, num_micro_steps)
+        beside = self.communication_seconds(num_micro_steps) + self.offload_seconds(num_micro_steps) - hidden
+        beside = beside + hidden * self.traffic.occupied_fraction
+        return num_micro_steps * (forward_seconds + backward_seconds) + update_seconds + beside
+
+
+def _update_seconds(optimizer_seconds: float, host_update_seconds: float, paging_seconds: float) -> float:
+    return optimizer_seconds + host_update_seconds + paging_seconds
+
+
+def _larger(left: Amount, right: Amount) -> Amount:
+    larger: Amount = np.maximum(left, right)
+    return larger
+
+
+def _smaller(bound: float, amount: Amount) -> Amount:
+    smaller: Amount = np.minimum(bound, amount)
+    return smaller
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTime:
+    """One optimizer step by the resource that each part of it occupies."""
+
+    micro_step: MicroStepTime
+    num_micro_steps: int
+    engine: EngineTime
+
+    @property
+    def launch_seconds(self) -> float:
+        """What the host needs for a micro-step, to issue operations and to run the engine's hooks."""
+        hooks = self.engine.hooks
+        return self.micro_step.total("launch_seconds") + hooks.forward_seconds + hooks.backward_seconds
+
+    @property
+    def forward_seconds(self) -> float:
+        """The host runs ahead of the device, so the slower of the two sets the pace."""
+        each = self.micro_step.forward
+        return max(each.device_seconds, each.launch_seconds + self.engine.hooks.forward_seconds)
+
+    @property
+    def backward_seconds(self) -> float:
+        """As in forward."""
+        each = self.micro_step.backward
+        return max(each.device_seconds, each.launch_seconds + self.engine.hooks.backward_seconds)
+
+    @property
+    def communication_seconds(self) -> float:
+        """All collectives."""
+        return self.engine.communication_seconds(float(self.num_micro_steps))
+
+    @property
+    def offload_seconds(self) -> float:
+        """All that crosses the link to the host for offload."""
+        return self.engine.offload_seconds(float(self.num_micro_steps))
+
+    @property
+    def hidden_seconds(self) -> float:
+        """What goes on behind kernels; see `EngineTime`."""
+        num = float(self.num_micro_steps)
+        return float(self.engine.hidden_seconds(self.forward_seconds, self.backward_seconds, num))
+
+    @property
+    def expected_seconds(self) -> float:
+        """Kernels, and what cannot hide behind them; see `EngineTime`."""
+        num, update = float(self.num_micro_steps), self.engine.update_seconds
+        return float(self.engine.expected_seconds(self.forward_seconds, self.backward_seconds, num, update))
 
     @property
     def terms(self) -> dict[str, float]:
@@ -223,8 +383,8 @@ class StepTime:
             "memory": num * micro.total("memory_seconds"),
             "dequantization": num * micro.total("dequantization_seconds"),
             "launch": num * self.launch_seconds,
-            "optimizer": self.optimizer_seconds + self.host_update_seconds,
-            "paging": self.paging_seconds,
+            "optimizer": self.engine.optimizer_seconds + self.engine.host_update_seconds,
+            "paging": self.engine.paging_seconds,
             "offload": self.offload_seconds + num * micro.total("host_link_seconds"),
             "communication": self.communication_seconds,
         }
@@ -240,9 +400,9 @@ class StepTime:
         num, micro = self.num_micro_steps, self.micro_step
         return (
             (num * micro.total("arithmetic_seconds"), ARITHMETIC_SPREAD),
-            (num * micro.total("bytes_seconds") + self.optimizer_seconds, MEMORY_SPREAD),
+            (num * micro.total("bytes_seconds") + self.engine.optimizer_seconds, MEMORY_SPREAD),
             (num * self.launch_seconds, LAUNCH_SPREAD),
-            (self.host_update_seconds, MEMORY_SPREAD),
+            (self.engine.host_update_seconds, MEMORY_SPREAD),
             (self.offload_seconds + num * micro.total("host_link_seconds"), MEMORY_SPREAD),
             (self.communication_seconds, COLLECTIVE_SPREAD),
         )
@@ -261,16 +421,4 @@ class StepTime:
 
         Source: jax-ml/scaling-book roofline.md, T_upper = sum of the resources.
         """
-        return sum(seconds * spread[1] for seconds, spread in self.resources) + self.paging_seconds
-
-    @property
-    def expected_seconds(self) -> float:
-        """Kernels one after the other, and of what goes on beside them what cannot hide.
-
-        A collective that is hidden still keeps multiprocessors from the kernels it hides behind.
-        """
-        hidden = self.hidden_seconds
-        beside = self.communication_seconds + self.offload_seconds - hidden
-        beside += hidden * self.traffic.occupied_fraction
-        update = self.optimizer_seconds + self.host_update_seconds + self.paging_seconds
-        return self.num_micro_steps * (self.forward_seconds + self.backward_seconds) + update + beside
+        return sum(seconds * spread[1] for seconds, spread in self.resources) + self.engine.paging_seconds

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pytest
@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 
 from autofit.errors import InputError, NothingFitsError
 from autofit.memory.optimizers import OPTIMIZERS
+from autofit.memory.uncertainty import interval, run_kind
 from autofit.plan import from_json, to_json
 from autofit.search import candidates, estimate, required_regimes, solve
 from autofit.search.evaluate import HEADROOM_FRACTION
 from autofit.search.rank import approximations
 from autofit.search.rules import Site, rules_for
+from autofit.spec.configuration import Configuration
 from autofit.spec.regimes import regime_of
 from autofit.timing import TimeModel, estimate_time
 from autofit.units import GIB
@@ -51,6 +53,16 @@ def test_every_modelled_optimizer_can_be_asked_for(optim):
     assert made.configuration.optim in {optim, "adamw_torch_fused"}
 
 
+@dataclass
+class Priced:
+    """A configuration with what decides about it."""
+
+    cost: float
+    needed_bytes: int
+    risky_bytes: float
+    configuration: Configuration
+
+
 def brute_force(job, cluster, memory):
     """Price every candidate that no rule breaks and that fits, one by one."""
     priced = []
@@ -63,14 +75,42 @@ def brute_force(job, cluster, memory):
         if needed <= int(cluster.device.memory_bytes * (1 - HEADROOM_FRACTION)):
             seconds = estimate_time(profile, configuration, cluster, job.workload).step_seconds
             model = TimeModel(profile, cluster, job.workload)
-            priced.append((seconds or model.relative_work(configuration), needed, configuration))
+            cost = seconds or model.relative_work(configuration)
+            risk = interval(
+                "process" if cluster.device.kind == "cuda" else "peak_allocated",
+                run_kind(profile.regime, is_sharded=configuration.num_processes > 1),
+            )
+            priced.append(Priced(cost, needed, int(needed * risk.high), configuration))
     return priced
+
+
+def simplicity(each):
+    """Return the order of what can go wrong, written down apart from the search's."""
+    c = each.configuration
+    return (
+        ("full", "lora", "qlora").index(c.method),
+        ("none", "ddp", "zero1", "zero2", "zero3").index(c.sharding),
+        ("none", "optimizer", "optimizer_and_parameters").index(c.offload),
+        c.gradient_checkpointing,
+        ("adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8bit").index(c.optim),
+        each.needed_bytes,
+        c.gradient_accumulation_steps,
+    )
+
+
+def the_choice(priced, budget_bytes):
+    """Return the cheapest, or what is safe for at most 5 % more, and of what is within 1 % of that the simplest."""
+    least = min(each.cost for each in priced)
+    safe = [each for each in priced if each.cost <= least * 1.05 and each.risky_bytes <= budget_bytes]
+    among = safe or priced
+    least = min(each.cost for each in among)
+    return min((each for each in among if each.cost <= least * 1.01), key=simplicity)
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(jobs, devices, st.integers(1, 4), st.integers(0, 10**6), st.floats(0.5, 20))
 def test_the_search_finds_what_brute_force_finds(job, device, num_devices, seed, scarcity):
-    """Whatever memory configurations need, nothing that is allowed and fits is cheaper by more than a tie."""
+    """Whatever memory configurations need, what is chosen is what going through all of them one by one chooses."""
     batch, methods, optims = job
     job, cluster = a_job(batch * num_devices, methods=methods, optims=optims), a_cluster(num_devices, device)
     memory = RandomMemory(seed, int(device.memory_bytes * scarcity))
@@ -80,8 +120,8 @@ def test_the_search_finds_what_brute_force_finds(job, device, num_devices, seed,
             solve(job, cluster, profiles_for(job, cluster), estimate_memory=memory)
         return
     plan = solve(job, cluster, profiles_for(job, cluster), estimate_memory=memory)
-    prices = {configuration: price for price, _, configuration in priced}
-    assert prices[plan.configuration] <= min(prices.values()) * 1.01
+    chosen = the_choice(priced, device.memory_bytes)
+    assert plan.configuration == chosen.configuration
 
 
 def test_fewer_devices_are_cheaper_and_more_are_faster():
@@ -107,7 +147,7 @@ QUALITY_ORDER = ("full", "lora", "qlora")
 @settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(jobs, st.sampled_from(["time", "memory", "quality"]), st.integers(1, 4), st.integers(0, 10**6))
 def test_each_objective_finds_what_brute_force_finds(job, objective, num_devices, seed):
-    """Nothing that fits is faster, needs less, or is less approximate by more than a tie."""
+    """The choice is made among all, among what needs the least within a tie, or among the least approximate."""
     batch, methods, optims = job
     job = a_job(batch * num_devices, methods=methods, optims=optims, objective=objective)
     cluster, memory = a_cluster(num_devices, GPU), RandomMemory(seed, 2 * GPU.memory_bytes)
@@ -116,13 +156,16 @@ def test_each_objective_finds_what_brute_force_finds(job, objective, num_devices
         return
     plan = solve(job, cluster, profiles_for(job, cluster), estimate_memory=memory)
 
-    def figure(price, needed, configuration):
-        order = QUALITY_ORDER.index(configuration.method), "8bit" in configuration.optim
-        return {"time": price, "memory": needed, "quality": order}[objective]
+    def order(each):
+        return QUALITY_ORDER.index(each.configuration.method), "8bit" in each.configuration.optim
 
-    (found,) = [figure(*each) for each in priced if each[2] == plan.configuration]
-    least = min(figure(*each) for each in priced)
-    assert found == least if objective == "quality" else found <= least * 1.01
+    least_order, least_needed = min(map(order, priced)), min(each.needed_bytes for each in priced)
+    kept = {
+        "time": priced,
+        "memory": [each for each in priced if each.needed_bytes <= least_needed * 1.01],
+        "quality": [each for each in priced if order(each) == least_order],
+    }[objective]
+    assert plan.configuration == the_choice(kept, GPU.memory_bytes).configuration
     assert f"--objective {objective}" in plan.reasons[0]
 
 
@@ -184,7 +227,7 @@ def test_ties_go_to_the_simpler_setup():
 
 
 def test_less_memory_never_makes_a_plan_cheaper():
-    """Shrinking the device from 80 GiB downwards, the step time of the plan never falls."""
+    """Shrinking the device from 80 GiB downwards, the step time of the plan never falls by more than safety costs."""
     job, seconds = a_job(16, methods=("full",)), []
     for gib in range(80, 10, -4):
         cluster = a_cluster(4, replace(GPU, memory_bytes=gib * GIB))
@@ -194,7 +237,7 @@ def test_less_memory_never_makes_a_plan_cheaper():
             break
         seconds.append(plan.time.step_seconds)
     assert len(seconds) > 5
-    assert all(later >= earlier / 1.01 for earlier, later in pairwise(seconds))
+    assert all(later >= earlier / 1.05 for earlier, later in pairwise(seconds))
 
 
 def test_what_the_allocator_cannot_lay_out_is_passed_over():
