@@ -365,7 +365,9 @@ def _zero3_offload(
 ) -> Layout:
     ranks, element = configuration.num_processes, _engine_bytes(configuration)
     parameters = [t for t in model if t.kind in PARAMETER_KINDS]
-    shards = [replace(t, num_elements=-(-t.num_elements // ranks)) for t in parameters]
+    unlike = {id(t): t for t in parameters}  # layers that are alike share their tensors
+    cut = {key: replace(t, num_elements=-(-t.num_elements // ranks)) for key, t in unlike.items()}
+    shards = [cut[id(t)] for t in parameters]
     persistent = [t for t in parameters if t.num_elements <= settings.stage3_param_persistence_threshold]
     trained = [t.num_elements for t in shards if t.trains]
     bucket = settings.reduce_bucket_size * element

@@ -119,8 +119,6 @@ class Verdicts:
         return left
 
     def _broken(self, rule: Rule, block: Block) -> Mask:
-        optims = range(block.shape[0]) if "optim" in rule.axes else (0,)
-        splits = range(block.shape[1]) if "split" in rule.axes else (0,)
         key = (
             rule.name,
             block.path if "path" in rule.axes else None,
@@ -129,9 +127,10 @@ class Verdicts:
             block.splits if "split" in rule.axes else None,
         )
         if key not in self._known:
-            self._known[key] = np.array(
-                [[rule.breaks(block.configuration(o, s), self._site) for s in splits] for o in optims]
-            )
+            optims = range(block.shape[0]) if "optim" in rule.axes else (0,)
+            columns, of_each = _kinds_of_splits(block) if "split" in rule.axes else ([0], [0])
+            asked = [[rule.breaks(block.configuration(o, s), self._site) for s in columns] for o in optims]
+            self._known[key] = np.array(asked)[:, of_each]
         return self._known[key]
 
     def _unmodelled(self, block: Block) -> dict[str, Mask]:
@@ -146,9 +145,17 @@ class Verdicts:
 
 def _unmodelled_optims(block: Block) -> dict[str, Mask]:
     found: dict[str, Mask] = {}
+    columns, of_each = _kinds_of_splits(block)
     for row in range(block.shape[0]):
-        for column in range(block.shape[1]):
+        for kind, column in enumerate(columns):
             knob = unmodelled_optim(block.configuration(row, column))
             if knob is not None:
-                found.setdefault(knob, np.zeros(block.shape, dtype=np.bool_))[row, column] = True
+                found.setdefault(knob, np.zeros(block.shape, dtype=np.bool_))[row] |= np.array(of_each) == kind
     return found
+
+
+def _kinds_of_splits(block: Block) -> tuple[list[int], list[int]]:
+    """Return a split of each kind, one that accumulates and one that does not, and of which kind every split is."""
+    accumulates = [num_micro_steps > 1 for _, num_micro_steps in block.splits]
+    kinds = list(dict.fromkeys(accumulates))
+    return [accumulates.index(kind) for kind in kinds], [kinds.index(each) for each in accumulates]

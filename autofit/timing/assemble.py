@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress
-from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from autofit.spec.configuration import Batching, Configuration, Optim
 from autofit.spec.deepspeed import bucket_settings
@@ -19,7 +17,15 @@ from autofit.spec.profile import RegimeProfile
 from autofit.timing.batches import IN_STEP, micro_batch_shape, step_tokens
 from autofit.timing.collectives import TrafficSeconds, step_traffic, traffic_seconds
 from autofit.timing.hooks import HookSeconds, hook_seconds
-from autofit.timing.kernels import MicroStepTime, MicroStepWork, micro_step_time, micro_step_work
+from autofit.timing.kernels import (
+    Amount,
+    MicroStepTime,
+    MicroStepWork,
+    Seconds,
+    micro_step_time,
+    micro_step_times,
+    micro_step_work,
+)
 from autofit.timing.offload import host_traffic
 from autofit.timing.optimizer import NOT_TIMED, UPDATES, host_update_seconds, paged_bytes, update_bytes
 from autofit.timing.parameters import ParameterTotals, parameter_totals
@@ -37,9 +43,6 @@ from autofit.timing.rates import (
     rates_of,
 )
 
-Seconds = npt.NDArray[np.float64]
-"""One figure for each configuration."""
-Amount = TypeVar("Amount", float, Seconds)
 Split = tuple[int, int]
 """Micro-batch and accumulation steps."""
 
@@ -200,22 +203,25 @@ class TimeModel:
         waits = configuration.sharding in IN_STEP
         key = rates, configuration.num_processes, configuration.batching, waits, splits
         if key not in self._known_passes:
-            found = []
-            for micro_batch, num_micro_steps in splits:
-                one = replace(
-                    configuration,
-                    per_device_train_batch_size=micro_batch,
-                    gradient_accumulation_steps=num_micro_steps,
-                )
-                found.append(self._micro_step(*micro_batch_shape(self.workload, one), rates))
+            shapes = [self._shape(configuration, split) for split in splits]
+            forward, backward = micro_step_times(self._work, shapes, rates)
             self._known_passes[key] = Passes(
-                forward_seconds=np.array([each.forward.device_seconds for each in found]),
-                backward_seconds=np.array([each.backward.device_seconds for each in found]),
-                forward_launch_seconds=np.array([each.forward.launch_seconds for each in found]),
-                backward_launch_seconds=np.array([each.backward.launch_seconds for each in found]),
+                forward_seconds=forward.device_seconds,
+                backward_seconds=backward.device_seconds,
+                forward_launch_seconds=forward.launch_seconds,
+                backward_launch_seconds=backward.launch_seconds,
                 num_micro_steps=np.array([float(num_micro_steps) for _, num_micro_steps in splits]),
             )
         return self._known_passes[key]
+
+    def _shape(self, configuration: Configuration, split: Split) -> tuple[float, float]:
+        if self.workload.lengths is None:
+            return split[0], self.workload.sequence_tokens
+        micro_batch, num_micro_steps = split
+        one = replace(
+            configuration, per_device_train_batch_size=micro_batch, gradient_accumulation_steps=num_micro_steps
+        )
+        return micro_batch_shape(self.workload, one)
 
     def _micro_step(self, num_sequences: float, sequence_tokens: float, rates: Rates) -> MicroStepTime:
         key = (rates, num_sequences, sequence_tokens)
@@ -243,9 +249,9 @@ class Passes:
     forward_seconds: Seconds
     """Of the device's kernels."""
     backward_seconds: Seconds
-    forward_launch_seconds: Seconds
+    forward_launch_seconds: float
     """What the host needs to issue them."""
-    backward_launch_seconds: Seconds
+    backward_launch_seconds: float
     num_micro_steps: Seconds
     """Without unit."""
 
@@ -315,8 +321,8 @@ def _update_seconds(optimizer_seconds: float, host_update_seconds: float, paging
     return optimizer_seconds + host_update_seconds + paging_seconds
 
 
-def _larger(left: Amount, right: Amount) -> Amount:
-    larger: Amount = np.maximum(left, right)
+def _larger(amount: Amount, bound: float) -> Amount:
+    larger: Amount = np.maximum(amount, bound)
     return larger
 
 

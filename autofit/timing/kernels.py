@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from autofit.spec.profile import MONOMIALS, ON_HOST, Polynomial, Regime, RegimeProfile, Segment, SegmentKind
 from autofit.timing.parameters import num_elements
@@ -16,6 +21,10 @@ from autofit.timing.rates import (
     runs_efficient_attention,
 )
 from autofit.units import BYTES_PER_ELEMENT
+
+Seconds = npt.NDArray[np.float64]
+"""One figure for each of several micro-batches."""
+Amount = TypeVar("Amount", float, Seconds)
 
 SQUARES = tuple(n for n, (_, s) in enumerate(MONOMIALS) if s == 2)
 """Which coefficients of a polynomial grow with the square of the length: in a transformer, attention's alone."""
@@ -143,33 +152,33 @@ def _unpacked_bytes_per_element(profile: RegimeProfile) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PassTime:
+class PassTime(Generic[Amount]):
     """The forward or the backward pass of one micro-batch on one device, by what each part is bound by."""
 
-    product_seconds: float
+    product_seconds: Amount
     """Matrix products' arithmetic."""
-    attention_seconds: float
-    product_bytes_seconds: float
+    attention_seconds: Amount
+    product_bytes_seconds: Amount
     """What products read and write. A part of it is hidden behind their arithmetic: see `device_seconds`."""
-    memory_seconds: float
+    memory_seconds: Amount
     """Everything that is no matrix product: its time is that of the bytes it moves."""
     dequantization_seconds: float
-    host_link_seconds: float
+    host_link_seconds: Amount
     launch_seconds: float
     """What the host needs to issue the operations."""
 
     @property
-    def arithmetic_seconds(self) -> float:
+    def arithmetic_seconds(self) -> Amount:
         """Of the tensor cores."""
         return self.product_seconds + self.attention_seconds
 
     @property
-    def bytes_seconds(self) -> float:
+    def bytes_seconds(self) -> Amount:
         """Of the device's memory."""
         return self.product_bytes_seconds + self.memory_seconds + self.dequantization_seconds
 
     @property
-    def device_seconds(self) -> float:
+    def device_seconds(self) -> Amount:
         """Kernels of one stream run one after the other, whatever resource each is bound by.
 
         Of a product both its arithmetic and its bytes count: it begins by reading and ends by writing, and the more
@@ -185,8 +194,8 @@ class PassTime:
 class MicroStepTime:
     """Forward and backward of one micro-batch on one device."""
 
-    forward: PassTime
-    backward: PassTime
+    forward: PassTime[float]
+    backward: PassTime[float]
     model_flops: float
     """Of products and attention, over the whole square of scores, without what is computed again."""
 
@@ -196,16 +205,8 @@ class MicroStepTime:
 
 
 def micro_step_time(work: MicroStepWork, num_sequences: float, sequence_tokens: float, rates: Rates) -> MicroStepTime:
-    """Time a micro-batch.
-
-    Of a tape of one length, other sequences (an average batch's) take as long as as many tokens of that length do: work
-    in s is right, attention's in s² too much where they are shorter, and all of it counts as products.
-    """
-    if work.only_length is not None:
-        num_sequences, sequence_tokens = num_sequences * sequence_tokens / work.only_length, work.only_length
-    rows, tokens = work.regime.rows(num_sequences, sequence_tokens)
-    powers = tuple(rows**b * tokens**s for b, s in MONOMIALS)
-    square = square_share(work.regime, tokens, attends_causally=work.attends_causally)
+    """Time a micro-batch; see `micro_step_times`."""
+    powers, square = _powers(work, num_sequences, sequence_tokens)
     flops = _plus(_plus(work.forward.product_flops, work.forward.attention_flops), _flops(work.backward))
     return MicroStepTime(
         forward=_pass_time(work.forward, powers, square, rates),
@@ -214,16 +215,39 @@ def micro_step_time(work: MicroStepWork, num_sequences: float, sequence_tokens: 
     )
 
 
+def micro_step_times(
+    work: MicroStepWork, shapes: Sequence[tuple[float, float]], rates: Rates
+) -> tuple[PassTime[Seconds], PassTime[Seconds]]:
+    """Time forward and backward of micro-batches, given as sequences and tokens of a sequence.
+
+    Of a tape of one length, other sequences (an average batch's) take as long as as many tokens of that length do: work
+    in s is right, attention's in s² too much where they are shorter, and all of it counts as products.
+    """
+    found = [_powers(work, *shape) for shape in shapes]
+    powers = tuple(np.array(column) for column in zip(*(powers for powers, _ in found), strict=True))
+    square = np.array([square for _, square in found])
+    return _pass_time(work.forward, powers, square, rates), _pass_time(work.backward, powers, square, rates)
+
+
+def _powers(work: MicroStepWork, num_sequences: float, sequence_tokens: float) -> tuple[tuple[float, ...], float]:
+    """Return the monomials of a micro-batch, and what its attention takes of the whole square's time."""
+    if work.only_length is not None:
+        num_sequences, sequence_tokens = num_sequences * sequence_tokens / work.only_length, work.only_length
+    rows, tokens = work.regime.rows(num_sequences, sequence_tokens)
+    square = square_share(work.regime, tokens, attends_causally=work.attends_causally)
+    return tuple(rows**b * tokens**s for b, s in MONOMIALS), square
+
+
 def _flops(work: PassWork) -> Polynomial:
     return _plus(work.product_flops, work.attention_flops)
 
 
-def _pass_time(work: PassWork, powers: tuple[float, ...], square: float, rates: Rates) -> PassTime:
+def _pass_time(work: PassWork, powers: tuple[Amount, ...], square: Amount, rates: Rates) -> PassTime[Amount]:
     bandwidth, rate = known(rates.memory_bytes_per_second), known(rates.matmul_flops_per_second)
     slower_seconds = 1 / (rates.fp32_flops_per_second or rate) - 1 / rate
     num_tokens = powers[MONOMIALS.index((1, 1))]
     attention = _value(work.attention_flops, powers) * square
-    on_host = _value(work.host_bytes, powers)
+    link = known(rates.host_bytes_per_second) if any(work.host_bytes) else math.inf
     return PassTime(
         product_seconds=_value(work.product_flops, powers) / rate
         + num_tokens * work.adapter_flops_per_token * slower_seconds,
@@ -231,7 +255,7 @@ def _pass_time(work: PassWork, powers: tuple[float, ...], square: float, rates: 
         product_bytes_seconds=_value(work.product_bytes, powers) / bandwidth,
         memory_seconds=_value(work.other_bytes, powers) / bandwidth,
         dequantization_seconds=work.unpacked_bytes / bandwidth,
-        host_link_seconds=on_host / known(rates.host_bytes_per_second) if on_host else 0.0,
+        host_link_seconds=_value(work.host_bytes, powers) / link,
         launch_seconds=rates.launch_seconds * work.num_kernels,
     )
 
@@ -272,5 +296,8 @@ def _times(polynomial: Polynomial, factor: float) -> Polynomial:
     return tuple(factor * coefficient for coefficient in polynomial)
 
 
-def _value(polynomial: Polynomial, powers: tuple[float, ...]) -> float:
-    return sum(coefficient * power for coefficient, power in zip(polynomial, powers, strict=True))
+def _value(polynomial: Polynomial, powers: tuple[Amount, ...]) -> Amount:
+    total = polynomial[0] * powers[0]
+    for coefficient, power in zip(polynomial[1:], powers[1:], strict=True):
+        total = total + coefficient * power
+    return total

@@ -17,8 +17,8 @@ Axis = Literal["path", "engine", "optim", "split"]
 """The four independent choices that a configuration is made of; see autofit.search.space.
 
 `path`: method, adapter, quantisation, precision, checkpointing, attention, loss; `engine`: sharding, offload, replicas,
-processes; `optim`; `split`: micro-batch and accumulation. The dtype that weights are loaded in, the dtype that packed
-ones are stored in and the kind of checkpoint follow from path and engine.
+processes; `optim`; `split`: of how the batch is split only whether a step accumulates. The dtype that weights are
+loaded in, the dtype that packed ones are stored in and the kind of checkpoint follow from path and engine.
 """
 
 
