@@ -31,6 +31,7 @@ NUM_STEPS = 4
 NUM_UNLIKE_STEPS = 2
 NUM_SEQUENCES = 64
 SETTLING_SECONDS = 0.1
+DROPPING_SECONDS = 0.002
 
 
 class PhasePeaks:
@@ -91,12 +92,30 @@ class StepPhases:
         optimizer.step = step
 
 
+def let_go_after_waiting() -> None:
+    """Let gloo's threads drop the tensors of a collective before `wait` returns, as they would soon after.
+
+    A thread holds what it sent until it has the queue's lock again (torch 2.13 ProcessGroupGloo.cpp, `runLoop`), which
+    on a busy machine is now and then later than the next allocation. NCCL's work has no such thread.
+    """
+    work = torch.distributed.Work
+    wait = work.wait
+
+    def wait_and_settle(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        done = wait(self, *arguments, **keywords)
+        time.sleep(DROPPING_SECONDS)
+        return done
+
+    work.wait = wait_and_settle
+
+
 def train(run_folder: Path) -> None:
     """Train what is requested and write down what was counted."""
     from transformers import TrainingArguments
 
     request = json.loads((run_folder / "request.json").read_text(encoding="utf-8"))
     configuration = msgspec.convert(request["configuration"], Configuration)
+    let_go_after_waiting()
     with contextlib.ExitStack() as stack:
         host = HostMemory() if configuration.uses_fsdp and configuration.offload != "none" else None
         live = stack.enter_context(LiveBytes(counts=host and host.is_elsewhere))
