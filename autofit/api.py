@@ -701,6 +701,28 @@ def solve_job(job: Job, cluster: Cluster, display: Display = silent) -> Plan:
     return solve(job, cluster, {**profiles, **more})
 
 
+def solve_script(job: Job, cluster: Cluster, display: Display = silent) -> Plan:
+    """Plan a script's job: where its own method is among those that are allowed, another is taken only if it fails.
+
+    Raises:
+        NothingFitsError: nothing that is allowed fits.
+    """
+    from autofit.search.solve import required_regimes, solve
+
+    own, allowed = job.script_method, job.restrictions.methods
+    if own is None or own not in allowed or len(allowed) == 1:
+        return solve_job(job, cluster, display)
+    as_it_is = replace(job, restrictions=replace(job.restrictions, methods=(own,)))
+    try:
+        regimes = required_regimes(as_it_is, cluster)
+        profiles = profiles_of(job.model, regimes, job.workload.sequence_tokens, display)
+        made = solve(as_it_is, cluster, profiles)
+    except NothingFitsError:
+        return solve_job(job, cluster, display)
+    said = f"method {own}: it is the script's own, and fits; of the others that you allow none was tried."
+    return replace(made, inputs=replace(made.inputs, job=job), reasons=(said, *made.reasons))
+
+
 def estimate_job(job: Job, cluster: Cluster, display: Display = silent) -> Plan:
     """Estimate the one configuration that a job leaves.
 

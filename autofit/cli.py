@@ -223,12 +223,12 @@ def plan_for_script(
     limit_seconds: float,
 ) -> Plan:
     """Find out what a script is about to train, by running or reading it, and plan it."""
-    from autofit.api import cluster_of, run_length, solve_job, with_data
+    from autofit.api import cluster_of, run_length, solve_script, with_data
     from autofit.report.console import side_console
     from autofit.report.progress import discovery_display
     from autofit.sources.models import resolve_model
     from autofit.sources.script import discover
-    from autofit.sources.script_job import job_from_discovery
+    from autofit.sources.script_job import job_from_discovery, method_of
     from autofit.sources.script_reading import read_script
 
     cluster, run = here(cluster_of(gpus, wishes)), run_length(wishes)
@@ -239,9 +239,9 @@ def plan_for_script(
         find = partial(resolve_model, allow_hub=allow_hub)
         discovered = read_script(script, arguments, find_model=find, model=said.model)
     job = job_from_discovery(discovered, cluster, said, script=script, arguments=arguments)
-    job = replace(job, script_settings=script_settings(discovered))
+    job = replace(job, script_method=method_of(discovered), script_settings=script_settings(discovered))
     job = with_data(job, wishes, allow_hub=allow_hub, display=measuring)
-    return solve_job(with_allocator_of(os.environ, replace(job, run=run)), cluster, tracing)
+    return solve_script(with_allocator_of(os.environ, replace(job, run=run)), cluster, tracing)
 
 
 def script_settings(discovered: Discovered) -> dict[str, str]:

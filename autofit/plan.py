@@ -85,6 +85,29 @@ def planned_rows(plan: Plan) -> tuple[int, int]:
     return sequences * num_rows, workload.sequence_tokens // num_rows
 
 
+def adaptation(plan: Plan) -> str | None:
+    """Say that a plan trains otherwise than its script does by itself, and who wanted that; None: it does not."""
+    job = plan.inputs.job
+    own, planned = job.script_method, plan.configuration.method
+    if own is None or own == planned:
+        return None
+    allowed = job.restrictions.methods
+    why = (
+        f"nothing that trains as the script does fits, and --method allows {planned}"
+        if own in allowed
+        else f"you asked for --method {' or '.join(allowed)}"
+    )
+    return f"The script by itself {_DOES[own]}. This plan {_DOES[planned]} instead: {why}."
+
+
+_DOES = {
+    "full": "trains all weights",
+    "freeze": "trains the last layers",
+    "lora": "trains a LoRA adapter",
+    "qlora": "trains a LoRA adapter on weights in four bits",
+}
+
+
 def to_json(document: Any) -> str:
     """Write a plan, an estimate or any spec object as indented JSON."""
     return msgspec.json.format(msgspec.json.encode(document), indent=2).decode()

@@ -27,7 +27,7 @@ from autofit.launch.script import check_script
 from autofit.launch.summary import EVENTS_FILE, SUMMARY_FILE, log_excerpt, log_path, memory_summary, summarize
 from autofit.launch.supervise import Attempt, supervise
 from autofit.launch.verdict import judge
-from autofit.plan import Plan, planned_rows, to_json
+from autofit.plan import Plan, adaptation, planned_rows, to_json
 from autofit.spec.libraries import installed_versions
 from autofit.units import format_bytes
 from autofit.writers.files import refuse_foreign_files, write_files
@@ -99,6 +99,8 @@ def launch(
         num_cores=os.cpu_count() or 1,
         is_strict=conduct.is_strict,
     )
+    if (words := adaptation(plan)) is not None:
+        _say(words)
     probed: dict[int, dict[str, Any]] = {}
 
     def start(rung: Plan, folder: Path, how: Invocation) -> Evidence:

@@ -9,7 +9,7 @@ from typing import Any
 from autofit.launch.evidence import LOG_FILE
 from autofit.launch.ladder import probe_folder, rung_folder
 from autofit.launch.supervise import Attempt
-from autofit.plan import Plan
+from autofit.plan import Plan, adaptation
 from autofit.spec.event import Event
 
 SUMMARY_FILE = "summary.json"
@@ -34,6 +34,7 @@ def summarize(
         "failure": last.verdict.failure,
         "reason": last.verdict.reason,
         "rung": last.number,
+        "adaptation": adaptation(last.plan),
         "is_verified": any(event.kind == "verified" for event in last.evidence.events),
         "memory": memory_summary(last.plan, last.evidence.events),
         "time": time_summary(last.plan, last.evidence.events),

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from autofit.plan import Plan, Rung
+from autofit.plan import Plan, Rung, adaptation
 from autofit.report.data import data_facts, epoch_line, sequences_words
 from autofit.report.words import (
     SHARDING_WORDS,
@@ -37,6 +37,8 @@ _SMALLEST_SHOWN_BYTES = GIB // 200
 def plan_report(plan: Plan, *, width: int) -> Group:
     """Lay out the whole plan for a terminal of `width` columns."""
     parts: list[RenderableType] = [found_table(plan.inputs.job.found)] if plan.inputs.job.found else []
+    if (words := adaptation(plan)) is not None:
+        parts.append(Text(f"{words}\n", style="bold red"))
     parts += [headline(plan), memory_table(plan.memory, width=width)]
     if plan.alternatives:
         parts.append(methods_table(plan, width=width))

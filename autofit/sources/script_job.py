@@ -227,10 +227,17 @@ def _precision(discovered: Discovered) -> Literal["auto", "bf16", "fp16", "fp32"
     return "fp32" if said.get("fixes_precision") else "auto"
 
 
+def method_of(discovered: Discovered) -> Method:
+    """Return what a script trains, as it is."""
+    if discovered.quantization is not None:
+        return "qlora"
+    return "full" if discovered.adapter is None else "lora"
+
+
 def _method(discovered: Discovered) -> Method:
     quantization = discovered.quantization
     if quantization is None:
-        return "full" if discovered.adapter is None else "lora"
+        return method_of(discovered)
     if discovered.adapter is None:
         raise InputError(
             "the script loads a quantised model and puts no adapter on it, which transformers' Trainer refuses.",

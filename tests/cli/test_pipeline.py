@@ -11,7 +11,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from autofit.plan import load_plan, to_json
+from autofit.plan import adaptation, from_json, load_plan, to_json
 
 SCHEMA = json.loads((Path(__file__).resolve().parents[2] / "docs" / "plan.schema.json").read_text(encoding="utf-8"))
 SCRIPT = """
@@ -168,6 +168,29 @@ def test_a_launch_ends_with_predicted_beside_measured(folder):
     assert abs(memory["prediction_error_fraction"]) < 0.05
     assert "a line of the script's own" in result.stderr
     assert (folder / "launched" / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("budget", "method", "planned", "because"),
+    [
+        ("1G", "auto", "full", None),
+        ("2M", "auto", "lora", "nothing that trains as the script does fits, and --method allows lora"),
+        ("1G", "lora", "lora", "you asked for --method lora"),
+    ],
+)
+def test_a_scripts_method_is_changed_only_if_it_may_be(folder, budget, method, planned, because):
+    """`--method auto` keeps full fine-tuning where it fits and adapts where it does not; a method that is asked for is
+    taken. Whatever is not the script's own is said.
+    """
+    only = ["--optim", "adamw_torch_fused", "--no-gradient-checkpointing", "--precision", "fp32"]
+    launch = ["launch", "train.py", "--gpus", f"2xCPU-{budget}", "--zero", "0", "--method", method, *only]
+    result = run_in(folder, *launch, "--dry-run", "--json")
+    assert result.returncode == 0, result.stderr
+    plan = from_json(result.stdout)
+    said = adaptation(plan)
+    assert plan.configuration.method == planned
+    assert (said is None) == (because is None)
+    assert because is None or because in said
 
 
 def test_a_script_that_fails_fails_the_launch(folder):

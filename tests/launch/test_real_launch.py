@@ -85,6 +85,27 @@ def test_the_training_ends_well_and_saves(trained: tuple[Configuration, Outcome,
     assert ("model.safetensors" if configuration.method == "full" else "adapter_model.safetensors") in saved["files"]
 
 
+def test_a_saved_adapter_loads_back_with_plain_peft(
+    trained: tuple[Configuration, Outcome, Path], model_folder: Path
+) -> None:
+    """Of a script that trains all weights and has not heard of peft, the adapter of a plan loads onto the same model
+    with `PeftModel.from_pretrained`: each of its tensors is found, none is left over, and training has moved it.
+    """
+    configuration, _, folder = trained
+    if configuration.method == "full":
+        pytest.skip("has no adapter")
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), folder / "out")
+    loaded = {name.replace(".default", ""): value for name, value in model.named_parameters() if "lora_" in name}
+    saved = load_file(folder / "out" / "adapter_model.safetensors")
+    assert loaded.keys() == saved.keys()
+    assert all((loaded[name] == value).all() for name, value in saved.items())
+    assert all(value.any() for name, value in saved.items() if "lora_B" in name)  # peft begins with zeros
+
+
 def test_both_ranks_verified_the_plan_before_their_first_step(trained: tuple[Configuration, Outcome, Path]) -> None:
     """Each rank compared its settings and its first batch, found all in effect, and only then took a step."""
     _, outcome, _ = trained

@@ -31,6 +31,24 @@ def test_the_decision_comes_first(plan):
     )
 
 
+@pytest.mark.parametrize(
+    ("own", "allowed", "words"),
+    [
+        ("lora", ("lora",), None),
+        (None, ("lora",), None),
+        ("full", ("lora",), "trains all weights. This plan trains a LoRA adapter instead: you asked for --method lora"),
+        ("full", ("full", "lora"), "nothing that trains as the script does fits, and --method allows lora"),
+    ],
+)
+def test_another_method_than_the_scripts_is_the_first_thing_that_is_said(plan, own, allowed, words):
+    """Before anything else a reader learns that the script would train something else, and who wanted it changed."""
+    job = plan.inputs.job
+    job = replace(job, script_method=own, restrictions=replace(job.restrictions, methods=allowed))
+    text = rendered(plan_report(replace(plan, inputs=replace(plan.inputs, job=job)), width=200))
+    assert text.startswith("The script by itself") == (words is not None)
+    assert words is None or words in " ".join(text.split())
+
+
 def test_the_batch_is_a_product_that_adds_up(plan):
     """The line of the batch shows micro-batch, accumulation and processes, and their product."""
     assert "micro-batch 4 x accumulation 8 x 2 processes = global batch 64" in rendered(plan_report(plan, width=110))
