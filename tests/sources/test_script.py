@@ -197,6 +197,65 @@ Trainer(model, TrainingArguments("out"), train_dataset=rows).train()
     assert job_from_discovery(found, CLUSTER).restrictions.methods == ("full",)
 
 
+MAINS = {
+    "typer": """
+import typer
+def main(batch: int = 1):
+    train(batch)
+typer.run(main)
+""",
+    "HfArgumentParser": """
+from transformers import HfArgumentParser
+arguments, = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()
+train(arguments=arguments)
+""",
+    "HfArgumentParser with JSON": """
+import json
+from transformers import HfArgumentParser
+json.dump({"output_dir": "out", "per_device_train_batch_size": 5}, open("mine.json", "w"))
+arguments, = HfArgumentParser(TrainingArguments).parse_json_file("mine.json")
+train(arguments=arguments)
+""",
+    "hydra": """
+import hydra
+from omegaconf import DictConfig
+@hydra.main(version_base=None)
+def main(config: DictConfig):
+    train(config.batch)
+main()
+""",
+}
+PASSED = {
+    "typer": ["--batch", "5"],
+    "HfArgumentParser": ["--output_dir", "out", "--per_device_train_batch_size", "5"],
+    "HfArgumentParser with JSON": [],
+    "hydra": ["+batch=5"],
+}
+
+
+@pytest.mark.parametrize("main", MAINS)
+def test_every_kind_of_main_is_run_with_its_arguments(tmp_path, monkeypatch, main):
+    """What is passed after `--` reaches the script as if it had been started by hand, and nothing is left of it."""
+    if main == "hydra":
+        pytest.importorskip("hydra", reason="hydra-core is not installed")
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "train.py"
+    script.write_text(
+        """
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+def train(batch=None, arguments=None):
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    model = LlamaForCausalLM(LlamaConfig(**sizes))
+    rows = [{"input_ids": [1] * 16, "labels": [1] * 16}] * 8
+    arguments = arguments or TrainingArguments("out", per_device_train_batch_size=batch)
+    Trainer(model, arguments, train_dataset=rows).train()
+"""
+        + MAINS[main]
+    )
+    assert discover(script, PASSED[main]).arguments["per_device_train_batch_size"] == 5
+    assert {path.name for path in tmp_path.iterdir()} <= {"train.py", "mine.json"}
+
+
 @pytest.mark.parametrize(
     ("body", "says"),
     [

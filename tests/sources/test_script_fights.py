@@ -113,10 +113,14 @@ def test_a_device_map_is_named_and_left_to_the_plan(tmp_path):
 
 
 def test_nothing_is_left_behind(tmp_path, monkeypatch):
-    """Folders that the script makes are gone again if they stay empty, and its tracker starts no run."""
+    """What the script makes in folders of its own is gone again with them, and its tracker starts no run."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "wandb.py").write_text("import pathlib\ndef init(**_k): pathlib.Path('tracked').touch()\n")
     script = tmp_path / "train.py"
-    script.write_text("import os, wandb\nos.makedirs('runs/today')\nwandb.init(project='x')\n" + TRAIN + "train()\n")
+    script.write_text(
+        "import os, wandb\nos.makedirs('runs/today')\nopen('runs/log', 'w')\nwandb.init(project='x')\n"
+        + TRAIN
+        + "train()\n"
+    )
     discover(script)
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "__pycache__") == ["train.py", "wandb.py"]

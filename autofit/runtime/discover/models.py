@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,6 +33,14 @@ def hook_models(observed: Observed, module: ModuleType) -> None:
     def _from_config(cls: Any, config: Any, /, **kwargs: Any) -> Any:
         return build_without_weights(observed, cls, None, (), {"config": config, **kwargs})
 
+    made = module.PreTrainedModel.__init__
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - a model that the script makes itself
+        if "model" not in observed.where:
+            observed.mark("model")
+        made(self, *args, **kwargs)
+
+    module.PreTrainedModel.__init__ = functools.wraps(made)(__init__)
     module.PreTrainedModel.from_pretrained = classmethod(from_pretrained)
     module.PreTrainedModel._from_config = classmethod(_from_config)
     module.PreTrainedModel.save_pretrained = module.PreTrainedModel.push_to_hub = nothing

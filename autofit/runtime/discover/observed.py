@@ -38,6 +38,8 @@ class Observed:
     """Each TrainingArguments object, and the values the script gave it."""
     folders: list[Path] = dataclasses.field(default_factory=list)
     """Folders that were made meanwhile, in their order."""
+    files: list[Path] = dataclasses.field(default_factory=list)
+    """Files that were made in them."""
     prepares_kbit: bool = False
     inside_library: bool = False
     """Whether a library's own code runs that uses what is hooked for scripts."""
@@ -65,14 +67,17 @@ class Observed:
         """Write what was found and end the process where it stands: no handler, thread or worker can hold it up."""
         seconds = time.monotonic() - self.began_seconds
         found = dataclasses.replace(found, seconds=seconds, peak_process_bytes=peak_process_bytes())
-        self.remove_empty_folders()
+        self.clean_up()
         write_whole(self.out, msgspec.json.encode(found))  # last: whoever waits for it ends this process
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
 
-    def remove_empty_folders(self) -> None:
-        """Take back the folders that were made and hold nothing."""
+    def clean_up(self) -> None:
+        """Take back the files that were made in new folders, and the folders that are empty then."""
+        for path in self.files:
+            with contextlib.suppress(OSError):
+                path.unlink()
         for folder in reversed(self.folders):
             with contextlib.suppress(OSError):
                 folder.rmdir()

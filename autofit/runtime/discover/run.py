@@ -22,7 +22,7 @@ from autofit.runtime.discover.side_effects import (
     hook_process_groups,
     hook_tokenizers,
     hook_trackers,
-    watch_folders,
+    watch_files,
 )
 from autofit.runtime.discover.trainers import hook_dpo, hook_trainer
 from autofit.runtime.discover.weights import hide_gpus, make_modules_thrifty
@@ -55,7 +55,7 @@ def main() -> None:
     allows_network = rest[0] == ALLOW_NETWORK
     script, *arguments = rest[1:] if allows_network else rest
     observed = Observed(script=Path(script).resolve(), out=Path(out))
-    watch_folders(observed)
+    watch_files(observed)
     if not allows_network:
         forbid_network()
     hide_gpus()
@@ -64,4 +64,4 @@ def main() -> None:
     try:
         run_script(str(observed.script), arguments)
     finally:
-        observed.remove_empty_folders()
+        observed.clean_up()

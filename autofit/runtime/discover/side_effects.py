@@ -18,14 +18,22 @@ def nothing(*_args: Any, **_kwargs: Any) -> None:
     """Stand in for what would write files."""
 
 
-def watch_folders(observed: Observed) -> None:
-    """Note every folder that is made, to take back those that stay empty."""
+def watch_files(observed: Observed) -> None:
+    """Note every folder that is made and every file that is made in one of them, to take them back.
+
+    A file in a folder that was there before may be anyone's, and stays.
+    Source: Python's audit events, `os.mkdir` and `open`.
+    """
 
     def hear(event: str, args: tuple[Any, ...]) -> None:
         if event == "os.mkdir" and isinstance(args[0], (str, os.PathLike)):
             path = Path(args[0]).absolute()  # the working directory may have changed by the end
             if not path.exists():
                 observed.folders.append(path)
+        if event == "open" and observed.folders and isinstance(args[0], (str, os.PathLike)) and args[2] & os.O_CREAT:
+            path = Path(args[0]).absolute()
+            if any(folder in path.parents for folder in observed.folders):
+                observed.files.append(path)
 
     sys.addaudithook(hear)
 
