@@ -144,6 +144,13 @@ def launch(
         bool,
         typer.Option("--strict/--no-strict", help="Stop before the first step if a planned setting is not in effect."),
     ] = True,
+    override: Annotated[
+        bool,
+        typer.Option(
+            "--override",
+            help="Plan freely what the script says of precision, dtype, optimizer, attention and checkpointing.",
+        ),
+    ] = False,
     discovers: Annotated[
         bool, typer.Option("--discover/--no-discover", help="Run the script up to its first step, or read its source.")
     ] = True,
@@ -176,7 +183,10 @@ def launch(
             arguments or [],
             gpus or "",
             wishes,
-            overrides(wishes, model=model, seq_len=seq_len, global_batch=global_batch, allow_hub=allow_hub),
+            replace(
+                overrides(wishes, model=model, seq_len=seq_len, global_batch=global_batch, allow_hub=allow_hub),
+                frees_settings=override,
+            ),
             allow_hub=allow_hub,
             runs_it=discovers,
             limit_seconds=discovery_limit,

@@ -28,6 +28,9 @@ class Overrides:
     sequence_tokens: int | None = None
     global_batch_sequences: int | None = None
     restrictions: Restrictions = field(default_factory=Restrictions)
+    frees_settings: bool = False
+    """Whether the planner is free in what the script says of precision, dtype, optimizer, attention and checkpointing;
+    its method, adapter and global batch stay."""
 
 
 def job_from_discovery(
@@ -47,6 +50,8 @@ def job_from_discovery(
         InputError: the script does something that cannot be planned for.
     """
     wishes = overrides or Overrides()
+    if wishes.frees_settings:
+        discovered = _freed(discovered)
     return Job(
         model=wishes.model or _model(discovered),
         workload=Workload(
@@ -59,6 +64,27 @@ def job_from_discovery(
         script=None if script is None else str(script),
         script_arguments=tuple(arguments),
         found=_found(discovered, cluster),
+    )
+
+
+def _freed(discovered: Discovered) -> Discovered:
+    """Forget what the script says of settings that change no more than numerics, memory and speed.
+
+    Raises:
+        InputError: the script trains in a loop of its own, where nothing could set another value.
+    """
+    if discovered.is_loop:
+        raise InputError(
+            "the script trains in a loop of its own, whose settings are its own: --override cannot be put into effect.",
+            to_fix="leave --override out, or change the script",
+        )
+    freed = {"bf16": False, "fp16": False, "fixes_precision": False, "optim": None}
+    unsaid = {"fixed_checkpointing": None, "gradient_checkpointing": None}
+    return replace(
+        discovered,
+        arguments=discovered.arguments | freed | unsaid,
+        attention=Restrictions().attention,
+        fixes_weights_dtype=False,
     )
 
 
@@ -199,8 +225,9 @@ def _modelled_shardings(discovered: Discovered, wishes: Restrictions, cluster: C
 
 
 def _checkpointing(discovered: Discovered, wishes: Restrictions) -> bool | None:
-    """A loop that switches checkpointing on itself keeps it."""
-    fixed = True if discovered.checkpoints else None
+    """A loop that switches checkpointing on itself keeps it, and so does a script whose arguments say it."""
+    said = "gradient_checkpointing" if discovered.is_guess else "fixed_checkpointing"  # what is read was written
+    fixed = True if discovered.checkpoints else discovered.arguments.get(said)
     return fixed if wishes.gradient_checkpointing is None else wishes.gradient_checkpointing
 
 
@@ -322,6 +349,8 @@ def _found(discovered: Discovered, cluster: Cluster) -> dict[str, str]:
         found["quantization"] = f"{quantization.bits} bits, {quantization.quant_type}"
     if said.get("optim"):
         found["optimizer"] = str(said["optim"])
+    if said.get("fixed_checkpointing") is not None:
+        found["checkpointing"] = f"{'on' if said['fixed_checkpointing'] else 'off'}, as the script's arguments say"
     if said.get("deepspeed"):
         found["deepspeed"] = "the script's own DeepSpeed settings, which the plan replaces"
     return found

@@ -91,7 +91,7 @@ SURFACE = {
     "launch": SEARCHED
     | {"--gpus", "--plan", "--model", "--seq-len", "--global-batch", "--allow-hub"}
     | {"-o", "--output", "--road", "--probe", "--strict", "--no-strict", "--dry-run", "--json"}
-    | {"--discover", "--no-discover", "--discovery-limit"},
+    | {"--override", "--discover", "--no-discover", "--discovery-limit"},
     "estimate": ESTIMATED
     | {"--model", "--seq-len", "--gpus", "--gradient-accumulation-steps", "--batch", "--replay", "--no-replay"}
     | {"--inference", "--allow-hub", "--json"},

@@ -1,5 +1,6 @@
 """Discovery finds what ordinary scripts train, without training and without traces."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -352,6 +353,49 @@ def test_what_cannot_be_planned_is_refused(full, changes, says):
         job_from_discovery(_like(full, **changes), CLUSTER)
     assert says in str(refusal.value)
     assert refusal.value.to_fix
+
+
+def test_what_a_script_fixes_is_kept_unless_it_is_overridden(full):
+    """Its precision, its optimizer and its checkpointing are given to the planner; a wish goes before them, and with
+    `--override` the planner is free in all of them, but not in method, adapter and global batch.
+    """
+    fixing = _like(full, arguments={**full.arguments, "optim": "adafactor"})
+    kept = job_from_discovery(fixing, CLUSTER)
+    assert (kept.restrictions.precision, kept.restrictions.optims) == ("bf16", ("adafactor",))
+    assert kept.restrictions.gradient_checkpointing is True
+    wished = Overrides(restrictions=Restrictions(gradient_checkpointing=False))
+    assert job_from_discovery(fixing, CLUSTER, wished).restrictions.gradient_checkpointing is False
+    free = job_from_discovery(fixing, CLUSTER, Overrides(frees_settings=True))
+    assert (free.restrictions.precision, free.restrictions.optims) == ("auto", ())
+    assert free.restrictions.gradient_checkpointing is None
+    assert (free.restrictions.methods, free.workload) == (kept.restrictions.methods, kept.workload)
+
+
+def test_a_class_that_checkpoints_by_default_fixes_nothing(tmp_path):
+    """trl's SFTConfig checkpoints unless it is told not to: only what the script itself says is the script's."""
+    from transformers import TrainingArguments
+    from trl import SFTConfig
+
+    from autofit.runtime.discover.arguments import fixed_checkpointing
+
+    for kind, default in ((TrainingArguments, False), (SFTConfig, True)):
+        arguments = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"}
+        silent, telling = (
+            _before_post_init(kind, arguments),
+            _before_post_init(kind, arguments | {"gradient_checkpointing": not default}),
+        )
+        assert fixed_checkpointing(silent) is None
+        assert fixed_checkpointing(telling) is not default
+
+
+def _before_post_init(kind, arguments):
+    """Return arguments as the hook sees them: with every field set, and nothing settled yet."""
+    made = object.__new__(kind)
+    for field in dataclasses.fields(kind):
+        factory = field.default_factory
+        value = field.default if factory is dataclasses.MISSING else factory()
+        setattr(made, field.name, arguments.get(field.name, value))
+    return made
 
 
 def test_an_unknown_optimizer_is_refused_unless_the_user_names_one(full):

@@ -53,7 +53,7 @@ def hook_training_arguments(observed: Observed, module: ModuleType) -> None:
     def __post_init__(self: Any) -> None:  # noqa: N807 - dataclasses call it by this name
         observed.mark("arguments")
         given = {name: getattr(self, name) for name in RECORDED_ARGUMENTS if hasattr(self, name)}
-        observed.given.append((self, given))
+        observed.given.append((self, given | {"fixed_checkpointing": fixed_checkpointing(self)}))
         self.use_cpu = True
         for name in SWITCHED_OFF:
             set_default(self, name)
@@ -62,6 +62,19 @@ def hook_training_arguments(observed: Observed, module: ModuleType) -> None:
             original(self)
 
     module.TrainingArguments.__post_init__ = __post_init__
+
+
+def fixed_checkpointing(arguments: Any) -> bool | None:
+    """Return what the script says of activation checkpointing; None: nothing but its class's default, trl's being yes.
+
+    The two names are one setting. Source: transformers/training_args.py 5.23.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(arguments)}
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        value = getattr(arguments, name, None)
+        if name in defaults and value is not None and value != defaults[name]:
+            return bool(value)
+    return None
 
 
 @contextlib.contextmanager
