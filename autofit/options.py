@@ -245,16 +245,6 @@ class Wishes(RunWish):
             help="peft's prepare_model_for_kbit_training runs: what is not quantised becomes fp32.",
         ),
     ] = False
-    precision: Annotated[
-        str,
-        _option(
-            "--precision",
-            section=_PRECISION,
-            metavar="NAME",
-            help=f"{', '.join(PRECISIONS[1:])} or auto. bf16, fp16: mixed precision; pure-...: no fp32 anywhere.",
-            show_default=True,
-        ),
-    ] = "auto"
     weights_dtype: Annotated[
         str | None,
         _option(
@@ -345,17 +335,6 @@ class Wishes(RunWish):
             help="Which of torch's two checkpoint implementations (default: no, but for adapters under ZeRO-3).",
         ),
     ] = None
-    attention: Annotated[
-        str,
-        _option(
-            "--attention",
-            "--attn-implementation",
-            section=_ACTIVATIONS,
-            metavar="NAME",
-            help=f"transformers' attn_implementation: {', '.join(get_args(Attention))}.",
-            show_default=True,
-        ),
-    ] = "sdpa"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -374,6 +353,36 @@ class SearchWish(Wishes):
             show_default=True,
         ),
     ] = "cost"
+    precision: Annotated[
+        list[str] | None,
+        _option(
+            "--precision",
+            section=_PRECISION,
+            metavar="NAME",
+            help=f"{', '.join(PRECISIONS[1:])} or auto (default). bf16, fp16: mixed precision; pure-...: no fp32 "
+            "anywhere; repeatable.",
+        ),
+    ] = None
+    attention: Annotated[
+        list[str] | None,
+        _option(
+            "--attention",
+            "--attn-implementation",
+            section=_ACTIVATIONS,
+            metavar="NAME",
+            help=f"transformers' attn_implementation: {', '.join(get_args(Attention))} (default: sdpa); repeatable.",
+        ),
+    ] = None
+    num_replicas: Annotated[
+        list[int] | None,
+        _option(
+            "--num-replicas",
+            section=_SHARDING,
+            metavar="N",
+            min=1,
+            help="Of FSDP: groups of processes with a whole sharded copy each (default: 1); repeatable.",
+        ),
+    ] = None
     num_processes: Annotated[
         list[int] | None,
         _option(
@@ -446,6 +455,16 @@ class EveryWish(Wishes):
             help="After --prepare-kbit, embeddings and head become bf16 again, as TRL did up to 0.13.",
         ),
     ] = False
+    precision: Annotated[
+        str,
+        _option(
+            "--precision",
+            section=_PRECISION,
+            metavar="NAME",
+            help=f"{', '.join(PRECISIONS[1:])} or auto. bf16, fp16: mixed precision; pure-...: no fp32 anywhere.",
+            show_default=True,
+        ),
+    ] = "auto"
     num_replicas: Annotated[
         int | None,
         _option(
@@ -487,6 +506,17 @@ class EveryWish(Wishes):
     checkpoint_offload: Annotated[
         bool, _option("--checkpoint-offload", section=_ACTIVATIONS, help="Keep checkpoints in pinned host memory.")
     ] = False
+    attention: Annotated[
+        str,
+        _option(
+            "--attention",
+            "--attn-implementation",
+            section=_ACTIVATIONS,
+            metavar="NAME",
+            help=f"transformers' attn_implementation: {', '.join(get_args(Attention))}.",
+            show_default=True,
+        ),
+    ] = "sdpa"
     sdpa_kernel: Annotated[
         str,
         _option(
@@ -704,7 +734,6 @@ def restrictions(wishes: Wishes) -> Restrictions:
 
     given = {
         "methods": _methods(wishes),
-        "precision": _one_of("precision", wishes.precision, PRECISIONS),
         "weights_dtype": _one_of("weights-dtype", wishes.weights_dtype, get_args(Dtype)),
         "optims": _optims(wishes.optim or ()),
         "shardings": _shardings(wishes),
@@ -714,7 +743,6 @@ def restrictions(wishes: Wishes) -> Restrictions:
         "image_tokens": 0 if wishes.image_tokens is None else wishes.image_tokens,
         "gradient_checkpointing": wishes.gradient_checkpointing,
         "use_reentrant": wishes.use_reentrant,
-        "attention": _one_of("attention", wishes.attention, get_args(Attention)),
         "lora": _lora(wishes),
         "quantization": _quantization(wishes),
         **(_further(wishes) if isinstance(wishes, EveryWish) else {}),
@@ -850,6 +878,22 @@ def _one_of(name: str, value: str | None, allowed: Sequence[str]) -> str | None:
     raise InputError(f"--{name} {value!r} is not one of {', '.join(allowed)}.", to_fix="choose one of these")
 
 
+def _one_or_several(name: str, wished: Sequence[str], allowed: Sequence[str]) -> str | list[str] | None:
+    """Return values that an option takes, as one if it is one.
+
+    Raises:
+        InputError: it does not take one; or `auto` is given beside others.
+    """
+    found = [_one_of(name, each, allowed) or "" for each in wished]
+    if "auto" in found and len(found) > 1:
+        raise InputError(f"--{name} auto is given beside others.", to_fix="leave it out, or name each that may be used")
+    return found[0] if len(found) == 1 else found
+
+
+def _alone(values: list[int]) -> int | list[int]:
+    return values[0] if len(values) == 1 else values
+
+
 def _methods(wishes: Wishes) -> list[str]:
     """Name the methods that are allowed; quantised weights are qlora's."""
     from autofit.search.space import METHODS as TRIED
@@ -942,6 +986,9 @@ def _searched_by(wishes: SearchWish) -> dict[str, Any]:
     return {
         "objective": _one_of("objective", wishes.objective, get_args(Objective)),
         "num_processes": wishes.num_processes or [],
+        "precision": _one_or_several("precision", wishes.precision or ["auto"], PRECISIONS),
+        "attention": _one_or_several("attention", wishes.attention or ["sdpa"], get_args(Attention)),
+        "num_replicas": _alone(wishes.num_replicas or [1]),
     }
 
 
@@ -954,6 +1001,8 @@ def _further(wishes: EveryWish) -> dict[str, Any]:
     return _stated(
         {
             "freeze": _stated(freeze),
+            "precision": _one_of("precision", wishes.precision, PRECISIONS),
+            "attention": _one_of("attention", wishes.attention, get_args(Attention)),
             "num_replicas": wishes.num_replicas,
             "reshard_after_forward": wishes.reshard_after_forward,
             "sequence_parallel_size": wishes.sequence_parallel_size,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import get_args
+from typing import TypeVar, get_args
 
 from autofit.errors import InputError
 from autofit.spec.configuration import (
@@ -31,6 +31,7 @@ gradients; paged 32-bit state is larger than paged 8-bit state."""
 ADAPTER_METHODS: tuple[Method, ...] = ("lora", "qlora")
 
 
+Value = TypeVar("Value", str, int)
 Split = tuple[int, int]
 """A device's share of the global batch as micro-batch and accumulation steps."""
 
@@ -64,6 +65,7 @@ class Engine:
     sharding: Sharding
     offload: Offload
     num_processes: int
+    num_replicas: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,18 +151,25 @@ def paths(job: Job, cluster: Cluster) -> tuple[Path, ...]:
     return tuple(
         Path(
             method=method,
-            precision=resolved_precision(restrictions.precision, cluster.device),
+            precision=resolved_precision(precision, cluster.device),
             gradient_checkpointing=checkpoints,
-            attention=restrictions.attention,
+            attention=attention,
             loss=restrictions.loss,
             batching=batching,
         )
-        for method, checkpoints, batching in product(
+        for method, precision, checkpoints, attention, batching in product(
             dict.fromkeys(restrictions.methods or METHODS),
+            values(restrictions.precision),
             (False, True) if asked is None else (asked,),
+            values(restrictions.attention),
             batchings(job),
         )
     )
+
+
+def values(asked: Value | tuple[Value, ...]) -> tuple[Value, ...]:
+    """Return what may be a single value or several as several, each once."""
+    return tuple(dict.fromkeys(asked)) if isinstance(asked, tuple) else (asked,)
 
 
 def configuration(
@@ -189,7 +198,7 @@ def configuration(
         gradient_checkpointing=gradient_checkpointing,
         sharding=sharding,
         offload=engine.offload,
-        num_replicas=restrictions.num_replicas,
+        num_replicas=engine.num_replicas,
         reshard_after_forward=restrictions.reshard_after_forward,
         sequence_parallel_size=restrictions.sequence_parallel_size,
         weights_dtype=restrictions.weights_dtype or dtypes.weights_dtype,
@@ -309,16 +318,20 @@ def engines(restrictions: Restrictions, cluster: Cluster) -> tuple[Engine, ...]:
     several = cluster.num_devices > 1
     is_free = restrictions.offload is None and several and cluster.device.kind == "cuda"
     offloads = get_args(Offload) if is_free else (restrictions.offload or "none",)
+    replicas = values(restrictions.num_replicas)
     unasked = [offload for offload in offloads if offload == "none" or restrictions.offload is not None]
-    possible = tuple(s for s in get_args(Sharding) if any(_can(s, o, restrictions, cluster) for o in unasked))
+    possible = tuple(
+        sharding
+        for sharding in get_args(Sharding)
+        if any(_can(sharding, *each, restrictions, cluster) for each in product(unasked, replicas))
+    )
     usual = tuple(sharding for sharding in possible if not sharding.startswith("fsdp"))
     allowed = tuple(s for s in possible if s in restrictions.shardings) if restrictions.shardings else usual or possible
     if allowed:
         return tuple(
-            Engine(sharding=sharding, offload=offload, num_processes=cluster.num_devices)
-            for sharding in allowed
-            for offload in offloads
-            if _can(sharding, offload, restrictions, cluster)
+            Engine(sharding=sharding, offload=offload, num_processes=cluster.num_devices, num_replicas=num_replicas)
+            for sharding, offload, num_replicas in product(allowed, offloads, replicas)
+            if _can(sharding, offload, num_replicas, restrictions, cluster)
             and (restrictions.offload is not None or offload == "none" or sharding.startswith("zero"))
         )
     num = cluster.num_devices
@@ -331,7 +344,7 @@ def engines(restrictions: Restrictions, cluster: Cluster) -> tuple[Engine, ...]:
     )
 
 
-def _can(sharding: Sharding, offload: Offload, restrictions: Restrictions, cluster: Cluster) -> bool:
+def _can(sharding: Sharding, offload: Offload, num_replicas: int, restrictions: Restrictions, cluster: Cluster) -> bool:
     """Tell whether a sharding is of use on so many devices and has what is asked of it.
 
     On one device an engine is of use only to move state to the host.
@@ -340,7 +353,7 @@ def _can(sharding: Sharding, offload: Offload, restrictions: Restrictions, clust
     """
     engine = sharding.startswith(("zero", "fsdp"))
     shards_parameters = sharding == "zero3" or sharding.startswith("fsdp")
-    hybrid = restrictions.num_replicas > 1 or not restrictions.reshard_after_forward
+    hybrid = num_replicas > 1 or not restrictions.reshard_after_forward
     several = cluster.num_devices > 1
     return (
         (sharding == "none") != (several or offload != "none")
@@ -354,10 +367,10 @@ def _can(sharding: Sharding, offload: Offload, restrictions: Restrictions, clust
 
 def _asked_of_sharding(restrictions: Restrictions) -> str:
     """Name what narrows the choice of a sharding."""
-    offload = restrictions.offload or "none"
+    offload, replicas = restrictions.offload or "none", values(restrictions.num_replicas)
     asked = {
         f"offload of {offload.replace('_', ' ')}": offload != "none",
-        f"{restrictions.num_replicas} replicas": restrictions.num_replicas > 1,
+        f"{min(replicas)} replicas": min(replicas) > 1,
         "no resharding after forward": not restrictions.reshard_after_forward,
         "sequence parallelism": restrictions.sequence_parallel_size > 1,
     }

@@ -83,7 +83,9 @@ class Table:
         return _of_parts(self.blocks, self.block, self.split, lambda block: [each[place] for each in block.splits])
 
     def knob(self, name: str) -> Values:
-        """Return a column of a field of `Configuration`."""
+        """Return a column of a field of `Configuration`, or of precision, which decides several of them."""
+        if name == "precision":
+            return self.by_block(lambda block: block.path.precision)
         if name == "optim":
             return self.by_optim(str)
         if name == "per_device_train_batch_size":

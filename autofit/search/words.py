@@ -23,6 +23,9 @@ KNOBS = (
     "num_processes",
     "sharding",
     "offload",
+    "num_replicas",
+    "precision",
+    "attention",
     "gradient_checkpointing",
     "optim",
     "batching",
@@ -123,6 +126,8 @@ def no_time_reason(cluster: Cluster, missing: Sequence[str]) -> str:
 def precision_reason(job: Job, configuration: Configuration, cluster: Cluster) -> str:
     """Say why the dtypes are what they are."""
     asked = job.restrictions.precision
+    if isinstance(asked, tuple):
+        return f"precision {_precision(configuration)}: you allowed {', '.join(asked)}."
     if asked != "auto":
         return f"precision {_precision(configuration)}: you asked for {asked}."
     name = cluster.device.name

@@ -87,6 +87,8 @@ class QuantizationWish:
 class Restrictions:
     """What the user allows. An empty tuple leaves a dimension free; more than one value is a choice.
 
+    Precision, attention and replicas are single values or several: unasked there is no choice of them.
+
     Fields without a choice hold for every configuration of their kind: `lora` for those with an adapter, `freeze` for
     those that freeze, what begins with `checkpoint_` for those that checkpoint. They mean what the fields of the same
     name mean in `Configuration`.
@@ -95,7 +97,7 @@ class Restrictions:
     objective: Objective = "cost"
     """What is chosen by, among all that is allowed and fits."""
     methods: tuple[Method, ...] = ()
-    precision: Literal["auto"] | Precision = "auto"
+    precision: Literal["auto"] | Precision | tuple[Precision, ...] = "auto"
     weights_dtype: Dtype | None = None
     """None: what the precision and the method ask for."""
     optims: tuple[Optim, ...] = ()
@@ -104,7 +106,7 @@ class Restrictions:
     """None: also to the host, where that takes no code path of its own."""
     num_processes: tuple[int, ...] = ()
     """Devices to use of those given; empty: all."""
-    num_replicas: int = 1
+    num_replicas: int | tuple[int, ...] = 1
     reshard_after_forward: bool = True
     sequence_parallel_size: int = 1
     micro_batch_sequences: tuple[int, ...] = ()
@@ -113,7 +115,7 @@ class Restrictions:
     """None: reentrant only where the other implementation fails."""
     checkpoint_every_n_layers: int = 1
     checkpoint_offload: bool = False
-    attention: Attention = "sdpa"
+    attention: Attention | tuple[Attention, ...] = "sdpa"
     sdpa_kernel: SdpaKernel = "auto"
     lora: Lora = field(default_factory=Lora)
     """The adapter to train where the method is lora or qlora."""

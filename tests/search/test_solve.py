@@ -287,6 +287,31 @@ def test_reasons_account_for_every_candidate():
         assert any(reason.startswith(knob) for reason in plan.reasons)
 
 
+def test_what_is_not_modelled_is_left_out_with_its_reason():
+    """An attention, and an optimizer under an engine, do not end the search: they are counted beside their names."""
+    job = a_job(8, attention=("sdpa", "flex_attention"), optims=("adamw_torch_fused", "apollo_adamw"))
+    cluster = a_cluster(2)
+    made = solve(job, cluster, profiles_for(job, cluster), estimate_memory=PlausibleMemory(10**9))
+    assert made.configuration.attention == "sdpa"
+    left_out = [reason for reason in made.reasons if "left out" in reason]
+    every = candidates(job, cluster)
+    num = sum(each.attention == "flex_attention" and each.optim == "adamw_torch_fused" for each in every)
+    assert any(re.match(r"\d+ left out: attention flex_attention is not modelled", reason) for reason in left_out)
+    assert sum(int(reason.split()[0]) for reason in left_out) >= num
+    (counted,) = [reason for reason in made.reasons if "configurations:" in reason]
+    assert "are not modelled" in counted
+    with pytest.raises(InputError, match="attention flex_attention is not modelled"):
+        solve(a_job(8, attention="flex_attention"), cluster, {}, estimate_memory=PlausibleMemory(10**9))
+
+
+def test_each_of_several_precisions_has_its_price():
+    """What another precision or attention would need and take is said, as of every knob with a choice."""
+    job, cluster = a_job(8, precision=("bf16", "pure-bf16"), attention=("sdpa", "eager")), a_cluster(2)
+    made = solve(job, cluster, profiles_for(job, cluster), estimate_memory=PlausibleMemory(10**9))
+    for knob in ("precision", "attention"):
+        assert any(re.match(rf"{knob} \S+: \S+ would need", reason) for reason in made.reasons)
+
+
 def test_without_published_rates_there_is_an_order_and_no_time():
     """A CPU rank has no data sheet: the plan says so and leaves time and cost empty."""
     job, cluster = a_job(8), a_cluster(2, CPU)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from autofit.errors import InputError
 from autofit.search import candidates, required_regimes
+from autofit.sources.profiles import SHIPPED_FOLDER, read_pack
 from tests.search.worlds import CPU, GPU, OLD_GPU, a_cluster, a_job
 
 
@@ -169,3 +170,38 @@ def test_reentrant_checkpointing_is_for_adapters_under_stage_3_alone():
         if c.use_reentrant
     }
     assert reentrant == {(True, "zero3", True)}
+
+
+def test_several_precisions_attentions_and_replicas_are_searched_where_they_are_allowed():
+    """Each value is tried with all others, but for replicas, which only FSDP has."""
+    job = a_job(
+        8,
+        methods=("full",),
+        precision=("bf16", "pure-bf16"),
+        attention=("sdpa", "eager"),
+        shardings=("ddp", "fsdp2"),
+        num_replicas=(1, 2),
+        offload="none",
+    )
+    found = candidates(job, a_cluster(4))
+    assert {(c.weights_dtype, c.mixed_precision) for c in found} == {("float32", "bf16"), ("bfloat16", "no")}
+    assert {c.attention for c in found} == {"sdpa", "eager"}
+    assert {(c.sharding, c.num_replicas) for c in found} == {("ddp", 1), ("fsdp2", 1), ("fsdp2", 2)}
+    assert len(found) == len(set(found)) == 2 * 2 * 3 * 2 * 3 * 2
+
+
+def test_unasked_there_is_one_precision_one_attention_and_one_replica():
+    """What is stored for the shipped models is enough for a search that nobody has restricted."""
+    found = candidates(a_job(8), a_cluster(4))
+    assert {(c.mixed_precision, c.attention, c.num_replicas, c.loss) for c in found} == {("bf16", "sdpa", 1, "stock")}
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 8])
+@pytest.mark.parametrize("device", [GPU, CPU], ids=lambda device: device.name)
+def test_an_unrestricted_search_needs_only_what_is_shipped(device, num_devices):
+    """Every code path of the five shipped models that it takes on GPUs from Ampere on, and on CPUs, is stored."""
+    packs = [read_pack(path) for path in sorted(SHIPPED_FOLDER.glob("*.json.gz"))]
+    assert len(packs) == 5
+    needed = set(required_regimes(a_job(8), a_cluster(num_devices, device)))
+    for pack in packs:
+        assert needed <= {profile.regime for profile in pack}
