@@ -223,12 +223,13 @@ def methods_table(plan: Plan, *, width: int) -> Table:
 
 
 def ladder_table(plan: Plan, *, width: int) -> Table:
-    """List what is tried next if memory runs out, each rung with its price in time."""
+    """List what is tried next if memory runs out, each rung with its price in time and money."""
     columns = (
         _Column(title="then", cell=lambda _, rung: f"{plan.fallbacks.index(rung) + 1}. {rung.configuration.method}"),
         *_SETUP_COLUMNS,
         _Column(title="a step", cell=_step_cell, min_width=60),
         _Column(title="slower by", cell=_slower_cell),
+        _Column(title="$/M tokens", cell=_price_cell, min_width=100),
     )
     title = "If it runs out of memory all the same: a new process, the same global batch"
     return _rung_table(title, columns, plan, plan.fallbacks, width=width)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from autofit.errors import InputError, NothingFitsError
+from autofit.launch.ladder import rung_plans
 from autofit.memory.optimizers import OPTIMIZERS
 from autofit.memory.uncertainty import interval, run_kind
 from autofit.plan import from_json, to_json
@@ -19,6 +21,7 @@ from autofit.search.evaluate import HEADROOM_FRACTION
 from autofit.search.rank import approximations
 from autofit.search.rules import Site, rules_for
 from autofit.spec.configuration import Configuration
+from autofit.spec.job import Objective
 from autofit.spec.regimes import regime_of
 from autofit.timing import TimeModel, estimate_time
 from autofit.units import GIB
@@ -27,6 +30,7 @@ from tests.search.worlds import (
     CPU,
     GPU,
     OLD_GPU,
+    FragmentedMemory,
     PlausibleMemory,
     RandomMemory,
     a_cluster,
@@ -217,6 +221,35 @@ def test_every_plan_keeps_its_promises(job, device, num_devices, seed):
     assert {rung.configuration.method for rung in plan.fallbacks} <= {plan.configuration.method}
     assert plan.configuration.method not in {rung.configuration.method for rung in plan.alternatives}
     assert from_json(to_json(plan)) == plan
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(jobs, st.sampled_from(get_args(Objective)), st.integers(1, 4), st.integers(0, 10**6))
+def test_the_ladder_descends_as_its_rungs_are_laid_out(job, objective, num_devices, seed):
+    """Peaks fall strictly, each rung has its price, trains the same batch by the same method, and is a plan of its own.
+
+    What is shown of a rung, and of another method that fits, is what an estimate of it says.
+    """
+    batch, methods, optims = job
+    job = a_job(batch * num_devices, methods=methods, optims=optims, objective=objective)
+    cluster, memory = a_cluster(num_devices), FragmentedMemory(seed, GPU.memory_bytes)
+    profiles = profiles_for(job, cluster)
+    try:
+        plan = solve(job, cluster, profiles, estimate_memory=memory)
+    except NothingFitsError:
+        return
+    peaks = [plan.memory.peak_allocated_bytes, *(rung.peak_allocated_bytes for rung in plan.fallbacks)]
+    needed = [plan.memory.needed_bytes, *(rung.needed_bytes for rung in plan.fallbacks)]
+    for amounts in (peaks, needed):
+        assert all(later < earlier for earlier, later in pairwise(amounts))
+    for rung in plan.fallbacks:
+        assert rung.step_seconds is not None
+        assert rung.configuration.global_batch_sequences == job.workload.global_batch_sequences
+        assert rung.configuration.method == plan.configuration.method
+    for rung in (*plan.fallbacks, *(each for each in plan.alternatives if each.fits)):
+        alone = estimate(job, cluster, profiles, rung.configuration, estimate_memory=memory)
+        assert (alone.memory.needed_bytes, alone.time.step_seconds) == (rung.needed_bytes, rung.step_seconds)
+    assert [each.configuration for each in rung_plans(plan)[1:]] == [rung.configuration for rung in plan.fallbacks]
 
 
 def test_ties_go_to_the_simpler_setup():

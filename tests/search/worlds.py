@@ -106,6 +106,17 @@ class RandomMemory:
         return an_estimate(lot.randint(1, self.highest_bytes), cluster.device.memory_bytes)
 
 
+class FragmentedMemory(RandomMemory):
+    """The same, and up to a third more as the allocator lays it out."""
+
+    def __call__(self, profile, configuration, cluster, workload, *, replays=False):
+        """Estimate by lot, and by a second one when replayed."""
+        plain = super().__call__(profile, configuration, cluster, workload)
+        lot = random.Random(f"{self.seed} laid out {configuration}")  # noqa: S311
+        needed = int(plain.needed_bytes * lot.uniform(1, 4 / 3)) if replays else plain.needed_bytes
+        return an_estimate(needed, cluster.device.memory_bytes)
+
+
 class PlausibleMemory:
     """Sixteen bytes a parameter shared as ZeRO shares them, and activations by micro-batch and length."""
 
