@@ -16,7 +16,7 @@ from autofit.sources.lengths import distribution
 from autofit.spec.configuration import Attention, Dtype, Lora, Method, Optim, Sharding
 from autofit.spec.discovered import Discovered, FoundAdapter, FoundLengths
 from autofit.spec.hardware import Cluster
-from autofit.spec.job import Job, Model, Restrictions, Workload
+from autofit.spec.job import USUAL_ATTENTION, Job, Model, Restrictions, Workload
 from autofit.spec.lengths import LengthDistribution
 
 
@@ -83,7 +83,7 @@ def _freed(discovered: Discovered) -> Discovered:
     return replace(
         discovered,
         arguments=discovered.arguments | freed | unsaid,
-        attention=Restrictions().attention,
+        attention=USUAL_ATTENTION,
         fixes_weights_dtype=False,
     )
 

@@ -27,6 +27,7 @@ StorageDtype = Literal["uint8", "bfloat16", "float16", "float32"]
 Objective = Literal["cost", "time", "memory", "quality"]
 """`cost`: the least for a trained token; `time`: the fastest; `memory`: the least on each device; `quality`: the least
 approximate, and of those the cheapest."""
+USUAL_ATTENTION: Attention = "sdpa"
 Origin = Literal["catalogue", "folder", "config file", "hub", "script"]
 
 
@@ -115,7 +116,7 @@ class Restrictions:
     """None: reentrant only where the other implementation fails."""
     checkpoint_every_n_layers: int = 1
     checkpoint_offload: bool = False
-    attention: Attention | tuple[Attention, ...] = "sdpa"
+    attention: Attention | tuple[Attention, ...] = USUAL_ATTENTION
     sdpa_kernel: SdpaKernel = "auto"
     lora: Lora = field(default_factory=Lora)
     """The adapter to train where the method is lora or qlora."""
