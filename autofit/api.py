@@ -690,9 +690,11 @@ def solve_job(job: Job, cluster: Cluster, display: Display = silent) -> Plan:
     """
     from autofit.search.solve import explaining_regimes, required_regimes, solve
 
-    profiles = profiles_of(job.model, required_regimes(job, cluster), job.workload.sequence_tokens, display)
+    regimes = required_regimes(job, cluster)
+    profiles, refused = traceable_of(job.model, regimes, job.workload.sequence_tokens, display)
     try:
-        return solve(job, cluster, profiles)
+        made = solve(job, cluster, profiles)
+        return replace(made, reasons=(*made.reasons, *(f"left out, for it cannot be traced: {why}" for why in refused)))
     except NothingFitsError as refusal:
         try:
             more = profiles_of(job.model, explaining_regimes(job, cluster), job.workload.sequence_tokens, display)
@@ -803,9 +805,29 @@ def compare_job(
     """Plan a job on each of several clusters; what is traced is traced once for all."""
     from autofit.search.compare import offers, regimes_of_all
 
-    profiles = profiles_of(job.model, regimes_of_all(job, clusters), job.workload.sequence_tokens, display)
+    profiles, _ = traceable_of(job.model, regimes_of_all(job, clusters), job.workload.sequence_tokens, display)
     with planning() as progress:
         return offers(job, clusters, profiles, progress)
+
+
+def traceable_of(
+    model: Model, regimes: Sequence[Regime], sequence_tokens: int, display: Display = silent
+) -> tuple[ProfileSet, tuple[str, ...]]:
+    """Do the same for a search, which goes on without a code path that cannot be traced; say why it cannot.
+
+    Raises:
+        InputError: none can be.
+    """
+    from autofit.sources.profiles import profiles_and_refusals, stored_profiles
+
+    stored = stored_profiles(model, regimes, sequence_tokens)
+    if len(stored) == len(regimes):
+        return stored, ()
+    with display() as progress:
+        found, refused = profiles_and_refusals(model, regimes, sequence_tokens, progress=progress)
+    if not found:
+        raise next(iter(refused.values()))
+    return found, tuple(dict.fromkeys(error.message for error in refused.values()))
 
 
 def profiles_of(model: Model, regimes: Sequence[Regime], sequence_tokens: int, display: Display = silent) -> ProfileSet:
