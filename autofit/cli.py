@@ -251,7 +251,22 @@ def plan_for_script(
     job = job_from_discovery(discovered, cluster, said, script=script, arguments=arguments)
     job = replace(job, script_method=method_of(discovered), script_settings=script_settings(discovered))
     job = with_data(job, wishes, allow_hub=allow_hub, display=measuring)
-    return solve_script(with_allocator_of(os.environ, replace(job, run=run)), cluster, tracing)
+    job = with_allocator_of(os.environ, replace(job, run=run))
+    with shown_if_refused(job.found):
+        return solve_script(job, cluster, tracing)
+
+
+@contextmanager
+def shown_if_refused(found: Mapping[str, str]) -> Iterator[None]:
+    """Show what was read from a script also where there is no plan to show it with: it may be what is wrong."""
+    try:
+        yield
+    except AutofitError:
+        from autofit.report.console import side_console
+        from autofit.report.plan import found_table
+
+        side_console().print(found_table(found))
+        raise
 
 
 def script_settings(discovered: Discovered) -> dict[str, str]:
