@@ -46,10 +46,12 @@ def test_the_assembled_peak_is_that_of_a_trace_of_every_layer_in_every_regime(mo
 
 
 depths = tool("compare_depths")
+LEFT_OUT = {"gemma3_text", "gpt_neo", "granite", "mistral", "olmo2", "phi", "qwen2", "qwen3", "qwen3_next"}
+"""Slow ones, and those like another: the page has them, and tools/compare_depths.py makes them anew."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", depths.ARCHITECTURES)
+@pytest.mark.parametrize("name", [name for name in depths.ARCHITECTURES if name not in LEFT_OUT])
 def test_the_assembled_peak_is_that_of_a_trace_of_every_layer_whatever_the_architecture(name):
     """Dense, routed, windowed, state-space or encoding: the error is what the page says, and 0.5 % at most."""
     page = depths.PAGE.read_text(encoding="utf-8").split(depths.BEGIN)[1].split(depths.END)[0]
