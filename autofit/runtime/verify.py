@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from math import ceil
 from typing import Any
 
 from autofit.plan import Plan, planned_rows
@@ -75,7 +76,7 @@ def check_all(plan: Plan, training: Training) -> list[Check]:
         *_check_precision(configuration, training),
         *_check_weights(configuration, training.model),
         *_check_quantization(configuration.quantization, training.model),
-        *_check_adapter(configuration, training.model),
+        *check_adapter(configuration, training.model),
         *_check_checkpointing(configuration, training.model),
         _check("attention", configuration.attention, training.model.config._attn_implementation),
         _check("optim", expected_optimizer(configuration), optimizer_name(training.optimizer)),
@@ -89,6 +90,22 @@ def check_first_batch(plan: Plan, rows: int, tokens: int) -> list[Check]:
         _check("rows of the first micro-batch", num_planned, rows),
         _check("tokens of its sequences", planned_tokens, max(planned_tokens, tokens)),
     ]
+
+
+def check_steps(plan: Plan, trainer: Any, num_steps: int) -> list[Check]:
+    """Compare the optimizer steps of a training with those of the script's own settings at the planned global batch.
+
+    Of data without a length, or with incomplete batches left out, they are not known. Older releases leave out the
+    last, incomplete step of an epoch. Source: transformers/trainer.py 5.23 and 4.45, `num_update_steps_per_epoch`.
+    """
+    arguments = trainer.args
+    if arguments.max_steps > 0:
+        return [_check("optimizer steps", arguments.max_steps, num_steps)]
+    if not hasattr(trainer.train_dataset, "__len__") or arguments.dataloader_drop_last:
+        return []
+    samples, batch = len(trainer.train_dataset), plan.configuration.global_batch_sequences
+    allowed = [ceil(arguments.num_train_epochs * max(1, each)) for each in (ceil(samples / batch), samples // batch)]
+    return [_check("optimizer steps", num_steps if num_steps in allowed else allowed[0], num_steps)]
 
 
 def table(checks: Iterable[Check]) -> str:
@@ -228,7 +245,7 @@ def _is_adapters(name: str) -> bool:
 
 
 def _check_quantization(quantization: Quantization | None, model: Any) -> Iterator[Check]:
-    linears = [module for name, module in model.named_modules() if _is_base_linear(name, module, model)]
+    linears = [module for _, module in _base_linears(model)]
     quantized = [module for module in linears if _class_path(module) == QUANTIZED_LINEAR]
     planned = 0 if quantization is None else len(linears)
     yield _check("quantised linear layers", f"{planned} of {len(linears)}", f"{len(quantized)} of {len(linears)}")
@@ -261,7 +278,8 @@ def _class_path(module: Any) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def _check_adapter(configuration: Configuration, model: Any) -> Iterator[Check]:
+def check_adapter(configuration: Configuration, model: Any) -> Iterator[Check]:
+    """Compare the adapter: its settings, the layers that carry it, and how large it is."""
     if configuration.lora is None:
         return
     adapters = getattr(model, "peft_config", {})
@@ -271,6 +289,35 @@ def _check_adapter(configuration: Configuration, model: Any) -> Iterator[Check]:
     adapter = next(iter(adapters.values()))
     for name in ("r", "lora_alpha", "lora_dropout"):
         yield _check(name, getattr(configuration.lora, name), getattr(adapter, name, "none"))
+    linears = {name.replace(".base_layer", ""): each for name, each in _base_linears(model) if not _is_kept(name)}
+    planned = [each for name, each in linears.items() if _is_target(name, configuration.lora.target_modules)]
+    carriers = {name.partition(".lora_A.")[0] for name, _ in model.named_parameters() if ".lora_A." in name}
+    yield _check("linear layers with an adapter", len(planned), len(carriers & linears.keys()))
+    if not configuration.uses_fsdp:  # a shard does not say how large the whole is
+        elements = sum(configuration.lora.r * (each.in_features + each.out_features) for each in planned)
+        yield _check("parameters of the adapter", elements, _num_adapter_parameters(model, linears.keys()))
+
+
+def _base_linears(model: Any) -> Iterator[tuple[str, Any]]:
+    return ((name, module) for name, module in model.named_modules() if _is_base_linear(name, module, model))
+
+
+def _is_kept(name: str) -> bool:
+    """Tell a head that peft trains whole beside the adapter. Source: peft/utils/other.py, ModulesToSaveWrapper."""
+    return not {"modules_to_save", "original_module"}.isdisjoint(name.split("."))
+
+
+def _is_target(name: str, target_modules: Iterable[str]) -> bool:
+    """Tell whether peft puts an adapter on a linear layer. Source: peft/tuners/tuners_utils.py, `all-linear`."""
+    return "all-linear" in target_modules or name.rpartition(".")[2] in target_modules
+
+
+def _num_adapter_parameters(model: Any, linears: Container[str]) -> int:
+    return sum(
+        getattr(parameter, "ds_numel", parameter.numel())
+        for name, parameter in model.named_parameters()
+        if _is_adapters(name) and name.partition(".lora_")[0] in linears
+    )
 
 
 def _check_checkpointing(configuration: Configuration, model: Any) -> Iterator[Check]:

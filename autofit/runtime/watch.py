@@ -10,7 +10,7 @@ from typing import Any
 from autofit.runtime.measure import NUM_STEPS_TOLD, Record, metering
 from autofit.runtime.probe import stop_when_done
 from autofit.runtime.session import Session
-from autofit.runtime.verify import Check, check_all, check_first_batch, table, training_of
+from autofit.runtime.verify import Check, check_all, check_first_batch, check_steps, table, training_of
 from autofit.spec.event import MISMATCH_EXIT_CODE
 
 
@@ -41,7 +41,9 @@ def _callback(session: Session) -> Any:
     class AutofitCallback(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             session.record.begin_training()
-            settle(session, check_all(session.plan, training_of(session.trainer, kwargs["train_dataloader"])))
+            training = training_of(session.trainer, kwargs["train_dataloader"])
+            steps = check_steps(session.plan, session.trainer, state.max_steps)
+            settle(session, [*check_all(session.plan, training), *steps])
             look_at_batches(session)
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
