@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import pytest
 
 from autofit.launch.evidence import read_events
 from autofit.plan import load_plan
+from autofit.sources.script import discover
 from tests.scripts import write_tiny_models
 
 pytestmark = pytest.mark.slow
@@ -177,8 +179,6 @@ def test_the_yaml_file_is_read_by_the_script(tmp_path: Path, folders: dict[str, 
     """A configuration file after `--` is the script's: what it holds is found as if it had been typed."""
     import yaml
 
-    from autofit.sources.script import discover
-
     settings = yaml.safe_load((EXAMPLES / "run_clm.yaml").read_text())
     settings |= {"model_name_or_path": folders[LLAMA], "output_dir": str(tmp_path / "out")}
     del settings["gguf_file"]
@@ -189,3 +189,18 @@ def test_the_yaml_file_is_read_by_the_script(tmp_path: Path, folders: dict[str, 
     said = found.arguments
     assert (said["per_device_train_batch_size"], said["gradient_accumulation_steps"], said["max_steps"]) == (2, 2, 3)
     assert not (tmp_path / "out").exists()
+
+
+def test_discovering_the_sft_example_is_quick_and_reads_no_weights(tmp_path: Path, monkeypatch: Any) -> None:
+    """It takes at most 15 s of a processor, which is 15 s where nothing else runs, and less than 1 GiB.
+
+    Libraries take half of that; SmolLM2's weights in fp32 would be another half.
+    """
+    monkeypatch.chdir(tmp_path)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    found = discover(EXAMPLES / "sft.py", time_limit_seconds=300)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 15
+    assert (found.peak_process_bytes or 0) < 2**30
+    assert found.config["num_hidden_layers"] == 30
+    assert list(tmp_path.iterdir()) == []

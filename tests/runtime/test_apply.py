@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from autofit.launch.evidence import read_events
 from autofit.runtime.apply import set_fields
 from autofit.runtime.import_hooks import patch_after_import
-from autofit.runtime.model import bits_and_bytes_config, quantize_in_place
+from autofit.runtime.model import bits_and_bytes_config, load_as_planned, quantize_in_place
 from autofit.runtime.run import is_out_of_memory
 from autofit.runtime.verify import Check, check_first_batch, optimizer_name, table
 from tests.plans import a_configuration, a_plan
@@ -172,3 +173,27 @@ def test_the_runtime_refuses_to_run_by_hand() -> None:
     assert done.returncode == 2
     assert "autofit launch" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_scripts_device_map_is_left_to_the_plan(tmp_path: Path) -> None:
+    """A model that the script would part over devices is loaded whole, and the change is recorded."""
+    from transformers import LlamaForCausalLM
+
+    from autofit.runtime.events import EventLog
+    from autofit.runtime.session import Session
+
+    folder = write_tiny_llama(tmp_path / "model")
+    session = Session(
+        plan=a_plan(),
+        run_folder=tmp_path,
+        training_arguments={},
+        rank=0,
+        log=EventLog(run_folder=tmp_path, rank=0),
+        strict=True,
+    )
+    load = LlamaForCausalLM.from_pretrained
+    whole = load_as_planned(session, LlamaForCausalLM, load, (folder,), {"device_map": {"": "disk"}})
+    assert not hasattr(whole, "hf_device_map")
+    (event,) = read_events(tmp_path)
+    assert event.detail["changes"] == {"device_map": ["{'': 'disk'}", "the plan's"]}

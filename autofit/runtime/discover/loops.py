@@ -27,6 +27,7 @@ class Loop:
         self.given: dict[str, Any] = {}
         self.model: Any = None
         self.optimizer: Any = None
+        self.loader: Any = None
         self.num_backward = 0
 
     def prepare(self, prepared: Any) -> None:
@@ -65,6 +66,7 @@ def _pretend(original: Callable[..., Any], loop: Loop, *args: Any, **kwargs: Any
     """Answer for a model that is about to train, without computing: a loss of zero, and zeros of the logits' shape."""
     if not loop.model.training:
         return original(*args, **kwargs)
+    loop.loader = loop.accelerator.gradient_state.active_dataloader or loop.observed.iterated
     import torch
     from transformers.modeling_outputs import CausalLMOutput
 
@@ -142,7 +144,7 @@ def hook_backward(observed: Observed, module: ModuleType) -> None:
 
 def _describe(loop: Loop) -> Any:
     """Return everything that a plan needs to know of a loop."""
-    loader = loop.observed.iterated
+    loader = loop.loader
     if loader is None or loop.model is None:
         raise NotUnderstood("steps an optimizer without a prepared model and a DataLoader", _INSTEAD)
     if getattr(loop.accelerator, "split_batches", False):
