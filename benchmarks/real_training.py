@@ -139,7 +139,7 @@ def train(run_folder: Path) -> None:
         peaks.enter("loading")
         model = load_model(request["model"], configuration)
         live.count_existing()
-        dataset = make_dataset(request["tokens"], request["vocab_size"])
+        dataset = make_dataset(request["tokens"], request["vocab_size"], configuration)
         loop = train_in_a_loop if configuration.keeps_outputs else train_with_trainer
         after_step = loop(model, arguments, dataset, configuration, live, peaks)
         peaks.leave()
@@ -301,10 +301,13 @@ def _quantization(configuration: Configuration, dtype: torch.dtype) -> dict[str,
     }
 
 
-def make_dataset(tokens: int, vocab_size: int) -> list[dict[str, list[int]]]:
-    """Make sequences of one length."""
+def make_dataset(tokens: int, vocab_size: int, configuration: Configuration) -> list[dict[str, list[int]]]:
+    """Make sequences of one length; with positions, which most scripts leave to the model, where ranks share them."""
     ids = [(17 * n) % vocab_size for n in range(tokens)]
-    return [{"input_ids": ids, "labels": ids, "position_ids": list(range(tokens))}] * NUM_SEQUENCES
+    row = {"input_ids": ids, "labels": ids}
+    if configuration.sequence_parallel_size > 1:
+        row["position_ids"] = list(range(tokens))
+    return [row] * NUM_SEQUENCES
 
 
 def deepspeed_config(configuration: Configuration, hidden_size: int) -> dict[str, Any] | None:
