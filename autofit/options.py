@@ -373,6 +373,16 @@ class SearchWish(Wishes):
             help=f"transformers' attn_implementation: {', '.join(get_args(Attention))} (default: sdpa); repeatable.",
         ),
     ] = None
+    loss: Annotated[
+        list[str] | None,
+        _option(
+            "--loss",
+            section=_MODEL,
+            metavar=_any_of(get_args(Loss)),
+            help="transformers' loss (default, or the script's), Liger's fused head, or TRL's chunked head, which is "
+            "its trainers'; repeatable.",
+        ),
+    ] = None
     num_replicas: Annotated[
         list[int] | None,
         _option(
@@ -988,6 +998,7 @@ def _searched_by(wishes: SearchWish) -> dict[str, Any]:
         "num_processes": wishes.num_processes or [],
         "precision": _one_or_several("precision", wishes.precision or ["auto"], PRECISIONS),
         "attention": _one_or_several("attention", wishes.attention or ["sdpa"], get_args(Attention)),
+        "loss": _one_or_several("loss", wishes.loss or ["stock"], get_args(Loss)),
         "num_replicas": _alone(wishes.num_replicas or [1]),
     }
 

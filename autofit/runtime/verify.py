@@ -53,6 +53,8 @@ class Training:
     """Samples of a micro-batch."""
     gradient_accumulation_steps: int | None
     """None: a loop of the script's own counts them, and nothing here can ask it."""
+    uses_liger_kernel: bool | None = None
+    """None: no Trainer switches it."""
 
 
 def training_of(trainer: Any, dataloader: Any) -> Training:
@@ -64,6 +66,7 @@ def training_of(trainer: Any, dataloader: Any) -> Training:
         accelerator=trainer.accelerator,
         rows_per_rank=rows_per_rank(dataloader, trainer.accelerator, trainer.args.per_device_train_batch_size),
         gradient_accumulation_steps=trainer.args.gradient_accumulation_steps,
+        uses_liger_kernel=getattr(trainer.args, "use_liger_kernel", None),
     )
 
 
@@ -79,8 +82,15 @@ def check_all(plan: Plan, training: Training) -> list[Check]:
         *check_adapter(configuration, training.model),
         *_check_checkpointing(configuration, training.model),
         _check("attention", configuration.attention, training.model.config._attn_implementation),
+        *_check_loss(configuration, training),
         _check("optim", expected_optimizer(configuration), optimizer_name(training.optimizer)),
     ]
+
+
+def _check_loss(configuration: Configuration, training: Training) -> Iterator[Check]:
+    """Compare whether Liger's kernels are on; a fused head of trl's is the trainer's own."""
+    if training.uses_liger_kernel is not None:
+        yield _check("use_liger_kernel", configuration.loss == "liger", training.uses_liger_kernel)
 
 
 def check_first_batch(plan: Plan, rows: int, tokens: int) -> list[Check]:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autofit.search.table import Rows, Table, Values
-from autofit.spec.configuration import Attention, Batching, Configuration, Method, Offload, Optim, Sharding
+from autofit.spec.configuration import Attention, Batching, Configuration, Loss, Method, Offload, Optim, Sharding
 from autofit.spec.job import Objective
 
 TIE_FRACTION = 0.01
@@ -112,6 +112,7 @@ class Ranking:
             table.by_block(lambda block: _place(block.first.offload, get_args(Offload))),
             table.by_block(lambda block: block.first.num_replicas),
             table.by_block(lambda block: _place(block.first.attention, get_args(Attention))),
+            table.by_block(lambda block: _place(block.first.loss, get_args(Loss))),
             table.by_block(lambda block: int(block.first.gradient_checkpointing)),
             table.by_optim(lambda optim: _place(optim, PLAINEST_FIRST)),
             table.by_block(lambda block: _place(block.first.batching, get_args(Batching))),

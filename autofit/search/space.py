@@ -154,14 +154,15 @@ def paths(job: Job, cluster: Cluster) -> tuple[Path, ...]:
             precision=resolved_precision(precision, cluster.device),
             gradient_checkpointing=checkpoints,
             attention=attention,
-            loss=restrictions.loss,
+            loss=loss,
             batching=batching,
         )
-        for method, precision, checkpoints, attention, batching in product(
+        for method, precision, checkpoints, attention, loss, batching in product(
             dict.fromkeys(restrictions.methods or METHODS),
             values(restrictions.precision),
             (False, True) if asked is None else (asked,),
             values(restrictions.attention),
+            values(restrictions.loss),
             batchings(job),
         )
     )

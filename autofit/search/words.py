@@ -26,6 +26,7 @@ KNOBS = (
     "num_replicas",
     "precision",
     "attention",
+    "loss",
     "gradient_checkpointing",
     "optim",
     "batching",
@@ -43,6 +44,7 @@ def describe(configuration: Configuration) -> str:
         *([f"{configuration.sharding} on {configuration.num_processes}"] if configuration.num_processes > 1 else []),
         *([f"{configuration.offload.replace('_', ' ')} on the host"] if configuration.offload != "none" else []),
         *(["checkpointing"] if configuration.gradient_checkpointing else []),
+        *([f"{configuration.loss} loss"] if configuration.loss != "stock" else []),
         *([f"{configuration.batching} batches"] if configuration.batching != "equal" else []),
     ]
     return ", ".join(parts)

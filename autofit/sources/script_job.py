@@ -11,10 +11,10 @@ import numpy as np
 
 from autofit.errors import InputError
 from autofit.memory.optimizers import OPTIMIZERS
-from autofit.search.space import engines
+from autofit.search.space import engines, values
 from autofit.sources.lengths import distribution
 from autofit.sources.script_words import found_words, said_at
-from autofit.spec.configuration import Attention, Dtype, Lora, Method, Optim, Sharding
+from autofit.spec.configuration import Attention, Dtype, Lora, Loss, Method, Optim, Sharding
 from autofit.spec.discovered import Discovered, FoundAdapter
 from autofit.spec.hardware import Cluster
 from autofit.spec.job import USUAL_ATTENTION, Job, Model, Restrictions, Workload
@@ -153,7 +153,7 @@ def _restrictions(discovered: Discovered, wishes: Restrictions, cluster: Cluster
         attention=_attention(discovered) if wishes.attention == default.attention else wishes.attention,
         lora=_lora(discovered.adapter) if discovered.adapter and wishes.lora == default.lora else wishes.lora,
         image_tokens=wishes.image_tokens or (lengths.image_tokens if lengths else 0),
-        loss=discovered.loss if wishes.loss == default.loss else wishes.loss,
+        loss=discovered.loss if wishes.loss == default.loss else _settable_loss(discovered, wishes),
         batchings=wishes.batchings or ((lengths.batching,) if lengths else ()),
         micro_batch_sequences=_micro_batches(discovered, wishes),
         gradient_checkpointing=_checkpointing(discovered, wishes),
@@ -179,6 +179,25 @@ def _refuse_unplanned(discovered: Discovered) -> None:
             to_fix="train an adapter (peft_config=...), whose reference is the model without it, or give "
             "precompute_ref_log_probs=True",
         )
+
+
+def _settable_loss(discovered: Discovered, wishes: Restrictions) -> Loss | tuple[Loss, ...]:
+    """Return the losses to choose among: transformers' own and Liger's, which are one of the Trainer's arguments.
+
+    Raises:
+        InputError: the loss is that of a loop or of trl's head, which nothing outside the script can change.
+    """
+    asked = values(wishes.loss)
+    if asked == (discovered.loss,):
+        return wishes.loss
+    if discovered.is_loop or "chunked" in {discovered.loss, *asked}:
+        owner = "a loop of its own" if discovered.is_loop else discovered.trainer
+        raise InputError(
+            f"the loss of the script is {discovered.loss}, computed by {owner}: --loss {' --loss '.join(asked)} cannot "
+            "be put into effect.",
+            to_fix="leave --loss out, or change the script",
+        )
+    return wishes.loss
 
 
 def _micro_batches(discovered: Discovered, wishes: Restrictions) -> tuple[int, ...]:

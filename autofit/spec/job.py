@@ -122,7 +122,7 @@ class Restrictions:
     """The adapter to train where the method is lora or qlora."""
     freeze: Freeze = field(default_factory=Freeze)
     quantization: QuantizationWish = field(default_factory=QuantizationWish)
-    loss: Loss = "stock"
+    loss: Loss | tuple[Loss, ...] = "stock"
     batchings: tuple[Batching, ...] = ()
     """Empty: `padded` where the lengths of the data are known, else `equal`."""
     task: Task = "auto"

@@ -37,6 +37,7 @@ def decided_arguments(configuration: Configuration, *, on_cpu: bool, checkpointi
         "bf16": configuration.mixed_precision == "bf16",
         "fp16": configuration.mixed_precision == "fp16",
         "optim": configuration.optim,
+        "use_liger_kernel": configuration.loss == "liger",
         **_low_rank_fields(configuration),
         **_checkpointing_fields(configuration, checkpointing_name),
         **_ddp_fields(configuration),

@@ -190,6 +190,14 @@ def test_several_precisions_attentions_and_replicas_are_searched_where_they_are_
     assert len(found) == len(set(found)) == 2 * 2 * 3 * 2 * 3 * 2
 
 
+def test_losses_are_searched_where_they_are_allowed():
+    """Each is tried with all others, and is one of the knobs that a plan gives its reasons for."""
+    both = candidates(a_job(8, loss=("stock", "liger")), a_cluster(2))
+    alone = candidates(a_job(8), a_cluster(2))
+    assert len(both) == 2 * len(alone)
+    assert {c.loss for c in both} == {"stock", "liger"}
+
+
 def test_unasked_there_is_one_precision_one_attention_and_one_replica():
     """What is stored for the shipped models is enough for a search that nobody has restricted."""
     found = candidates(a_job(8), a_cluster(4))

