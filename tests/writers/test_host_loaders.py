@@ -121,6 +121,24 @@ def test_accelerate_reads_every_config_as_planned(all_plans: list[Plan], tmp_pat
     """accelerate's own preparation yields the planned number of processes, mode, precision and DeepSpeed file."""
     from accelerate.commands.config.config_args import load_config_from_file
 
+    for plan in distinct(all_plans, "accelerate.yaml", "num_processes", "sharding", "mixed_precision"):
+        folder = written(plan, tmp_path)
+        loaded = load_config_from_file(str(folder / "accelerate.yaml"))
+        environment = launch_environment(plan, folder)
+        configuration = plan.configuration
+        assert loaded.num_processes == configuration.num_processes
+        assert loaded.use_cpu == (plan.inputs.cluster.device.kind == "cpu")
+        assert environment["ACCELERATE_MIXED_PRECISION"] == configuration.mixed_precision
+        assert ("ACCELERATE_USE_DEEPSPEED" in environment) == configuration.uses_deepspeed
+        if configuration.uses_deepspeed:
+            assert environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"] == str(folder / "deepspeed.json")
+            assert environment["ACCELERATE_DEEPSPEED_ZERO3_INIT"] == str(configuration.zero_stage == 3).lower()
+        assert not (environment.keys() - os.environ.keys()) & {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"}
+
+
+@pytest.mark.slow
+def test_transformers_reads_every_training_arguments_file(all_plans: list[Plan], tmp_path: Path) -> None:
+    """TrainingArguments, made from the file alone, hold the planned values, with no unknown key and no old name."""
     told_apart = ("optim", "mixed_precision", "gradient_checkpointing", "loss")
     for plan in distinct(all_plans, "training_arguments.json", *told_apart):
         arguments = training_arguments(written(plan, tmp_path))
