@@ -11,7 +11,7 @@ from typing import Any
 
 from autofit.runtime.import_hooks import patch_after_import
 from autofit.runtime.loop import hook_accelerator
-from autofit.runtime.model import load_as_planned, with_adapter
+from autofit.runtime.model import build_as_planned, load_as_planned, with_adapter
 from autofit.runtime.probe import quiet_arguments, stretching
 from autofit.runtime.session import Session
 from autofit.runtime.watch import measured_training, watch_trainer
@@ -86,7 +86,13 @@ def _hook_from_pretrained(session: Session, module: ModuleType) -> None:
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         return load_as_planned(session, cls, functools.partial(original, cls), args, kwargs)
 
+    build = module.PreTrainedModel._from_config.__func__
+
+    def _from_config(cls: Any, config: Any, /, **kwargs: Any) -> Any:
+        return build_as_planned(session, cls, functools.partial(build, cls), config, kwargs)
+
     module.PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+    module.PreTrainedModel._from_config = classmethod(_from_config)
 
 
 def _hook_trainer(session: Session, module: ModuleType) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from autofit.plan import Plan
@@ -47,6 +49,43 @@ def load_as_planned(
     return model
 
 
+def build_as_planned(session: Session, cls: Any, build: Callable[..., Any], config: Any, kwargs: dict[str, Any]) -> Any:
+    """Build the job's model from its config in the planned dtype and attention; parts of a model follow the whole.
+
+    A quantised model cannot be built so: verification says what is not in effect.
+    """
+    if is_part_of_a_model() or not _has_planned_shape(session, config):
+        return build(config, **kwargs)
+    import torch
+
+    configuration = session.plan.configuration
+    if configuration.zero_stage == 3:
+        announce_zero3(session.plan, session.run_folder, session.keep_alive)
+    given = {name: kwargs.pop(name, None) for name in ("dtype", "torch_dtype", "attn_implementation")}
+    take_own_device()
+    settings = {_dtype_argument(): getattr(torch, configuration.weights_dtype)}
+    model = build(config, **kwargs, **settings, attn_implementation=configuration.attention)
+    session.log.record(
+        "applied",
+        to=f"{cls.__name__}.from_config",
+        dtype=dtype_name(model.dtype),
+        changes={name: [str(value), "the plan's"] for name, value in given.items() if value is not None},
+    )
+    return model
+
+
+def is_part_of_a_model() -> bool:
+    """Tell whether a model is being made by the constructor of another, or by its loading."""
+    modeling = sys.modules["transformers.modeling_utils"]
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if frame.f_code.co_name == "__init__" and isinstance(owner, modeling.PreTrainedModel):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def take_own_device() -> None:
     """Make each rank's GPU its current one before anything is loaded, as accelerate does later.
 
@@ -60,8 +99,11 @@ def take_own_device() -> None:
 
 def is_jobs_model(session: Session, cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Tell whether what is being loaded has the shape of the model that was planned for."""
-    planned = session.plan.inputs.job.model.config
-    found = _config_of(cls, args, kwargs).to_dict()
+    return _has_planned_shape(session, _config_of(cls, args, kwargs))
+
+
+def _has_planned_shape(session: Session, config: Any) -> bool:
+    planned, found = session.plan.inputs.job.model.config, config.to_dict()
     return all(found[key] == planned[key] for key in SHAPE_KEYS if key in planned and key in found)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,13 @@ import torch
 
 from autofit.launch.evidence import read_events
 from autofit.runtime.apply import set_fields
+from autofit.runtime.events import EventLog
 from autofit.runtime.import_hooks import patch_after_import
-from autofit.runtime.model import bits_and_bytes_config, load_as_planned, quantize_in_place
+from autofit.runtime.model import bits_and_bytes_config, build_as_planned, load_as_planned, quantize_in_place
 from autofit.runtime.run import is_out_of_memory
+from autofit.runtime.session import Session
 from autofit.runtime.verify import Check, check_first_batch, optimizer_name, table
-from tests.plans import a_configuration, a_plan
+from tests.plans import TINY_LLAMA, a_configuration, a_plan
 from tests.scripts import write_tiny_llama
 
 
@@ -180,20 +183,35 @@ def test_a_scripts_device_map_is_left_to_the_plan(tmp_path: Path) -> None:
     """A model that the script would part over devices is loaded whole, and the change is recorded."""
     from transformers import LlamaForCausalLM
 
-    from autofit.runtime.events import EventLog
-    from autofit.runtime.session import Session
-
     folder = write_tiny_llama(tmp_path / "model")
-    session = Session(
-        plan=a_plan(),
-        run_folder=tmp_path,
-        training_arguments={},
-        rank=0,
-        log=EventLog(run_folder=tmp_path, rank=0),
-        strict=True,
-    )
+    session = _session(tmp_path)
     load = LlamaForCausalLM.from_pretrained
     whole = load_as_planned(session, LlamaForCausalLM, load, (folder,), {"device_map": {"": "disk"}})
     assert not hasattr(whole, "hf_device_map")
     (event,) = read_events(tmp_path)
     assert event.detail["changes"] == {"device_map": ["{'': 'disk'}", "the plan's"]}
+
+
+def _session(folder: Path) -> Session:
+    """Return the session of one rank with a plan of bf16 weights."""
+    plan = a_plan(a_configuration(weights_dtype="bfloat16", attention="eager"))
+    log = EventLog(run_folder=folder, rank=0)
+    return Session(plan=plan, run_folder=folder, training_arguments={}, rank=0, log=log, strict=True)
+
+
+@pytest.mark.slow
+def test_a_model_made_from_its_config_is_made_as_planned(tmp_path: Path) -> None:
+    """Dtype and attention are the plan's; a model of another shape, and a part of a model, are left alone."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.modeling_utils import PreTrainedModel
+
+    session = _session(tmp_path)
+    build = functools.partial(PreTrainedModel._from_config.__func__, LlamaForCausalLM)
+    config = LlamaConfig(**TINY_LLAMA)
+    made = build_as_planned(session, LlamaForCausalLM, build, config, {"dtype": torch.float32})
+    assert (made.dtype, made.config._attn_implementation) == (torch.bfloat16, "eager")
+    (event,) = read_events(tmp_path)
+    assert event.detail["changes"] == {"dtype": ["torch.float32", "the plan's"]}
+    other = LlamaConfig(**TINY_LLAMA | {"hidden_size": 32})
+    assert build_as_planned(session, LlamaForCausalLM, build, other, {}).dtype == torch.float32
+    assert len(read_events(tmp_path)) == 1

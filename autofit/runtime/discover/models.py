@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-import sys
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import ModuleType
 from typing import Any
 
 from autofit.runtime.discover.observed import Observed
 from autofit.runtime.discover.side_effects import nothing
 from autofit.runtime.discover.weights import give_weights
+from autofit.runtime.model import is_part_of_a_model
 
 LOADING_ARGUMENTS = (
     "state_dict", "device_map", "max_memory", "offload_folder", "offload_buffers", "offload_state_dict",
@@ -34,7 +34,7 @@ def hook_models(observed: Observed, module: ModuleType) -> None:
     from_config = module.PreTrainedModel._from_config.__func__
 
     def _from_config(cls: Any, config: Any, /, **kwargs: Any) -> Any:
-        if _is_part_of_a_model(module.PreTrainedModel):
+        if is_part_of_a_model():
             return from_config(cls, config, **kwargs)
         return build_without_weights(observed, cls, None, (), {"config": config, **kwargs})
 
@@ -49,16 +49,6 @@ def hook_models(observed: Observed, module: ModuleType) -> None:
     module.PreTrainedModel.from_pretrained = classmethod(from_pretrained)
     module.PreTrainedModel._from_config = classmethod(_from_config)
     module.PreTrainedModel.save_pretrained = module.PreTrainedModel.push_to_hub = nothing
-
-
-def _is_part_of_a_model(kind: type) -> bool:
-    """Tell whether a model is being made by the constructor of another, which then fills its weights in."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        if frame.f_code.co_name == "__init__" and isinstance(frame.f_locals.get("self"), kind):
-            return True
-        frame = frame.f_back
-    return False
 
 
 def build_without_weights(
