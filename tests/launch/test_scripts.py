@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 
+from autofit.errors import InputError
 from autofit.launch.evidence import read_events
 from autofit.plan import load_plan
+from autofit.sources.hardware import parse_cluster
 from autofit.sources.script import discover
+from autofit.sources.script_job import job_from_discovery
 from tests.scripts import write_tiny_models
 
 pytestmark = pytest.mark.slow
@@ -204,3 +207,21 @@ def test_discovering_the_sft_example_is_quick_and_reads_no_weights(tmp_path: Pat
     assert (found.peak_process_bytes or 0) < 2**30
     assert found.config["num_hidden_layers"] == 30
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("precomputes", [False, True])
+def test_a_reference_model_beside_the_trained_one_is_refused(
+    tmp_path: Path, folders: dict[str, str], precomputes: bool
+) -> None:
+    """Without an adapter DPO holds two models, which no plan counts; asked for its answers beforehand, it holds one."""
+    script = tmp_path / "dpo.py"
+    whole = "".join(line for line in (EXAMPLES / "dpo.py").open() if "peft_config=" not in line)
+    said = f"max_length=128, precompute_ref_log_probs={precomputes},"
+    script.write_text(whole.replace("max_length=128,", said))
+    found = discover(script, ["--model", folders[LLAMA], "--output", str(tmp_path / "out")])
+    assert found.reference_model != precomputes
+    if precomputes:
+        assert job_from_discovery(found, parse_cluster("2xCPU-8G")).restrictions.methods == ("full",)
+        return
+    with pytest.raises(InputError, match="holds a reference model"):
+        job_from_discovery(found, parse_cluster("2xCPU-8G"))
