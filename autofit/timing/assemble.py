@@ -200,7 +200,7 @@ class TimeModel:
 
     def _passes(self, configuration: Configuration, splits: tuple[Split, ...], rates: Rates) -> Passes:
         """Return forward and backward of every split, once for all engines that wait for each other alike."""
-        waits = configuration.sharding in IN_STEP
+        waits = self.workload.lengths is not None and configuration.sharding in IN_STEP
         key = rates, configuration.num_processes, configuration.batching, waits, splits
         if key not in self._known_passes:
             shapes = [self._shape(configuration, split) for split in splits]
