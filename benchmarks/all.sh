@@ -19,3 +19,6 @@ echo "## The real training stack on two CPU ranks"
 echo
 echo "## Waiting times"
 "$python" benchmarks/speed.py --profile
+echo
+echo "## The search"
+PYTHONPATH=$(bash benchmarks/make_peers.sh) "$python" benchmarks/search.py --processes

@@ -310,6 +310,8 @@ def _zero3(
     Source: deepspeed/runtime/zero/stage3.py, partitioned_param_coordinator.py and
     deepspeed/runtime/comm/coalesced_collectives.py (reduce_scatter_coalesced) 0.19.8.
     """
+    if configuration.offload != "none":
+        return _zero3_offload(configuration, model, static, settings, device)
     ranks = configuration.num_processes
     parameters = [t for t in model if t.kind in PARAMETER_KINDS]
     persistent = [t for t in parameters if t.num_elements <= settings.stage3_param_persistence_threshold]
@@ -320,8 +322,6 @@ def _zero3(
     flat, master = sub_group * element, sub_group * MASTER_BYTES
     packed = _kept_packed_bytes(parameters, settings, configuration)
     largest = max((-(-t.num_elements // ranks) for t in parameters if t.trains), default=0)
-    if configuration.offload != "none":
-        return _zero3_offload(configuration, model, static, settings, device)
     gathered = _gathered_bytes(parameters, settings, configuration)
     casts = _casts(configuration, model, settings)
     interleaves = _interleaves(model, configuration, settings)

@@ -218,8 +218,10 @@ class _Stretch:
 
 def _stretches(segment: Segment, *, has_gradients: bool) -> list[_Stretch]:
     """Cut the segment in which the first gradient is born in two."""
-    births = [n for n, event in enumerate(segment.events) if len(event) == BIRTH_FIELDS and event[1] == GRADIENT]
-    if has_gradients or not births:
+    if has_gradients:
+        return [_Stretch(segment.name, has_gradients, segment.events)]
+    births = [n for n, event in enumerate(segment.events) if event[1] == GRADIENT and len(event) == BIRTH_FIELDS]
+    if not births:
         return [_Stretch(segment.name, has_gradients, segment.events)]
     name = "head_backward" if segment.name == "loss_backward" else segment.name
     before, after = segment.events[: births[0]], segment.events[births[0] :]
