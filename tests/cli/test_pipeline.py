@@ -153,6 +153,7 @@ def test_a_dry_run_of_a_script_is_its_plan(folder):
         "sequence_tokens": 32,
         "global_batch_sequences": 4,
         "lengths": None,
+        "num_rows_per_sequence": 1,
     }
     assert sorted(folder.rglob("*")) == before
 
