@@ -166,6 +166,8 @@ def launch(
             "launch needs either --gpus, to plan for, or --plan, to use.",
             to_fix="give one of the two, for instance --gpus 2xA100-80G",
         )
+    if plan_file is not None and override:
+        raise InputError("--override has no effect with --plan: it is planned already.", to_fix="leave one of them out")
     from autofit.launch.launch import Conduct, refuse_useless_conduct
     from autofit.launch.road import choose_road
     from autofit.launch.script import check_script

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import autofit
+from autofit import cli
 from autofit.errors import AutofitError, InputError
 from autofit.launch import Conduct, launch
 from autofit.launch.evidence import read_events
@@ -235,6 +236,18 @@ def test_the_current_plan_works_under_plain_accelerate(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "ranks 2 steps 2 checkpoints True bf16" in done.stdout
+
+
+def test_options_without_effect_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--override` beside a plan, and `--probe` where no hook could end the script, say so and start nothing."""
+    script = tmp_path / "train.py"
+    script.write_text(HF_SCRIPT)
+    for options, words in (
+        (["--plan", "plan.json", "--override"], "--override has no effect with --plan"),
+        (["--gpus", "2xCPU-1G", "--probe", "--road", "flags"], "--probe needs hooks"),
+    ):
+        assert cli.run(["launch", str(script), *options]) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_the_current_plan_says_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
