@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 import statistics
 import time
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from autofit.runtime.live_bytes import LiveBytes
+from autofit.runtime.peak_memory import process_peak_bytes
 
 NUM_STEPS_TOLD = 5
 """Steps that get an event of their own; later ones only count in the summary."""
@@ -51,8 +51,9 @@ class CpuMeter:
         self.live.reset_peak()
 
     def device_figures(self) -> dict[str, int]:
-        """Return the high-water mark of the whole process, libraries and loading included (Linux counts in KiB)."""
-        return {"process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        """Return the high-water mark of the whole process, libraries and loading included, where it is known."""
+        peak_bytes = process_peak_bytes()
+        return {} if peak_bytes is None else {"process_peak_bytes": peak_bytes}
 
 
 class CudaMeter:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
+from autofit.runtime.peak_memory import process_peak_bytes
 from autofit.spec.discovered import Discovered
 
 
@@ -66,7 +67,7 @@ class Observed:
     def finish(self, found: Discovered) -> NoReturn:
         """Write what was found and end the process where it stands: no handler, thread or worker can hold it up."""
         seconds = time.monotonic() - self.began_seconds
-        found = dataclasses.replace(found, seconds=seconds, peak_process_bytes=peak_process_bytes())
+        found = dataclasses.replace(found, seconds=seconds, peak_process_bytes=process_peak_bytes())
         self.clean_up()
         write_whole(self.out, msgspec.json.encode(found))  # last: whoever waits for it ends this process
         sys.stdout.flush()
@@ -81,13 +82,6 @@ class Observed:
         for folder in reversed(self.folders):
             with contextlib.suppress(OSError):
                 folder.rmdir()
-
-
-def peak_process_bytes() -> int:
-    """Return the most memory that this process held (Linux counts in KiB)."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
