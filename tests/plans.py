@@ -10,11 +10,15 @@ import numpy as np
 
 from autofit.plan import Inputs, Plan, Rung
 from autofit.sources.lengths import length_bins
+from autofit.sources.models import resolve_model
+from autofit.sources.profiles import SHIPPED_FOLDER, pack_name, read_pack
 from autofit.spec.configuration import Configuration, Lora, Quantization
 from autofit.spec.estimate import CostEstimate, MemoryEstimate, TimeEstimate
 from autofit.spec.hardware import Cluster, Device
 from autofit.spec.job import Job, Model, Restrictions, Workload
 from autofit.spec.lengths import LengthDistribution, LengthPercentile
+from autofit.spec.libraries import installed_versions
+from autofit.spec.profile import RegimeProfile
 from autofit.units import GIB
 
 TINY_LLAMA: dict[str, Any] = {
@@ -149,3 +153,8 @@ def a_distribution(lengths: Iterable[int], **changes: Any) -> LengthDistribution
         "bins": length_bins(measured),
     }
     return LengthDistribution(**values | changes)
+
+
+def shipped_profiles(model: str) -> tuple[RegimeProfile, ...]:
+    """Return the shipped profiles of a model under the installed libraries."""
+    return read_pack(SHIPPED_FOLDER / pack_name(resolve_model(model).config, installed_versions()))

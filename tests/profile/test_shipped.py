@@ -6,23 +6,22 @@ import pytest
 
 from autofit.profile.trace import trace
 from autofit.sources.models import model_catalogue, resolve_model
-from autofit.sources.profiles import SHIPPED_FOLDER, architecture_key, pack_name, read_pack
+from autofit.sources.profiles import SHIPPED_FOLDER, architecture_key, pack_name
 from autofit.spec.libraries import installed_versions
+from tests.plans import shipped_profiles
 
 SAMPLE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def shipped(model: str):
-    """Return the shipped profiles of a model under the installed libraries."""
-    return read_pack(SHIPPED_FOLDER / pack_name(resolve_model(model).config, installed_versions()))
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "device"), [("full", "cpu"), ("qlora", "cuda")])
-def test_a_shipped_profile_is_what_a_trace_gives(method, device):
+@pytest.mark.parametrize(
+    ("model", "method", "device"),
+    [(SAMPLE, "full", "cpu"), (SAMPLE, "qlora", "cuda"), ("Qwen/Qwen2.5-0.5B", "lora", "cuda")],
+)
+def test_a_shipped_profile_is_what_a_trace_gives(model, method, device):
     """A fresh trace of a shipped model equals the stored one, byte for byte; if not, run tools/make_profiles.py."""
-    stored = next(p for p in shipped(SAMPLE) if (p.regime.method, p.regime.device) == (method, device))
-    fresh = trace(stored.model, resolve_model(SAMPLE).config, stored.regime)
+    stored = next(p for p in shipped_profiles(model) if (p.regime.method, p.regime.device) == (method, device))
+    fresh = trace(stored.model, resolve_model(model).config, stored.regime)
     assert fresh == stored
 
 
@@ -36,6 +35,6 @@ def test_every_shipped_file_is_of_a_catalogued_model_and_the_tested_libraries():
 
 def test_a_shipped_file_holds_one_architecture():
     """Every profile in the sample's file is of the architecture that the file is named after."""
-    profiles = shipped(SAMPLE)
+    profiles = shipped_profiles(SAMPLE)
     assert len({(p.num_layers, p.hidden_size, p.vocab_size) for p in profiles}) == 1
     assert architecture_key(resolve_model(SAMPLE).config)

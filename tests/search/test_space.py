@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from autofit.errors import InputError
 from autofit.search import candidates, required_regimes
-from autofit.sources.profiles import SHIPPED_FOLDER, read_pack
+from tests.plans import shipped_profiles
 from tests.search.worlds import CPU, GPU, OLD_GPU, a_cluster, a_job
+from tools.make_profiles import POPULAR
 
 
 @given(st.integers(1, 512), st.integers(1, 16), st.sampled_from([GPU, CPU]))
@@ -207,9 +208,9 @@ def test_unasked_there_is_one_precision_one_attention_and_one_replica():
 @pytest.mark.parametrize("num_devices", [1, 2, 8])
 @pytest.mark.parametrize("device", [GPU, CPU], ids=lambda device: device.name)
 def test_an_unrestricted_search_needs_only_what_is_shipped(device, num_devices):
-    """Every code path of the five shipped models that it takes on GPUs from Ampere on, and on CPUs, is stored."""
-    packs = [read_pack(path) for path in sorted(SHIPPED_FOLDER.glob("*.json.gz"))]
-    assert len(packs) == 5
+    """Every code path of the ten most asked for that it takes on GPUs from Ampere on, and on CPUs, is stored."""
+    packs = [shipped_profiles(name) for name in POPULAR]
+    assert len(packs) == 10
     needed = set(required_regimes(a_job(8), a_cluster(num_devices, device)))
     for pack in packs:
         assert needed <= {profile.regime for profile in pack}
