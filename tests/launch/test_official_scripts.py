@@ -22,10 +22,9 @@ from autofit.spec.configuration import Lora
 from tests.scripts import write_tiny_models
 
 pytestmark = pytest.mark.slow
-FOUND = importlib.util.find_spec("trl")
-if FOUND is None:
-    pytest.skip("trl is not installed", allow_module_level=True)
-SCRIPTS = Path(str(FOUND.origin)).parent / "scripts"
+TRL = importlib.util.find_spec("trl")
+assert TRL is not None, "scripts/install.sh test installs trl"
+SCRIPTS = Path(str(TRL.origin)).parent / "scripts"
 FEW_TOPICS = sorted(topics.topics)[:24]
 
 

@@ -39,8 +39,6 @@ BATCH, TOKENS = 3, 200
 NUM_STEPS = 2
 """The first makes what libraries make once."""
 Batch = dict[str, torch.Tensor]
-needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
-needs_liger = pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="liger-kernel is not")
 
 
 def equal() -> Batch:
@@ -235,7 +233,6 @@ def test_flash_attention_without_padding(shared, monkeypatch):
     assert 0 <= predicted(profile) / real - 1 < 1 / TOKENS
 
 
-@needs_trl
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpoints", [False, True])
 def test_trls_chunked_head(checkpoints):
@@ -291,7 +288,6 @@ def test_ligers_head_by_hand(sums_in_place, temporary):
     assert by_hand <= highest <= by_hand + 8
 
 
-@needs_liger
 def test_ligers_own_head_allocates_what_its_stand_in_does():
     """Where a vocabulary is no wider than the model, Liger has one chunk: its own code on a CPU, launches left out."""
     _, fused, _ = losses._import_liger()
@@ -308,7 +304,6 @@ def test_ligers_own_head_allocates_what_its_stand_in_does():
     assert 0 <= peaks[0] - peaks[1] <= logits_by_input + 4096
 
 
-@needs_liger
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpoints", [False, True])
 def test_ligers_own_layers_and_head(checkpoints, monkeypatch):
@@ -333,7 +328,6 @@ def test_ligers_own_layers_and_head(checkpoints, monkeypatch):
     assert predicted(profile) == pytest.approx(real, rel=1e-4)
 
 
-@needs_liger
 def test_liger_shrinks_layers_and_head():
     """Its norms, rotation and MLP save less than transformers', and logits are gone; nothing is left patched."""
     from transformers.models.llama import modeling_llama
@@ -348,7 +342,6 @@ def test_liger_shrinks_layers_and_head():
     assert equal_values(torch.ones(1), torch.ones(1))
 
 
-@needs_liger
 def test_a_model_that_liger_does_not_know_is_refused():
     """Liger has no kernels for GPT-2, and Trainer would run it without any."""
     with pytest.raises(InputError, match="gpt2"):
