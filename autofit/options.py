@@ -40,7 +40,7 @@ MODEL = typer.Option(
 GPUS = typer.Option(
     "--gpus",
     metavar="GPUS",
-    help="2xA100-80G, 4x8xH100-80G (nodes x devices), 2xCPU-8G, auto, or a .yaml file.",
+    help="2xA100-80G, 4x8xH100-80G:inter_node_gb_s=400 (nodes x devices), 2xCPU-8G, auto, or a .yaml file.",
     show_default=False,
 )
 SEQ_LEN = typer.Option(

@@ -338,7 +338,7 @@ def unknowns(plan: Plan) -> tuple[str, ...]:
         ),
         (device.memory_is_estimated, f"what torch sees of a {device.name}: derived from a similar device"),
         (plan.time.step_seconds is None, f"the speed of a {device.name}: the rates it would follow from are not known"),
-        (on_gpu and plan.cost.dollars_per_million_tokens is None, f"the price of a {device.name}"),
+        (on_gpu and plan.cost.dollars_per_device_hour is None, f"the price of a {device.name}; --price gives it"),
     ]
     return tuple(words for is_open, words in open_questions if is_open)
 

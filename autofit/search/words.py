@@ -122,7 +122,10 @@ def _moved(before_bytes: int, after_bytes: int) -> str:
 
 def no_time_reason(cluster: Cluster, missing: Sequence[str]) -> str:
     """Say which figures are not known, and so that no time is given."""
-    return f"No source gives {cluster.device.name}'s {', '.join(missing)}: no time and no cost is shown."
+    said = f"Not known of {cluster.device.name}: {', '.join(missing)}; so no time and no cost is shown."
+    if cluster.device.kind == "cpu":
+        return said
+    return f"{said} --gpus takes what you know of it, by the key in brackets: {cluster.device.name}:KEY=NUMBER."
 
 
 def precision_reason(job: Job, configuration: Configuration, cluster: Cluster) -> str:

@@ -244,20 +244,23 @@ def runs_efficient_attention(regime: Regime) -> bool:
 
 
 def missing_figures(configuration: Configuration, rates: Rates, cluster: Cluster) -> tuple[str, ...]:
-    """Name the figures of the device that a configuration's time needs and no source gives."""
+    """Name the figures that a configuration's time needs and no source gives, each with its key in --gpus."""
     uses_host = configuration.optim.startswith("paged") or configuration.offload != "none"
     needed = (
-        (rates.matmul_flops_per_second, "rate of matrix products in this precision"),
-        (rates.memory_bytes_per_second, "memory bandwidth"),
+        (rates.matmul_flops_per_second, "rate of matrix products in this precision (bf16_tflops, fp16_tflops ...)"),
+        (rates.memory_bytes_per_second, "memory bandwidth (bandwidth_gb_s)"),
         (configuration.num_processes == 1 or rates.fabric.is_known, _missing_link(cluster)),
-        (not (uses_host or configuration.checkpoint_offload) or rates.host_bytes_per_second, "bandwidth to the host"),
+        (
+            not (uses_host or configuration.checkpoint_offload) or rates.host_bytes_per_second,
+            "bandwidth to the host (host_gb_s)",
+        ),
     )
     return tuple(words for known, words in needed if not known)
 
 
 def _missing_link(cluster: Cluster) -> str:
-    between = "nodes" if cluster.num_nodes > 1 and cluster.inter_node_bytes_per_second is None else "devices"
-    return f"bandwidth between {between}"
+    between_nodes = cluster.num_nodes > 1 and cluster.inter_node_bytes_per_second is None
+    return "bandwidth between nodes (inter_node_gb_s)" if between_nodes else "bandwidth between devices (peer_gb_s)"
 
 
 def _scaled(rate: float | None, fraction: float) -> float | None:

@@ -351,7 +351,7 @@ def test_without_published_rates_there_is_an_order_and_no_time():
     plan = solve(job, cluster, profiles_for(job, cluster), estimate_memory=PlausibleMemory(10**8))
     assert plan.time.step_seconds is None
     assert plan.cost.dollars_per_million_tokens is None
-    assert "No source gives CPU-8G's" in plan.reasons[0]
+    assert "Not known of CPU-8G: rate of matrix products" in plan.reasons[0]
     assert not plan.configuration.gradient_checkpointing
 
 

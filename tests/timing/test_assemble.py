@@ -287,7 +287,7 @@ def test_a_decomposition_nobody_timed_gives_no_time():
     ("missing", "changes", "said"),
     [
         ("bf16_flops_per_second", {}, "matrix products"),
-        ("memory_bytes_per_second", {}, "memory bandwidth"),
+        ("memory_bytes_per_second", {}, "memory bandwidth (bandwidth_gb_s)"),
         ("host_bytes_per_second", {"optim": "paged_adamw_8bit"}, "to the host"),
         ("host_bytes_per_second", {"sharding": "zero2", "offload": "optimizer"}, "to the host"),
     ],
@@ -321,7 +321,9 @@ def test_nodes_are_joined_by_their_network():
     time = estimate_time(PROFILE, configuration, cluster, WORKLOAD)
     assert time.terms["communication"] == pytest.approx(2 * 15 / 16 * 4e9 / (50e9 * 0.9), rel=0.15)
     unknown = replace(cluster, inter_node_bytes_per_second=None)
-    assert TimeModel(PROFILE, unknown, WORKLOAD).missing(configuration)[0] == "bandwidth between nodes"
+    assert TimeModel(PROFILE, unknown, WORKLOAD).missing(configuration) == (
+        "bandwidth between nodes (inter_node_gb_s)",
+    )
 
 
 def test_data_parallel_scaling_over_nodes_is_close_to_linear_on_fast_networks():
