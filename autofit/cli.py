@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -112,6 +113,7 @@ def plan(
 @app.command(cls=SectionedCommand)
 @takes_wishes(SearchWish)
 def launch(
+    context: typer.Context,
     script: Annotated[Path, typer.Argument(help="The training script, as it is.", show_default=False)],
     wishes: SearchWish,
     arguments: Annotated[
@@ -152,7 +154,11 @@ def launch(
         ),
     ] = False,
     discovers: Annotated[
-        bool, typer.Option("--discover/--no-discover", help="Run the script up to its first step, or read its source.")
+        bool,
+        typer.Option(
+            "--discover/--no-discover",
+            help="Run the script up to its first step (or read it if it fails), or only read it.",
+        ),
     ] = True,
     discovery_limit: Annotated[
         float, typer.Option("--discovery-limit", metavar="SECONDS", help="How long that may take.", min=1)
@@ -196,8 +202,33 @@ def launch(
     if dry_run:
         show_plan(made, output, as_json=as_json)
     else:
+        if plan_file is None and discovers:
+            refuse_unasked_guess(made, context.obj)
         folder = output or new_run_folder(script)
         raise typer.Exit(train(made, folder, script, arguments or [], conduct, as_json=as_json))
+
+
+def refuse_unasked_guess(made: Plan, arguments: Sequence[str]) -> None:
+    """Let a training begin on guesses only where that was asked for.
+
+    Raises:
+        InputError: the script could not be run, so that the plan rests on what its source says.
+    """
+    found = made.inputs.job.found
+    if "guessed" not in found:
+        return
+    from autofit.report.console import side_console
+    from autofit.report.plan import decision, found_table, memory_line
+
+    side_console().print(found_table(found))
+    kept = [word for word in arguments[1:] if word != "--discover"]
+    command = shlex.join(["autofit", *arguments[:1], "--no-discover", *kept])
+    raise InputError(
+        "nothing was started: the script could not be run up to its first step, and all that is planned was guessed "
+        f"from its source.\n    {decision(made)}, {memory_line(made.memory).plain}",
+        to_fix="correct what kept it from running; or check each line above, and start on the guess",
+        hint=command,
+    )
 
 
 def runs_file() -> Path:
@@ -237,18 +268,23 @@ def plan_for_script(
     """Find out what a script is about to train, by running or reading it, and plan it."""
     from autofit.api import cluster_of, run_length, solve_script, with_data
     from autofit.report.console import side_console
+    from autofit.report.errors import guess_warning
     from autofit.report.progress import discovery_display
     from autofit.sources.models import resolve_model
-    from autofit.sources.script import discover
+    from autofit.sources.script import NotRunError, discover
     from autofit.sources.script_job import job_from_discovery, method_of
-    from autofit.sources.script_reading import read_script
+    from autofit.sources.script_reading import read_instead, read_script
 
     cluster, run = here(cluster_of(gpus, wishes)), run_length(wishes)
+    find = partial(resolve_model, allow_hub=allow_hub)
     if runs_it:
-        with discovery_display(side_console(), script):
-            discovered = discover(script, arguments, allow_hub=allow_hub, time_limit_seconds=limit_seconds)
+        try:
+            with discovery_display(side_console(), script):
+                discovered = discover(script, arguments, allow_hub=allow_hub, time_limit_seconds=limit_seconds)
+        except NotRunError as refusal:
+            discovered = read_instead(refusal, script, arguments, find_model=find, model=said.model)
+            side_console().print(guess_warning(refusal))
     else:
-        find = partial(resolve_model, allow_hub=allow_hub)
         discovered = read_script(script, arguments, find_model=find, model=said.model)
     job = job_from_discovery(discovered, cluster, said, script=script, arguments=arguments)
     job = replace(job, script_method=method_of(discovered), script_settings=script_settings(discovered))
@@ -854,7 +890,8 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code; a refusal is printed, never raised."""
     try:
-        return app(list(arguments) or ["--help"], prog_name="autofit", standalone_mode=False) or 0
+        given = list(arguments)
+        return app(given or ["--help"], prog_name="autofit", standalone_mode=False, obj=given) or 0
     except AutofitError as error:
         refusal = error
     except typer.TyperException as error:

@@ -19,6 +19,13 @@ def error_text(error: AutofitError) -> Text:
     return text
 
 
+def guess_warning(refusal: AutofitError) -> Text:
+    """Say what kept a script from being run, and that all that follows is guessed."""
+    text = Text.assemble(("The script could not be run here: ", "bold red"), refusal.message)
+    text.append_text(Text.assemble(("\nTo fix: ", "bold"), refusal.to_fix or ""))
+    return text.append("\nEvery value below is guessed from its source: check each.", "bold red")
+
+
 def error_json(error: AutofitError) -> dict[str, Any]:
     """Give the same three parts and the exit code as one JSON object."""
     return {

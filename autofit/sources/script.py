@@ -45,6 +45,10 @@ _READ = "--no-discover plans from what the script's source says, read and not ru
 _INSTEAD = "plan without running it: autofit plan --model ... --seq-len ... --global-batch ... --gpus ..."
 
 
+class NotRunError(InputError):
+    """A script could not be run here up to its first step; its source may still say what it trains."""
+
+
 def discover(
     script: Path,
     arguments: Sequence[str] = (),
@@ -63,7 +67,8 @@ def discover(
         environment: the script's environment; this process's own by default.
 
     Raises:
-        InputError: it cannot be read, fails, takes too long, or does not train in a way that a plan can be applied to.
+        NotRunError: it fails, or takes too long.
+        InputError: there is no such script, or it does not train in a way that a plan can be applied to.
     """
     if not script.is_file():
         raise InputError(f"there is no script {str(script)!r}.", to_fix="give the path of a Python script")
@@ -143,7 +148,8 @@ def _failure(script: Path, exit_code: int | None, output: str, time_limit_second
     last = output.rstrip().splitlines()[-NUM_LINES_SHOWN:]
     shown = "".join(f"\n    {line}" for line in last)
     offline = "the Hub was not allowed: --allow-hub; or " if "offline" in output.casefold() else ""
-    return InputError(
+    kind = InputError if exit_code == 0 else NotRunError  # what ran to its end was run
+    return kind(
         f"{str(script)!r} {_ending(exit_code, output, time_limit_seconds)}."
         + (f" It printed last:{shown}" if last else ""),
         to_fix=f"{offline}correct the script, pass the arguments it needs, or {_INSTEAD}",

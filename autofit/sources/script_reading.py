@@ -9,13 +9,14 @@ import ast
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from autofit.errors import InputError
+from autofit.sources.script import NotRunError
 from autofit.spec.configuration import Batching, Loss
 from autofit.spec.discovered import Discovered, FoundAdapter, FoundLengths, FoundQuantization
 from autofit.spec.job import Model
@@ -25,17 +26,71 @@ TRAINERS = ("Trainer", "Seq2SeqTrainer", "SFTTrainer", "DPOTrainer")
 LENGTH_NAMES = ("max_length", "max_seq_length", "block_size", "seq_length", "max_seq_len")
 """What scripts call the length that they cut at, the likeliest first."""
 MODEL_NAMES = ("model_name_or_path", "model_name", "model_id", "model", "base_model")
-DEFAULTS: dict[str, Any] = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+BATCH, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
+DEFAULTS: dict[str, Any] = {BATCH: 8, ACCUMULATION: 1}
 """Source: transformers/training_args.py 5.23."""
+LOOP_DEFAULTS: dict[str, Any] = {BATCH: 1, ACCUMULATION: 1}
+"""Of a DataLoader and an Accelerator. Source: torch/utils/data/dataloader.py 2.13, accelerate/accelerator.py 1.15."""
+LOOP_OPTIMIZERS = {"SGD": "sgd", "Adagrad": "adagrad", "RMSprop": "rmsprop", "Adafactor": "adafactor"}
+"""Classes that a loop may make, by transformers' name for them; any other is taken for AdamW."""
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A value, and where it stands."""
+
+    value: Any
+    origin: str
 
 
 @dataclass(slots=True)
 class _Reading:
-    """What the source says so far, and in which line."""
+    """What the source and its arguments say so far."""
 
-    constants: dict[str, tuple[Any, int]] = field(default_factory=dict)
-    calls: dict[str, tuple[ast.Call, int]] = field(default_factory=dict)
+    name: str
+    """Of the script."""
+    constants: dict[str, Said] = field(default_factory=dict)
+    calls: dict[str, ast.Call] = field(default_factory=dict)
+    passed: dict[str, Said] = field(default_factory=dict)
+
+    @property
+    def is_loop(self) -> bool:
+        """Whether what trains is a loop of the script's own with accelerate."""
+        return "Accelerator" in self.calls and not any(name in self.calls for name in TRAINERS)
+
+    def line_of(self, call: str) -> str:
+        """Name the line of a call."""
+        return f"read in {self.name}:{self.calls[call].lineno}"
+
+
+def read_instead(
+    refusal: NotRunError,
+    script: Path,
+    arguments: Sequence[str] = (),
+    *,
+    find_model: Callable[[str], Model],
+    model: Model | None = None,
+) -> Discovered:
+    """Return what the source of a script says that could not be run here.
+
+    Args:
+        refusal: why it could not.
+        script: the user's training script.
+        arguments: what the user passes to it.
+        find_model: makes a model of the name that is read.
+        model: the one that the user names instead.
+
+    Raises:
+        NotRunError: the refusal, where the source names nothing that trains either.
+    """
+    try:
+        found = read_script(script, arguments, find_model=find_model, model=model)
+    except InputError as error:
+        raise refusal from error
+    if "trainer" not in found.where:
+        raise refusal
+    return replace(found, not_run=refusal.message)
 
 
 def read_script(
@@ -53,24 +108,32 @@ def read_script(
         InputError: the source is no Python, or says nothing of a model.
     """
     reading = _read(script)
-    passed = {**_config_values(arguments), **_flag_values(arguments)}
+    reading.passed = {**dict(_config_values(arguments)), **dict(_flags(arguments))}
     trainer = next((name for name in TRAINERS if name in reading.calls), "Trainer")
-    said = _said(reading, passed)
-    found = model or find_model(_model_name(reading, passed, script))
-    tokens = _length(reading, passed)
-    where = {fact: f"read in {script.name}:{line}" for fact, line in _lines(reading, trainer).items()}
+    said = _said_of_loop(reading) if reading.is_loop else _said(reading)
+    named = None if model is not None else _model_name(reading, script)
+    found = model or find_model(named.value if named else "")
+    tokens = _length(reading)
+    attention = _either(reading.passed.get("attn_implementation"), _keywords(reading, _LOAD).get("attn_implementation"))
     return Discovered(
         model_name=found.name,
         config=_config(found, reading),
         weights_dtype=None,
-        attention=str(passed.get("attn_implementation") or _keyword(reading, "attn_implementation") or "sdpa"),
+        attention=str(attention.value if attention else "sdpa"),
         adapter=_adapter(reading),
         quantization=_quantization(reading),
-        trainer=trainer,
+        trainer="a loop of its own with accelerate.Accelerator" if reading.is_loop else trainer,
         loss=_loss(trainer, said),
-        lengths=None if tokens is None else _lengths(tokens, said),
-        arguments=said,
-        where=where,
+        lengths=None if tokens is None else _lengths(tokens.value, said),
+        is_loop=reading.is_loop,
+        checkpoints="gradient_checkpointing_enable" in reading.calls if reading.is_loop else None,
+        arguments={name: each.value for name, each in said.items()},
+        where={
+            **dict(_origins(reading, trainer, said)),
+            "model": named.origin if named else "as you say",
+            "sequence": tokens.origin if tokens else "as you say",
+            "attention": attention.origin if attention else _BY_DEFAULT,
+        },
         is_guess=True,
     )
 
@@ -79,6 +142,8 @@ KNOWN_ARGUMENTS = (
     *DEFAULTS, "bf16", "fp16", "optim", "gradient_checkpointing", "learning_rate", "max_steps", "num_train_epochs",
     "output_dir", "use_liger_kernel", "torch_compile", "packing", "max_length",
 )  # fmt: skip
+_LOAD = "model.from_pretrained"
+_BY_DEFAULT = "by transformers' defaults"
 
 
 def _read(script: Path) -> _Reading:
@@ -86,7 +151,7 @@ def _read(script: Path) -> _Reading:
         tree = ast.parse(script.read_bytes())
     except (OSError, SyntaxError, ValueError) as error:
         raise InputError(f"{str(script)!r} cannot be read as Python: {error}", to_fix="correct the script") from error
-    reading = _Reading()
+    reading = _Reading(script.name)
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
             _note(reading, node.targets[0].id, node.value, node.lineno)
@@ -102,17 +167,17 @@ def _note(reading: _Reading, name: str, value: ast.expr, line: int) -> None:
     if isinstance(value, ast.Call) and _called(value) == "field":
         value = next((each.value for each in value.keywords if each.arg == "default"), value)
     if isinstance(value, ast.Constant):
-        reading.constants.setdefault(name, (value.value, line))
+        reading.constants.setdefault(name, Said(value.value, f"read in {reading.name}:{line}"))
 
 
 def _note_call(reading: _Reading, call: ast.Call) -> None:
     name = _called(call)
-    reading.calls.setdefault(name, (call, call.lineno))
+    reading.calls.setdefault(name, call)
     if name == "add_argument" and call.args and isinstance(call.args[0], ast.Constant):
         default = next((each.value for each in call.keywords if each.arg == "default"), None)
         if isinstance(default, ast.Constant):
             option = str(call.args[0].value).lstrip("-").replace("-", "_")
-            reading.constants.setdefault(option, (default.value, call.lineno))
+            reading.constants.setdefault(option, Said(default.value, f"read in {reading.name}:{call.lineno}"))
 
 
 def _called(call: ast.Call) -> str:
@@ -125,95 +190,119 @@ def _called(call: ast.Call) -> str:
     return function.id if isinstance(function, ast.Name) else ""
 
 
-def _value(reading: _Reading, node: ast.expr | None) -> Any:
-    """Return a literal, or what a name was set to once; None where it has to be worked out."""
-    if node is None:
-        return None
+def _value(reading: _Reading, node: ast.expr | None, line: int) -> Said | None:
+    """Return a literal, or what a name was set to once or is passed as; None where it has to be worked out."""
     if isinstance(node, (ast.Name, ast.Attribute)):
         name = node.id if isinstance(node, ast.Name) else node.attr
-        return reading.constants.get(name, (None, 0))[0]
+        return reading.passed.get(name) or reading.constants.get(name)
     try:
-        return ast.literal_eval(node)
+        value = None if node is None else ast.literal_eval(node)
     except ValueError:
         return None
+    return None if value is None else Said(value, f"read in {reading.name}:{line}")
 
 
-def _keywords(reading: _Reading, name: str) -> dict[str, Any]:
+def _keywords(reading: _Reading, name: str) -> dict[str, Said]:
     call = reading.calls.get(name)
-    values = {each.arg: _value(reading, each.value) for each in call[0].keywords if each.arg} if call else {}
-    return {key: value for key, value in values.items() if value is not None}
+    if call is None:
+        return {}
+    values = {each.arg: _value(reading, each.value, call.lineno) for each in call.keywords if each.arg}
+    return {key: said for key, said in values.items() if said is not None and said.value is not None}
 
 
-def _keyword(reading: _Reading, keyword: str) -> Any:
-    return _keywords(reading, "model.from_pretrained").get(keyword)
+def _values(reading: _Reading, name: str) -> dict[str, Any]:
+    return {key: said.value for key, said in _keywords(reading, name).items()}
 
 
-def _arguments(reading: _Reading) -> dict[str, Any]:
+def _either(*said: Said | None) -> Said | None:
+    return next((each for each in said if each is not None), None)
+
+
+def _arguments(reading: _Reading) -> dict[str, Said]:
     given = next((_keywords(reading, name) for name in ARGUMENT_CLASSES if name in reading.calls), {})
     return {name: value for name, value in given.items() if name in KNOWN_ARGUMENTS}
 
 
-def _said(reading: _Reading, passed: Mapping[str, Any]) -> dict[str, Any]:
+def _said(reading: _Reading) -> dict[str, Said]:
     """Join defaults, the source and what is passed. trl's arguments train in bf16 unless told otherwise.
 
     Source: trl/trainer/base_config.py 1.16, `__post_init__`.
     """
-    said = {**DEFAULTS, **_arguments(reading), **{name: passed[name] for name in passed if name in KNOWN_ARGUMENTS}}
+    passed = {name: said for name, said in reading.passed.items() if name in KNOWN_ARGUMENTS}
+    said = {**_by_default(DEFAULTS), **_arguments(reading), **passed}
     is_trls = any(name in reading.calls for name in ("SFTConfig", "DPOConfig"))
-    return {"bf16": not said.get("fp16"), **said} if is_trls else said
+    is_half = said.get("fp16", Said(value=False, origin="")).value
+    return {"bf16": Said(not is_half, "by trl's defaults"), **said} if is_trls else said
 
 
-def _lengths(tokens: int, said: Mapping[str, Any]) -> FoundLengths:
+def _said_of_loop(reading: _Reading) -> dict[str, Said]:
+    """Read what a loop gives its DataLoader, its Accelerator and its optimizer."""
+    accelerator, said = _keywords(reading, "Accelerator"), _by_default(LOOP_DEFAULTS)
+    if (batch := _keywords(reading, "DataLoader").get("batch_size")) is not None:
+        said[BATCH] = batch
+    if (accumulation := accelerator.get(ACCUMULATION)) is not None:
+        said[ACCUMULATION] = accumulation
+    if (precision := accelerator.get("mixed_precision")) is not None:
+        said |= {name: replace(precision, value=precision.value == name) for name in ("bf16", "fp16")}
+        said["fixes_precision"] = replace(precision, value=True)
+    made = next((name for name in LOOP_OPTIMIZERS if name in reading.calls), "AdamW")
+    fused = "_fused" if _values(reading, made).get("fused") else ""
+    origin = reading.line_of(made) if made in reading.calls else _BY_DEFAULT
+    said["optim"] = Said(LOOP_OPTIMIZERS.get(made, f"adamw_torch{fused}"), origin)
+    return said
+
+
+def _by_default(values: Mapping[str, Any]) -> dict[str, Said]:
+    return {name: Said(value, _BY_DEFAULT) for name, value in values.items()}
+
+
+def _lengths(tokens: int, said: Mapping[str, Said]) -> FoundLengths:
     """Take batches for padded, which need more than others, unless the source packs them."""
-    batching: Batching = "packed" if said.get("packing") else "padded"
+    batching: Batching = "packed" if "packing" in said and said["packing"].value else "padded"
     return FoundLengths(sequence_tokens=tokens, num_samples_seen=0, num_samples=None, batching=batching)
 
 
-def _config_values(arguments: Sequence[str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
+def _config_values(arguments: Sequence[str]) -> Iterator[tuple[str, Said]]:
     for argument in arguments:
         path = Path(argument)
         if path.suffix in CONFIG_SUFFIXES and path.is_file():
             text = path.read_text(encoding="utf-8")
             loaded = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-            values |= loaded if isinstance(loaded, Mapping) else {}
-    return values
+            for name, value in loaded.items() if isinstance(loaded, Mapping) else ():
+                yield name, Said(value, f"read in {path.name}")
 
 
-def _flag_values(arguments: Sequence[str]) -> dict[str, Any]:
+def _flags(arguments: Sequence[str]) -> Iterator[tuple[str, Said]]:
     """Read `--name value`, `--name=value` and hydra's `name=value`; a flag alone is true."""
-    return dict(_flags(arguments))
-
-
-def _flags(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
     for place, argument in enumerate(arguments):
         name, equals, value = argument.lstrip("-").partition("=")
         key = name.rpartition(".")[2].replace("-", "_")
+        origin = f"as {argument.partition('=')[0]} says"
         if equals:
-            yield key, yaml.safe_load(value)
+            yield key, Said(yaml.safe_load(value), origin)
         elif argument.startswith("--"):
             after = arguments[place + 1] if place + 1 < len(arguments) else "--"
-            yield key, True if after.startswith("--") else yaml.safe_load(after)
+            yield key, Said(value=True if after.startswith("--") else yaml.safe_load(after), origin=origin)
 
 
-def _model_name(reading: _Reading, passed: Mapping[str, Any], script: Path) -> str:
-    call = reading.calls.get("model.from_pretrained")
-    named = [passed[name] for name in MODEL_NAMES if isinstance(passed.get(name), str)]
-    if call and not named:
-        first = call[0].args[0] if call[0].args else None
-        named = [name for name in [_value(reading, first)] if isinstance(name, str)]
-    if not named:
+def _model_name(reading: _Reading, script: Path) -> Said:
+    named = [reading.passed[name] for name in MODEL_NAMES if name in reading.passed]
+    if (call := reading.calls.get(_LOAD)) is not None:
+        said = _value(reading, call.args[0] if call.args else None, call.lineno)
+        named += [replace(said, origin=reading.line_of(_LOAD))] if said is not None else []
+    found = next((said for said in named if isinstance(said.value, str)), None)
+    if found is None:
         raise InputError(
             f"the source of {str(script)!r} does not say which model it trains.",
             to_fix="give --model, and --seq-len and --global-batch with it",
         )
-    return str(named[0])
+    return found
 
 
 def _config(model: Model, reading: _Reading) -> dict[str, Any]:
     """Name the head that the script's class puts on the model, where the class says it."""
-    call = reading.calls.get("model.from_pretrained")
-    function = call[0].func if call else None
+    call = reading.calls.get(_LOAD)
+    function = call.func if call else None
     owner = function.value.id if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) else ""
     base = (model.config.get("architectures") or [""])[0]
     if "ForSequenceClassification" in owner and base:
@@ -221,16 +310,17 @@ def _config(model: Model, reading: _Reading) -> dict[str, Any]:
     return {**model.config, "architectures": [base]}
 
 
-def _length(reading: _Reading, passed: Mapping[str, Any]) -> int | None:
+def _length(reading: _Reading) -> Said | None:
+    arguments = _arguments(reading)
     for name in LENGTH_NAMES:
-        for value in (passed.get(name), _arguments(reading).get(name), reading.constants.get(name, (None, 0))[0]):
-            if isinstance(value, int) and not isinstance(value, bool):
-                return value
+        for said in (reading.passed.get(name), arguments.get(name), reading.constants.get(name)):
+            if said is not None and isinstance(said.value, int) and not isinstance(said.value, bool):
+                return said
     return next(
         (
-            value
-            for name, (value, _) in reading.constants.items()
-            if name.casefold() in {*LENGTH_NAMES, "block_tokens", "max_tokens"} and isinstance(value, int)
+            said
+            for name, said in reading.constants.items()
+            if name.casefold() in {*LENGTH_NAMES, "block_tokens", "max_tokens"} and isinstance(said.value, int)
         ),
         None,
     )
@@ -239,7 +329,7 @@ def _length(reading: _Reading, passed: Mapping[str, Any]) -> int | None:
 def _adapter(reading: _Reading) -> FoundAdapter | None:
     if "LoraConfig" not in reading.calls:
         return None
-    said = _keywords(reading, "LoraConfig")
+    said = _values(reading, "LoraConfig")
     targets = said.get("target_modules", "all-linear")
     return FoundAdapter(
         peft_type="LORA",
@@ -251,7 +341,7 @@ def _adapter(reading: _Reading) -> FoundAdapter | None:
 
 
 def _quantization(reading: _Reading) -> FoundQuantization | None:
-    said = _keywords(reading, "BitsAndBytesConfig")
+    said = _values(reading, "BitsAndBytesConfig")
     if not said.get("load_in_4bit"):
         return FoundQuantization(bits=8, quant_type="int8") if said.get("load_in_8bit") else None
     return FoundQuantization(
@@ -262,13 +352,23 @@ def _quantization(reading: _Reading) -> FoundQuantization | None:
     )
 
 
-def _loss(trainer: str, said: Mapping[str, Any]) -> Loss:
-    if said.get("use_liger_kernel"):
+def _loss(trainer: str, said: Mapping[str, Said]) -> Loss:
+    if "use_liger_kernel" in said and said["use_liger_kernel"].value:
         return "liger"
     return "chunked" if trainer in {"SFTTrainer", "DPOTrainer"} else "stock"
 
 
-def _lines(reading: _Reading, trainer: str) -> dict[str, int]:
-    arguments = next((name for name in ARGUMENT_CLASSES if name in reading.calls), "")
-    facts = {"model": "model.from_pretrained", "arguments": arguments, "trainer": trainer}
-    return {fact: reading.calls[name][1] for fact, name in facts.items() if name in reading.calls}
+def _origins(reading: _Reading, trainer: str, said: Mapping[str, Said]) -> Iterator[tuple[str, str]]:
+    """Name for each fact where it is read, or that nothing is."""
+    trains = "Accelerator" if reading.is_loop else trainer
+    if trains in reading.calls:
+        yield "trainer", reading.line_of(trains)
+    batch, accumulation = said[BATCH].origin, said[ACCUMULATION].origin
+    yield "arguments", batch if batch == accumulation else f"the batch {batch}, accumulation {accumulation}"
+    names = {"precision": ("bf16", "fp16"), "batching": ("packing",), "loss": ("use_liger_kernel",)}
+    for fact, keys in {**names, "optimizer": ("optim",)}.items():
+        yield fact, next((said[key].origin for key in keys if key in said), _BY_DEFAULT)
+    for fact, call in {"method": "LoraConfig", "quantization": "BitsAndBytesConfig"}.items():
+        yield fact, reading.line_of(call) if call in reading.calls else f"as {reading.name} names no {call}"
+    if "use_liger_kernel" not in said and trainer in {"SFTTrainer", "DPOTrainer"}:
+        yield "loss", "by trl's defaults"

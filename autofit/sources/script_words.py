@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from autofit.spec.discovered import Discovered, FoundAdapter, FoundLengths
 from autofit.spec.hardware import Cluster
 
@@ -10,8 +12,7 @@ def found_words(discovered: Discovered, cluster: Cluster) -> dict[str, str]:
     """Say what was read from the script and where, for the user to check."""
     said = discovered.arguments
     adapter = discovered.adapter
-    found = {"guessed": "the script was read, not run (--no-discover): check each line"} if discovered.is_guess else {}
-    found |= {
+    found = {
         "model": f"{discovered.model_name} ({discovered.config['architectures'][0]}), {said_at(discovered, 'model')}",
         "method": "no adapter, so full fine-tuning" if adapter is None else _adapter_words(adapter),
         "global batch": f"{said['per_device_train_batch_size']} sequences a device x "
@@ -41,7 +42,28 @@ def found_words(discovered: Discovered, cluster: Cluster) -> dict[str, str]:
         found["checkpointing"] = f"{'on' if said['fixed_checkpointing'] else 'off'}, as the script's arguments say"
     if said.get("deepspeed"):
         found["deepspeed"] = "the script's own DeepSpeed settings, which the plan replaces"
-    return found
+    return (
+        {"guessed": _guess_words(discovered), **dict(_with_origins(found, discovered))}
+        if discovered.is_guess
+        else found
+    )
+
+
+SAY_WHERE = ("model", "global batch", "trainer")
+"""What is said with its place in any case."""
+
+
+def _guess_words(discovered: Discovered) -> str:
+    """Say that nothing here is certain, and why."""
+    if not discovered.not_run:
+        return "the script was read, not run (--no-discover): check each line"
+    return f"the script could not be run here, so its source was read instead: check each line. {discovered.not_run}"
+
+
+def _with_origins(found: dict[str, str], discovered: Discovered) -> Iterator[tuple[str, str]]:
+    """Say of each fact that was read where it stands, and of the others that nothing says them."""
+    for name, words in found.items():
+        yield name, words if name in SAY_WHERE else f"{words}, {said_at(discovered, name)}"
 
 
 _BATCHING_WORDS = {

@@ -84,6 +84,8 @@ class Discovered:
     """Of a loop: whether the script has switched activation checkpointing on; None: a Trainer's arguments say it."""
     is_guess: bool = False
     """Whether the source was read instead of run: then nothing of it is certain."""
+    not_run: str = ""
+    """Of a guess that nobody asked for: why the script could not be run here."""
     device_map: str | None = None
     """Where the script puts the model, if it says so."""
     tokenizer: str | None = None

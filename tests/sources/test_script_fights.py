@@ -7,8 +7,10 @@ import pytest
 
 from autofit.errors import InputError
 from autofit.sources.hardware import parse_cluster
-from autofit.sources.script import discover
+from autofit.sources.models import resolve_model
+from autofit.sources.script import NotRunError, discover
 from autofit.sources.script_job import job_from_discovery
+from autofit.sources.script_reading import read_instead
 
 pytestmark = pytest.mark.slow
 TRAIN = """
@@ -64,6 +66,12 @@ def test_what_is_in_the_way_is_said(tmp_path, body, says):
     assert says in str(refusal.value)
     assert "--no-discover" in str(refusal.value)
     assert "Traceback" not in refusal.value.message.splitlines()[0]
+    if isinstance(refusal.value, NotRunError):  # its source names nothing that trains either: it stays refused
+        with pytest.raises(NotRunError) as again:
+            read_instead(refusal.value, script, find_model=resolve_model)
+        assert again.value is refusal.value
+    else:
+        assert body in {"exit()", OWN_DDP}, "what ran to its end, and what says that it cannot be planned for"
 
 
 @pytest.mark.parametrize("body", [TRAIN + "train()\n", FORKS, SPAWNS])
@@ -75,6 +83,37 @@ def test_neither_forks_nor_spawned_workers_nor_a_missing_guard_matter(tmp_path, 
     assert found.lengths.sequence_tokens == 16
     assert found.arguments["per_device_train_batch_size"] == 2
     assert not [pid for pid in _processes() if str(script) in pid]
+
+
+NAMED = """
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+MAX_LENGTH = 64
+model = AutoModelForCausalLM.from_pretrained(MODEL)
+Trainer(model=model, args=TrainingArguments("out", per_device_train_batch_size=2), train_dataset=[]).train()
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("import not_installed_here", "ModuleNotFoundError: No module named 'not_installed_here'"),
+        ("import torch\nassert torch.cuda.is_available(), 'give me a GPU'", "give me a GPU"),
+        ("while True: pass", "did not begin to train within 3 s"),
+    ],
+)
+def test_a_script_that_cannot_be_run_here_is_read(tmp_path, body, says):
+    """What its source names is planned for, called a guess, with what kept it from running and a place for each."""
+    script = tmp_path / "train.py"
+    script.write_text(f"{body}\n{NAMED}", encoding="utf-8")
+    with pytest.raises(NotRunError) as refusal:
+        discover(script, time_limit_seconds=3 if says.startswith("did not") else 90)
+    found = read_instead(refusal.value, script, find_model=resolve_model)
+    job = job_from_discovery(found, parse_cluster("2xCPU-8G"), script=script)
+    assert job.workload.global_batch_sequences == 4
+    assert says in job.found["guessed"]
+    assert job.found["sequence"].endswith(f"read in train.py:{len(body.splitlines()) + 3}")
+    places = ("read in train.py:", "by transformers' defaults", "as train.py names no LoraConfig")
+    assert all(any(place in words for place in places) for fact, words in job.found.items() if fact != "guessed")
 
 
 def _processes() -> list[str]:

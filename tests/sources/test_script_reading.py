@@ -90,3 +90,25 @@ def test_what_is_no_python_is_refused(tmp_path):
     script.write_text("def f(:\n")
     with pytest.raises(InputError, match="line 1"):
         read_script(script, find_model=resolve_model)
+
+
+def test_a_loop_of_ones_own_is_read_as_one(tmp_path):
+    """Batch, accumulation and optimizer of the example's loop are the defaults of its options, with their lines."""
+    found = read_script(
+        EXAMPLES / "accelerate_loop.py", ["--model", SMOLLM2, "--batch-size=3"], find_model=resolve_model
+    )
+    said = found.arguments
+    assert found.is_loop
+    assert (said["per_device_train_batch_size"], said["gradient_accumulation_steps"], said["optim"]) == (
+        3,
+        2,
+        "adamw_torch",
+    )
+    line = next(
+        number
+        for number, text in enumerate((EXAMPLES / "accelerate_loop.py").read_text().splitlines(), start=1)
+        if '"--gradient-accumulation-steps"' in text
+    )
+    assert found.where["arguments"] == f"the batch as --batch-size says, accumulation read in accelerate_loop.py:{line}"
+    job = job_from_discovery(found, CLUSTER, Overrides(sequence_tokens=128))
+    assert (job.workload.global_batch_sequences, job.restrictions.micro_batch_sequences) == (12, (3,))
