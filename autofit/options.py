@@ -18,6 +18,7 @@ from typer.core import TyperCommand
 
 from autofit.errors import InputError, nearest
 from autofit.spec.configuration import Attention, Batching, Dtype, Loss, Method, Optim, SdpaKernel, Sharding, Task
+from autofit.spec.estimate import STAGES
 from autofit.spec.job import Objective, Precision, StorageDtype
 
 if TYPE_CHECKING:
@@ -353,6 +354,15 @@ class SearchWish(Wishes):
             show_default=True,
         ),
     ] = "cost"
+    hold: Annotated[
+        list[str] | None,
+        _option(
+            "--hold",
+            section=_OBJECTIVE,
+            metavar=f"{_any_of(STAGES)}|none",
+            help="What has to fit besides the steady steps (default: all of it); repeatable.",
+        ),
+    ] = None
     precision: Annotated[
         list[str] | None,
         _option(
@@ -995,12 +1005,20 @@ def _searched_by(wishes: SearchWish) -> dict[str, Any]:
     """Read what only a search takes."""
     return {
         "objective": _one_of("objective", wishes.objective, get_args(Objective)),
+        "held_stages": _held_stages(wishes.hold),
         "num_processes": wishes.num_processes or [],
         "precision": _one_or_several("precision", wishes.precision or ["auto"], PRECISIONS),
         "attention": _one_or_several("attention", wishes.attention or ["sdpa"], get_args(Attention)),
         "loss": _one_or_several("loss", wishes.loss or ["stock"], get_args(Loss)),
         "num_replicas": _alone(wishes.num_replicas or [1]),
     }
+
+
+def _held_stages(given: Sequence[str] | None) -> list[str]:
+    names = [_one_of("hold", each, (*STAGES, "none")) for each in given or STAGES]
+    if "none" in names and len(names) > 1:
+        raise InputError("--hold none is given with other stages.", to_fix="give one or the other")
+    return [name for name in names if name not in {None, "none"}]
 
 
 def _further(wishes: EveryWish) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What a run needs outside its steady steps: while it loads, while engines are made, first step, evaluation, saving.
 
-Each is a figure of its own, for the device and for the host of a node. None of them decides whether a plan fits.
+Each is a figure of its own, for the device and for the host of a node.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from autofit.report.words import (
     share_words,
     tokens_words,
 )
-from autofit.spec.estimate import MemoryEstimate, Phase
+from autofit.spec.estimate import STAGES, MemoryEstimate, Phase, Stages
 from autofit.timing.batches import step_tokens
 from autofit.units import GIB, format_bytes, format_count, format_seconds
 from autofit.writers.render import ACCELERATE_FILE, PLAN_FILE
@@ -86,6 +86,8 @@ def _facts(plan: Plan) -> Iterable[tuple[str, str | Text]]:
     yield "setup", ", ".join([*setup, *further_words(configuration)])
     yield "memory", memory_line(plan.memory)
     yield "", memory_figures(plan.memory)
+    if plan.memory.stages is not None and plan.memory.stages != Stages():
+        yield "stages", stages_line(plan.memory.stages)
     if plan.time.step_seconds is not None:
         yield "speed", speed_line(plan)
     if plan.cost.device_hours_per_million_tokens is not None:
@@ -128,6 +130,14 @@ def memory_figures(memory: MemoryEstimate) -> str:
     if "reserved" in known and memory.needed_reserved_bytes not in {None, memory.peak_reserved_bytes}:
         known["reserved"] += f" (not less than {(memory.needed_reserved_bytes or 0) / GIB:.2f})"
     return ", ".join(known.values()) + " GiB"
+
+
+def stages_line(stages: Stages) -> str:
+    """Say what is allocated outside the steady steps, and what of it is on a node's host."""
+    known = {name.replace("_", " "): stage for name in STAGES if (stage := getattr(stages, name)) is not None}
+    device = ", ".join(f"{name} {stage.device_bytes / GIB:.2f}" for name, stage in known.items())
+    host = ", ".join(f"{name} {stage.host_bytes / GIB:.2f}" for name, stage in known.items() if stage.host_bytes)
+    return f"allocated {device} GiB" + (f"; host memory of a node {host} GiB" if host else "")
 
 
 def _bounds(interval_bytes: tuple[int, int] | None) -> str:
@@ -331,7 +341,7 @@ def unknowns(plan: Plan) -> tuple[str, ...]:
     open_questions = [
         (on_gpu and memory.peak_reserved_bytes is None, "what the caching allocator reserves"),
         (on_gpu and memory.process_bytes is None, "CUDA context and communication buffers"),
-        (on_gpu and memory.host_bytes is None, "host memory"),
+        (memory.stages == Stages(), "memory while loading, evaluating and saving: it is not modelled under FSDP"),
         (
             on_gpu and plan.configuration.optim.startswith("galore"),
             "what cuSOLVER takes to decompose a gradient: a workspace that nobody has compared is counted",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ from autofit.search.calibrated import calibrated_memory, calibrated_time, calibr
 from autofit.search.space import Block, Split
 from autofit.spec.calibration import Calibration, Uncalibrated
 from autofit.spec.configuration import Configuration, Optim
-from autofit.spec.estimate import MemoryEstimate, TimeEstimate
+from autofit.spec.estimate import STAGES, MemoryEstimate, Stage, StageName, TimeEstimate
 from autofit.spec.hardware import Cluster
 from autofit.spec.job import Workload
 from autofit.spec.profile import ProfileSet, Regime, RegimeProfile
@@ -35,17 +35,9 @@ An underestimate costs a run, an overestimate a little speed. Source: assumed; t
 allocated memory, and room for what no trace holds: an evaluation, another process on the device.
 """
 
-
-AMPLE_FRACTION = 0.6
-"""Up to this share of a device's memory the allocator's fragmentation cannot decide.
-
-Source: the highest reserved / allocated of 39 published rows is 1.49 (fitcheck-llm 0.3.1, eager attention), and torch
-returns cached segments before it gives up.
-"""
-
-Misfit = Literal["none", "device memory", "host memory", "fragmentation"]
+Misfit = Literal["none", "device memory", "host memory", "fragmentation"] | StageName
 """What of a configuration does not fit; `fragmentation`: its tensors would, but not as the allocator lays them out."""
-MISFITS: tuple[Misfit, ...] = get_args(Misfit)
+MISFITS: tuple[Misfit, ...] = ("none", "device memory", "host memory", "fragmentation", *STAGES)
 
 
 class MemoryEstimator(Protocol):
@@ -103,11 +95,6 @@ def usable_bytes(budget_bytes: int) -> int:
     return int(budget_bytes * (1 - HEADROOM_FRACTION))
 
 
-def has_ample_room(memory: MemoryEstimate) -> bool:
-    """Tell whether no fragmentation can keep a configuration from fitting."""
-    return memory.needed_bytes <= AMPLE_FRACTION * memory.budget_bytes
-
-
 def leaves_headroom(memory: MemoryEstimate) -> bool:
     """Tell whether a device holds a configuration with room to spare."""
     return memory.needed_bytes <= usable_bytes(memory.budget_bytes)
@@ -121,6 +108,19 @@ def misfit_of(memory: MemoryEstimate, cluster: Cluster) -> Misfit:
     return "host memory" if host is not None and (memory.host_bytes or 0) > host else "none"
 
 
+def stage_misfit(memory: MemoryEstimate, cluster: Cluster, held: Iterable[StageName]) -> StageName | None:
+    """Name the first of some stages that is known not to fit, on the device beside its context or on a node's host."""
+    context = 0 if memory.process_bytes is None else memory.process_bytes - (memory.peak_reserved_bytes or 0)
+    on_device, on_host = usable_bytes(memory.budget_bytes) - context, cluster.host_memory_bytes
+    for name in held if memory.stages else ():
+        stage: Stage | None = getattr(memory.stages, name)
+        if stage is None:
+            continue
+        if stage.device_bytes > on_device or (on_host is not None and (stage.host_bytes or 0) > on_host):
+            return name
+    return None
+
+
 class Evaluator:
     """Evaluates configurations of one workload on one cluster.
 
@@ -130,6 +130,7 @@ class Evaluator:
         profiles: traced steps, by regime.
         micro_batches: every micro-batch that will be asked for.
         estimate_memory: takes the place of the memory model; for tests.
+        held_stages: what has to fit besides the steady steps.
     """
 
     def __init__(
@@ -139,8 +140,10 @@ class Evaluator:
         profiles: ProfileSet,
         micro_batches: Sequence[int],
         estimate_memory: MemoryEstimator | None = None,
+        held_stages: tuple[StageName, ...] = STAGES,
     ) -> None:
         self._cluster, self._workload, self._profiles = cluster, workload, profiles
+        self._held_stages = held_stages
         self._micro_batches = tuple(sorted(set(micro_batches)))
         self._estimate_memory = estimate_memory
         self._times: dict[tuple[Regime, int], TimeModel] = {}
@@ -150,7 +153,9 @@ class Evaluator:
     def for_length(self, sequence_tokens: int) -> Evaluator:
         """Return an evaluator of the same configurations for sequences cut at another length."""
         workload = replace(self._workload, sequence_tokens=sequence_tokens)
-        return Evaluator(self._cluster, workload, self._profiles, self._micro_batches, self._estimate_memory)
+        return Evaluator(
+            self._cluster, workload, self._profiles, self._micro_batches, self._estimate_memory, self._held_stages
+        )
 
     @property
     def can_grow_segments(self) -> bool:
@@ -257,6 +262,14 @@ class Evaluator:
         if configuration not in self._replays:
             self._replays[configuration] = self._memory(configuration, replays=True)
         return self._replays[configuration]
+
+    def replayed_misfit(self, configuration: Configuration) -> Misfit:
+        """Say what does not fit when every allocation is replayed, and which of the stages that have to."""
+        memory = self.replay(configuration)
+        stage = stage_misfit(memory, self._cluster_of(configuration), self._held_stages)
+        if stage is not None:
+            return stage
+        return "none" if leaves_headroom(memory) else "fragmentation"
 
     def calibration(self, configuration: Configuration) -> Calibration | None:
         """Return the calibration that a configuration's figures are made with."""

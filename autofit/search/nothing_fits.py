@@ -13,7 +13,7 @@ from autofit.search.evaluate import HEADROOM_FRACTION, Evaluated, usable_bytes
 from autofit.search.rank import Ranking
 from autofit.search.space import METHODS
 from autofit.search.table import Table
-from autofit.search.words import describe
+from autofit.search.words import STAGE_WORDS, describe, stage_words
 from autofit.spec.hardware import Cluster
 from autofit.spec.job import Job, Restrictions
 from autofit.units import format_bytes
@@ -44,7 +44,7 @@ def refusal(job: Job, cluster: Cluster, nearest: Evaluated, num_evaluated: int, 
     found = fixes(job, cluster, search)
     return NothingFitsError(
         f"{job.model.name} does not fit {_devices(cluster)} of {format_bytes(cluster.device.memory_bytes)}: none of "
-        f"{num_evaluated} configurations does.\n{_nearest_words(nearest)}",
+        f"{num_evaluated} configurations does.\n{_nearest_words(nearest, cluster)}",
         to_fix=_fix_words(found),
         hint="autofit estimate prints every term of one configuration",
     )
@@ -144,11 +144,19 @@ def _of_length(tokens: int) -> Callable[[Job], Job]:
     return lambda job: replace(job, workload=replace(job.workload, sequence_tokens=tokens))
 
 
-def _nearest_words(nearest: Evaluated) -> str:
-    usable = usable_bytes(nearest.memory.budget_bytes)
+def _nearest_words(nearest: Evaluated, cluster: Cluster) -> str:
+    memory = nearest.memory
+    usable = usable_bytes(memory.budget_bytes)
     words = f"Nearest: {describe(nearest.configuration)}: it needs {format_bytes(nearest.needed_bytes)}"
-    if nearest.misfit != "device memory":
-        return f"{words}, but does not fit for {nearest.misfit}."
+    host = (
+        "" if cluster.host_memory_bytes is None else f" (a node's host has {format_bytes(cluster.host_memory_bytes)})"
+    )
+    if nearest.misfit in STAGE_WORDS:
+        return f"{words}, but {stage_words(memory, nearest.misfit)}{host}; --hold says which stages have to fit."
+    if nearest.misfit == "host memory":
+        return f"{words}, and {format_bytes(memory.host_bytes or 0)} of its node's host memory{host}."
+    if nearest.misfit == "fragmentation":
+        return f"{words}, which does not leave {HEADROOM_FRACTION:.0%} free as torch's allocator lays it out."
     over = f"{format_bytes(nearest.needed_bytes - usable)} more than the {format_bytes(usable)} that a plan may use"
     highest = max(nearest.memory.phases, key=lambda phase: phase.bytes, default=None)
     if highest is None or not highest.terms:

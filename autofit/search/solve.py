@@ -12,7 +12,7 @@ import numpy as np
 from autofit.errors import InputError
 from autofit.plan import Inputs, Plan, Rung
 from autofit.search.allowed import allowed
-from autofit.search.evaluate import AMPLE_FRACTION, Evaluated, Evaluator, MemoryEstimator, leaves_headroom
+from autofit.search.evaluate import Evaluated, Evaluator, MemoryEstimator, Misfit
 from autofit.search.nothing_fits import Search, changes, refusal
 from autofit.search.rank import Ranking
 from autofit.search.rules import Site, broken_rule, rules_for_given
@@ -83,7 +83,10 @@ def solve(job: Job, cluster: Cluster, profiles: ProfileSet, *, estimate_memory: 
     ranking = Ranking(table, job.restrictions.objective)
     table, chosen = _settled(table, np.arange(len(table)), evaluator, ranking)
     if chosen is None:
-        nearest = evaluator.evaluate(table.configuration(_nearest(table, np.arange(len(table)))))
+        row = _nearest(table, np.arange(len(table)))
+        nearest = replace(evaluator.evaluate(table.configuration(row)), misfit=table.misfit_of(row))
+        if nearest.misfit not in {"device memory", "host memory"}:  # it was seen, of this or of another, in a replay
+            nearest = replace(nearest, memory=evaluator.replay(nearest.configuration))
         raise refusal(job, cluster, nearest, len(table), _search_of_smallest(profiles, estimate_memory))
     alternatives = []
     methods = table.knob("method")
@@ -175,7 +178,8 @@ def _evaluator(
     estimate_memory: MemoryEstimator | None,
 ) -> Evaluator:
     micro_batches = {micro_batch for block in blocks for micro_batch, _ in block.splits}
-    return Evaluator(cluster, job.workload, profiles, tuple(micro_batches), estimate_memory)
+    held_stages = job.restrictions.held_stages
+    return Evaluator(cluster, job.workload, profiles, tuple(micro_batches), estimate_memory, held_stages)
 
 
 def _nothing_evaluated(job: Job, table: Table) -> InputError:
@@ -195,7 +199,9 @@ def _search_of_smallest(profiles: ProfileSet, estimate_memory: MemoryEstimator |
 
     def search(job: Job, cluster: Cluster) -> Table:
         left = allowed(job, cluster).of_smallest_micro_batch()
-        return tabulate(left, _evaluator(job, cluster, profiles, left.blocks, estimate_memory))
+        evaluator = _evaluator(job, cluster, profiles, left.blocks, estimate_memory)
+        table = tabulate(left, evaluator)
+        return _settled(table, np.arange(len(table)), evaluator, Ranking(table, "cost"))[0] if len(table) else table
 
     return search
 
@@ -217,31 +223,31 @@ class _Settled:
 def _settled(table: Table, rows: Rows, evaluator: Evaluator, ranking: Ranking) -> tuple[Table, _Settled | None]:
     """Find the best of some rows that still fits when every allocation is replayed.
 
-    One with ample room is taken without a replay. One that does not fit is marked, with those of its method that need
-    as much or more. What the allocator cannot do without has to leave as much of the device free as tensors have.
+    One that does not fit is marked, with what fares no better: where it is fragmentation, those of its method that need
+    as much or more; where it is a stage, those of its block, which all load the same.
+    What the allocator cannot do without has to leave as much of the device free as tensors have.
     """
     methods = table.knob("method")
     while (fitting := rows[table.fits[rows]]).size:
         row = ranking.best(fitting)
-        settled = _as_it_fits(row, table, evaluator)
-        if settled is not None:
-            return table, _Settled(row, settled)
-        fares_no_better = table.fits & (methods == methods[row]) & (table.needed_bytes >= table.needed_bytes[row])
-        table = table.marked(fares_no_better, "fragmentation")
+        configuration, misfit = _as_it_fits(table.configuration(row), evaluator)
+        if misfit == "none":
+            return table, _Settled(row, configuration)
+        fares_no_better = methods == methods[row] if misfit == "fragmentation" else table.block == table.block[row]
+        if misfit != "loading":
+            fares_no_better &= table.needed_bytes >= table.needed_bytes[row]
+        table = table.marked(table.fits & fares_no_better, misfit)
     return table, None
 
 
-def _as_it_fits(row: int, table: Table, evaluator: Evaluator) -> Configuration | None:
-    """Return a configuration as it fits when replayed: as it is, or with segments that grow; None if neither does."""
-    configuration = table.configuration(row)
-    ample = int(table.needed_bytes[row]) <= AMPLE_FRACTION * table.budget_bytes
-    if ample or leaves_headroom(evaluator.replay(configuration)):
-        return configuration
-    if evaluator.can_grow_segments:
+def _as_it_fits(configuration: Configuration, evaluator: Evaluator) -> tuple[Configuration, Misfit]:
+    """Return a configuration as it fits when replayed, as it is or with segments that grow; or what does not fit."""
+    misfit = evaluator.replayed_misfit(configuration)
+    if misfit == "fragmentation" and evaluator.can_grow_segments:
         grown = replace(configuration, expandable_segments=True)
-        if leaves_headroom(evaluator.replay(grown)):
-            return grown
-    return None
+        if evaluator.replayed_misfit(grown) == "none":
+            return grown, "none"
+    return configuration, misfit
 
 
 def _smaller(table: Table, chosen: int) -> Rows:
@@ -257,7 +263,7 @@ def _descending(chosen: Configuration, rungs: Iterable[Configuration], evaluator
     for configuration in rungs:
         memory = evaluator.replay(configuration)
         is_less = memory.peak_allocated_bytes < lowest.peak_allocated_bytes
-        if is_less and memory.needed_bytes < lowest.needed_bytes:
+        if is_less and memory.needed_bytes < lowest.needed_bytes and evaluator.replayed_misfit(configuration) == "none":
             kept.append(_rung(configuration, evaluator, fits=True))
             lowest = memory
     return tuple(kept)

@@ -13,7 +13,7 @@ from autofit.search.rank import SAFETY_FRACTION, Ranking
 from autofit.search.table import Rows, Table
 from autofit.spec.calibration import Calibration, Uncalibrated
 from autofit.spec.configuration import Configuration
-from autofit.spec.estimate import MemoryEstimate, TimeEstimate
+from autofit.spec.estimate import MemoryEstimate, Stage, StageName, TimeEstimate
 from autofit.spec.hardware import Cluster
 from autofit.spec.job import Job
 from autofit.units import format_bytes, format_seconds
@@ -32,6 +32,14 @@ KNOBS = (
     "batching",
     "per_device_train_batch_size",
 )
+
+STAGE_WORDS: dict[StageName, str] = {
+    "loading": "while the model is loaded",
+    "preparing": "while the engine is made",
+    "first_step": "in the first step",
+    "evaluation": "in an evaluation",
+    "saving": "while a checkpoint is saved",
+}
 
 
 def describe(configuration: Configuration) -> str:
@@ -203,7 +211,16 @@ def _too_much(table: Table, least: int) -> str:
         return "and more host memory than there is"
     if misfit == "fragmentation":
         return "which does not fit as torch's allocator lays it out"
+    if misfit in STAGE_WORDS:
+        return f"which does not fit {STAGE_WORDS[misfit]}"
     return f"{format_bytes(int(table.needed_bytes[least]) - table.usable_bytes)} too much"
+
+
+def stage_words(memory: MemoryEstimate, name: StageName) -> str:
+    """Say what a stage needs, of a device and of a node's host."""
+    stage: Stage = getattr(memory.stages, name)
+    host = f" and {format_bytes(stage.host_bytes)} of its node's host memory" if stage.host_bytes else ""
+    return f"{STAGE_WORDS[name]} it needs {format_bytes(stage.device_bytes)} of the device{host}"
 
 
 def _slower(excess_fraction: float, *, knows_time: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,9 +27,13 @@ class Stage:
     """Host memory of one node; None for CPU ranks, whose device it is."""
 
 
+StageName = Literal["loading", "preparing", "first_step", "evaluation", "saving"]
+STAGES: tuple[StageName, ...] = get_args(StageName)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stages:
-    """Parts of a run that are not steady training steps. None: not known."""
+    """Parts of a run that are not steady training steps, by `StageName`. None: not known."""
 
     loading: Stage | None = None
     """`from_pretrained`, and moving the model to the device."""
@@ -68,7 +73,7 @@ class MemoryEstimate:
     process_interval_bytes: tuple[int, int] | None = None
     """The same for `process_bytes`."""
     stages: Stages | None = None
-    """What the run needs outside its steady steps; reported apart, it does not decide whether the plan fits."""
+    """What the run needs outside its steady steps; a plan holds those that its restrictions name."""
 
     @property
     def needed_bytes(self) -> int:

@@ -19,6 +19,7 @@ from autofit.spec.configuration import (
     Sharding,
     Task,
 )
+from autofit.spec.estimate import STAGES, StageName
 from autofit.spec.lengths import LengthDistribution
 
 Precision = Literal["bf16", "fp16", "tf32", "fp32", "pure-bf16", "pure-fp16"]
@@ -97,6 +98,8 @@ class Restrictions:
 
     objective: Objective = "cost"
     """What is chosen by, among all that is allowed and fits."""
+    held_stages: tuple[StageName, ...] = STAGES
+    """What has to fit besides the steady steps, on the device and in the host's memory, where it is known."""
     methods: tuple[Method, ...] = ()
     precision: Literal["auto"] | Precision | tuple[Precision, ...] = "auto"
     weights_dtype: Dtype | None = None

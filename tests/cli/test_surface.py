@@ -85,7 +85,7 @@ ESTIMATED = SHARED | {
     "--expandable-segments",
     "--max-split-size-mb",
 }
-SEARCHED = SHARED | {"--objective", "--num-processes", "--num-replicas", "--loss"}
+SEARCHED = SHARED | {"--objective", "--hold", "--num-processes", "--num-replicas", "--loss"}
 SURFACE = {
     "plan": SEARCHED | {"--model", "--seq-len", "--global-batch", "--gpus", "--allow-hub", "-o", "--output", "--json"},
     "launch": SEARCHED

@@ -116,13 +116,13 @@ def test_prices_scale_with_the_time_of_a_step(plan):
 
 
 def test_a_figure_not_known_is_named_and_never_zero(plan):
-    """Where a plan has no price, host memory or reserved figure, each is listed as not known."""
+    """Where a plan has no price, speed or reserved figure, each is listed as not known."""
     memory = replace(plan.memory, peak_reserved_bytes=None, process_bytes=None)
     cost = CostEstimate(
         dollars_per_million_tokens=None, device_hours_per_million_tokens=None, dollars_per_device_hour=None
     )
     bare = replace(plan, memory=memory, cost=cost)
-    assert len(unknowns(bare)) == 4
+    assert len(unknowns(bare)) == 3
     galore = replace(bare, configuration=replace(bare.configuration, optim="galore_adamw"))
     assert any("cuSOLVER" in words for words in unknowns(galore))
     assert "$" not in rendered(plan_report(bare, width=110)).replace("$/M tokens", "")

@@ -1,0 +1,86 @@
+"""What has to fit besides the steady steps: loading, engines, the first step, evaluation, saving."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from autofit.errors import InputError, NothingFitsError
+from autofit.options import SearchWish, restrictions
+from autofit.search import solve
+from autofit.search.evaluate import stage_misfit, usable_bytes
+from autofit.spec.estimate import STAGES, Stage, Stages
+from autofit.units import GIB
+from tests.search.worlds import PlausibleMemory, a_cluster, a_job, an_estimate, profiles_for
+
+BUDGET = 80 * GIB
+
+
+class StagedMemory(PlausibleMemory):
+    """The rule of thumb, half as much again in the first step, and whole models in host memory while loading."""
+
+    def __call__(self, profile, configuration, cluster, workload, *, replays=False):
+        """Estimate, with stages where every allocation is replayed."""
+        steady = super().__call__(profile, configuration, cluster, workload)
+        whole = 0 if configuration.zero_stage == 3 else 20 * GIB * cluster.num_devices_per_node
+        stages = Stages(
+            loading=Stage(device_bytes=0, host_bytes=whole),
+            first_step=Stage(device_bytes=steady.needed_bytes * 3 // 2, host_bytes=0),
+        )
+        return replace(steady, stages=stages if replays else None)
+
+
+def planned(cluster, memory, sequence_tokens=512, **wishes):
+    """Return the plan of a small job."""
+    job = a_job(8, sequence_tokens, **wishes)
+    return solve(job, cluster, profiles_for(job, cluster), estimate_memory=memory)
+
+
+def test_the_first_step_of_a_plan_and_of_every_rung_fits():
+    """Half as much again as the steady steps has room; without being held it would not, and a larger one is chosen."""
+    cluster, memory = a_cluster(2), StagedMemory(8 * 10**9)
+    held = planned(cluster, memory, sequence_tokens=4096, methods=("full",))
+    needed = [held.memory.needed_bytes, *(rung.needed_bytes for rung in held.fallbacks)]
+    assert max(needed) * 3 // 2 <= usable_bytes(BUDGET)
+    free = planned(cluster, memory, sequence_tokens=4096, methods=("full",), held_stages=())
+    assert free.memory.needed_bytes * 3 // 2 > usable_bytes(BUDGET)
+
+
+def test_every_rank_of_a_node_loads_into_the_same_host_memory():
+    """Two copies of 20 GiB do not fit a host of 32 GiB, so that the model is built in parts; they fit 64 GiB."""
+    memory = StagedMemory(10**8)
+    assert planned(a_cluster(2, host_memory_bytes=32 * GIB), memory).configuration.sharding == "zero3"
+    assert planned(a_cluster(2, host_memory_bytes=64 * GIB), memory).configuration.sharding != "zero3"
+    small = a_cluster(2, host_memory_bytes=32 * GIB)
+    assert planned(small, memory, held_stages=("first_step",)).configuration.sharding != "zero3"
+
+
+def test_a_refusal_says_which_stage_has_no_room():
+    """It names what the stage needs and what there is, and how to plan without it."""
+    cluster = a_cluster(2, host_memory_bytes=32 * GIB)
+    with pytest.raises(NothingFitsError) as refused:
+        planned(cluster, StagedMemory(10**8), shardings=("ddp",))
+    assert "while the model is loaded it needs 0.00 GiB of the device and 40.00 GiB" in refused.value.message
+    assert "32.00 GiB" in refused.value.message
+    assert "--hold" in refused.value.message
+
+
+def test_a_stage_shares_the_device_with_the_context():
+    """What is left of the device beside context and buffers is what a stage may allocate."""
+    steady = replace(an_estimate(GIB, BUDGET), peak_reserved_bytes=GIB, process_bytes=3 * GIB)
+    room = usable_bytes(BUDGET) - 2 * GIB
+    for beyond, expected in ((0, None), (1, "evaluation")):
+        memory = replace(steady, stages=Stages(evaluation=Stage(device_bytes=room + beyond, host_bytes=None)))
+        assert stage_misfit(memory, a_cluster(1), STAGES) == expected
+        assert stage_misfit(memory, a_cluster(1), ("loading",)) is None
+
+
+def test_what_is_held_is_asked_for_by_name():
+    """Unasked all stages are held; none is a word of its own."""
+    assert restrictions(SearchWish()).held_stages == STAGES
+    assert restrictions(SearchWish(hold=["saving", "loading"])).held_stages == ("saving", "loading")
+    assert restrictions(SearchWish(hold=["none"])).held_stages == ()
+    for wrong in (["none", "saving"], ["training"]):
+        with pytest.raises(InputError, match="--hold"):
+            restrictions(SearchWish(hold=wrong))
