@@ -8,13 +8,14 @@ the Python interface and an option of the same name; what it may be is read from
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from autofit.errors import InputError, nearest
 from autofit.spec.configuration import Attention, Batching, Dtype, Loss, Method, Optim, SdpaKernel, Sharding, Task
@@ -591,8 +592,68 @@ class EveryWish(Wishes):
 AnyWishes = TypeVar("AnyWishes", bound=Wishes)
 
 
+_UNREAD = object()
+_PLAIN_NUMBER = re.compile("[0-9]{1,18}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Reads what needs no validation, and leaves all else to typer: that imports pydantic, which takes 50 ms."""
+
+    annotation: Any
+    info: Any
+    usual: Callable[[], Any]
+
+    def coerce(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Return what an option holds."""
+        read = self._read(value, is_multiple=param.multiple or param.nargs == -1)
+        return self.usual().coerce(value, param=param, ctx=ctx) if read is _UNREAD else read
+
+    def _read(self, value: Any, *, is_multiple: bool) -> Any:
+        if value is None:
+            return () if is_multiple else None
+        if not is_multiple:
+            return self._one(value, self.annotation)
+        if get_origin(self.annotation) is not list or not isinstance(value, list | tuple):
+            return _UNREAD
+        each = [self._one(one, get_args(self.annotation)[0]) for one in value]
+        return _UNREAD if _UNREAD in each else each
+
+    def _one(self, value: Any, kind: Any) -> Any:
+        if self.info.parser is not None or self.info.clamp:
+            return _UNREAD
+        if kind is int and isinstance(value, str) and _PLAIN_NUMBER.fullmatch(value):
+            value = int(value)
+        if kind not in {str, int, bool} or type(value) is not kind:
+            return _UNREAD
+        low, high = self.info.min, self.info.max
+        outside = kind is int and ((low is not None and value < low) or (high is not None and value > high))
+        return _UNREAD if outside else value
+
+
+def _reading_plainly(parameters: list[Any]) -> list[Any]:
+    for parameter in parameters:
+        if "get_runtime_param" not in vars(parameter):
+            kind = parameter.type_descriptor
+            reader = _Reader(kind.annotation, kind.parameter_info, parameter.get_runtime_param)
+            parameter.get_runtime_param = lambda reader=reader: reader
+    return parameters
+
+
+class CommandGroup(TyperGroup):
+    """The commands together."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the options of all; see `SectionedCommand`."""
+        return _reading_plainly(super().get_params(ctx))
+
+
 class SectionedCommand(TyperCommand):
     """A command whose --help lists options by section: the command's own first."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return options and arguments, each with validation only of what needs it."""
+        return _reading_plainly(super().get_params(ctx))
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments, then each section in the order in which its first option was declared."""

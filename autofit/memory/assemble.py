@@ -103,8 +103,7 @@ class MemoryModel:
         self._column = {batch: n for n, batch in enumerate(micro_batches)}
         self._peaks = phase_peaks(profile, np.asarray(micro_batches), sequence_tokens)
         self._offloaded = offloaded_bytes(profile, np.asarray(micro_batches), sequence_tokens)
-        self._left = left_by_forward_bytes(profile, np.asarray(micro_batches), sequence_tokens)
-        self._before_head = left_by_forward_bytes(profile, np.asarray(micro_batches), sequence_tokens, with_head=False)
+        self._before_head, self._left = left_by_forward_bytes(profile, np.asarray(micro_batches), sequence_tokens)
         self._logits = returned_logits_bytes(profile, np.asarray(micro_batches), sequence_tokens)
         self._kept_by_the_loss = kept_by_the_loss_bytes(profile, np.asarray(micro_batches), sequence_tokens)
         self._outputs = kept_outputs_bytes(profile, np.asarray(micro_batches), sequence_tokens)

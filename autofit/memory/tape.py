@@ -154,17 +154,18 @@ def returned_logits_bytes(profile: RegimeProfile, micro_batches: npt.ArrayLike, 
 
 
 def left_by_forward_bytes(
-    profile: RegimeProfile, micro_batches: npt.ArrayLike, sequence_tokens: int, *, with_head: bool = True
-) -> Bytes:
-    """Return what is alive between forward and backward, the model's output not counted; or when the head begins."""
+    profile: RegimeProfile, micro_batches: npt.ArrayLike, sequence_tokens: int
+) -> tuple[Bytes, Bytes]:
+    """Return what is alive when the head begins, and between forward and backward, the model's output not counted."""
     sizes = size_table(profile, micro_batches, sequence_tokens)
-    left = np.zeros(sizes.shape[1])
-    forward = [segment for segment in profile.segments if segment.kind == "forward"]
-    for segment in forward if with_head else forward[:-1]:
+    before = left = np.zeros(sizes.shape[1])
+    for segment in (segment for segment in profile.segments if segment.kind == "forward"):
+        before = left
         if segment.events:
-            net = _curves(segment.events, sizes, _nums_meant(profile, segment, segment.events), 0).net_activations
-            left = left + profile.repeats(segment) * net
-    return left
+            events = _columns(segment.events, _nums_meant(profile, segment, segment.events))
+            changes = np.where((events.category == GRADIENT)[:, None], 0.0, _changes(events, sizes))
+            left = left + profile.repeats(segment) * np.cumsum(changes, axis=0)[-1]
+    return before, left
 
 
 def offloaded_bytes(profile: RegimeProfile, micro_batches: npt.ArrayLike, sequence_tokens: int) -> Bytes:
@@ -250,6 +251,8 @@ class _Curves:
     net_large: Bytes
     births: npt.NDArray[np.int64]
     """Indices of the events that are a gradient's birth."""
+    is_quiet: bool = False
+    """Whether no gradient is made or freed."""
 
     def left_waiting(self, waiting: Bytes) -> Bytes:
         """Return what waits after the stretch, if `waiting` did before it."""
@@ -266,30 +269,39 @@ class _Start:
     large: Bytes
 
 
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """Events as arrays."""
+
+    size: npt.NDArray[np.int64]
+    category: npt.NDArray[np.int64]
+    is_birth: npt.NDArray[np.bool_]
+    num_meant: npt.NDArray[np.int64]
+
+
+def _columns(events: tuple[Event, ...], num_meant: list[int]) -> _Columns:
+    return _Columns(
+        size=np.array([event[0] for event in events]),
+        category=np.array([event[1] for event in events]),
+        is_birth=np.array([len(event) == BIRTH_FIELDS for event in events]),
+        num_meant=np.array(num_meant),
+    )
+
+
+def _changes(events: _Columns, sizes: Bytes) -> Bytes:
+    """By how much each event changes what is alive on the device."""
+    sign = np.where(events.is_birth, 1.0, -1.0) * events.num_meant
+    return sizes[events.size] * np.where(events.category == ON_HOST, 0.0, sign)[:, None]
+
+
 def _curves(events: tuple[Event, ...], sizes: Bytes, num_meant: list[int], bucket_bytes: int) -> _Curves:
     if not events:
-        nothing = np.zeros((1, sizes.shape[1]))
-        none = np.zeros(0, dtype=np.int64)
-        return _Curves(
-            nothing,
-            nothing,
-            nothing,
-            nothing[0],
-            nothing[0],
-            nothing,
-            np.array([[True]]),
-            None,
-            nothing,
-            nothing,
-            nothing[0],
-            none,
-        )
-    index = np.array([event[0] for event in events])
-    category = np.array([event[1] for event in events])
-    is_birth = np.array([len(event) == BIRTH_FIELDS for event in events])
-    sign = (np.where(is_birth, 1.0, -1.0) * num_meant)[:, None]
-    changes = np.where((category == ON_HOST)[:, None], 0.0, sizes[index] * sign)
-    is_gradient = (category == GRADIENT)[:, None]
+        return _quiet(np.zeros((1, sizes.shape[1])))
+    columns = _columns(events, num_meant)
+    is_birth, changes = columns.is_birth, _changes(columns, sizes)
+    is_gradient = (columns.category == GRADIENT)[:, None]
+    if not is_gradient.any():
+        return _quiet(np.cumsum(changes, axis=0))
     activations = np.cumsum(np.where(is_gradient, 0.0, changes), axis=0)
     gradients = np.cumsum(np.where(is_gradient, changes, 0.0), axis=0)
     newest = np.where(is_gradient & is_birth[:, None], changes, 0.0)
@@ -315,7 +327,48 @@ def _curves(events: tuple[Event, ...], sizes: Bytes, num_meant: list[int], bucke
     )
 
 
+def _quiet(activations: Bytes) -> _Curves:
+    """Return the curves of a stretch in which no gradient is made or freed."""
+    nothing = np.zeros((1, activations.shape[1]))
+    return _Curves(
+        activations,
+        nothing,
+        nothing,
+        activations[-1],
+        nothing[0],
+        nothing,
+        np.array([[True]]),
+        None,
+        nothing,
+        nothing,
+        nothing[0],
+        np.zeros(0, dtype=np.int64),
+        is_quiet=True,
+    )
+
+
+def _quiet_peak(stretch: _Stretch, curves: _Curves, start: _Start) -> PhasePeak:
+    """Return what `_peak` would, where all that gradients add is what is there before."""
+    highest, nothing = np.max(curves.activations, axis=0), curves.net_gradients
+    alive = highest + start.activations
+    return PhasePeak(
+        name=stretch.name,
+        has_gradients=stretch.has_gradients,
+        kept=alive + start.gradients,
+        kept_gradients=start.gradients,
+        handed_over=alive,
+        bucketed=highest + start.waiting + start.activations,
+        at_gradients=nothing,
+        reducing=nothing,
+        reduced=nothing,
+        cloning=nothing,
+        large_kept=alive + start.large,
+    )
+
+
 def _peak(stretch: _Stretch, curves: _Curves, start: _Start) -> PhasePeak:
+    if curves.is_quiet:
+        return _quiet_peak(stretch, curves, start)
     totals = curves.activations + curves.gradients
     highest = np.argmax(totals, axis=0)
     columns = np.arange(totals.shape[1])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from autofit.search.allowed import Allowed
 from autofit.search.evaluate import HEADROOM_FRACTION, Evaluator
 from autofit.search.rank import SAFETY_FRACTION, Ranking
-from autofit.search.table import Rows, Table
+from autofit.search.table import Rows, Table, Values
 from autofit.spec.calibration import Calibration, Uncalibrated
 from autofit.spec.configuration import Configuration
 from autofit.spec.estimate import MemoryEstimate, Stage, StageName, TimeEstimate
@@ -164,7 +165,7 @@ def _knob_reason(knob: str, chosen: int, table: Table, ranking: Ranking, evaluat
     values, methods = table.knob(knob), table.knob("method")
     rivals = np.flatnonzero((methods == methods[chosen]) | (knob == "method"))
     mine = values[chosen].item()
-    others = sorted({*np.unique(values[rivals]).tolist()} - {mine}, key=lambda value: (str(type(value)), value))
+    others = sorted(_distinct(values[rivals]) - {mine}, key=lambda value: (str(type(value)), value))
     if not others:
         return None
     if knob == "per_device_train_batch_size":
@@ -173,6 +174,12 @@ def _knob_reason(knob: str, chosen: int, table: Table, ranking: Ranking, evaluat
         _compared(value, chosen, rivals[values[rivals] == value], table, ranking, evaluator) for value in others
     ]
     return f"{knob} {_spelt(mine)}: {'; '.join(compared)}."
+
+
+def _distinct(values: Values) -> set[Any]:
+    """Return each value once, as `np.unique` would: that imports numpy's masked arrays."""
+    ordered = np.sort(values)
+    return {*ordered[:1].tolist(), *ordered[1:][ordered[1:] != ordered[:-1]].tolist()}
 
 
 def _compared(value: object, chosen: int, group: Rows, table: Table, ranking: Ranking, evaluator: Evaluator) -> str:

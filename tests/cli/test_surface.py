@@ -262,3 +262,29 @@ def processor_seconds(command):
     subprocess.run(command, check=True, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+TEXTS = ("7", "0", "-1", "12.5", "1_0", " 3", "1e3", "٣", "abc", "", "9" * 30, "yes")
+
+
+@pytest.mark.parametrize("command", ["plan", "estimate", "launch"])
+def test_what_is_read_without_pydantic_is_what_typer_reads(command):
+    """Every option takes and refuses the texts that typer's own validation takes and refuses, to the same value."""
+    group = typer.main.get_command(cli.app)
+    context = group.make_context("autofit", [command], resilient_parsing=True)
+    found = group.get_command(context, command)
+    for parameter in found.get_params(context):
+        reader = parameter.get_runtime_param()
+        several = parameter.multiple or parameter.nargs == -1
+        for value in [None, *((text, "8") if several else text for text in TEXTS)]:
+            taken = answer(reader, value, parameter, context)
+            assert taken == answer(reader.usual(), value, parameter, context), (parameter.name, value)
+
+
+def answer(reader, value, parameter, context):
+    """Return what an option holds with its type, or the refusal."""
+    try:
+        found = reader.coerce(value, param=parameter, ctx=context)
+    except typer.BadParameter as error:
+        return error.message
+    return type(found), found

@@ -29,3 +29,9 @@ def test_planning_modules_load_no_training_stack(module):
 def test_the_command_line_loads_only_what_help_needs():
     """Importing the command line loads neither rich nor numpy nor msgspec: `--help` needs none of them."""
     assert not modules_after("import autofit.cli") & {"rich", "numpy", "msgspec", "yaml", "pydantic"}
+
+
+def test_a_command_line_of_words_and_numbers_is_read_without_pydantic():
+    """typer imports pydantic to validate; names and plain numbers need none of it."""
+    words = ["plan", "--model", "no/such", "--seq-len", "8", "--global-batch", "4", "--gpus", "1xA100-80G"]
+    assert "pydantic" not in modules_after(f"from autofit.cli import run; assert run({words}) == 2")
