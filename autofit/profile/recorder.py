@@ -30,6 +30,7 @@ _IS_CAUSAL_ARGUMENT = {
     _FLASH: 4,
     aten._scaled_dot_product_flash_attention.default: 4,
     aten._scaled_dot_product_efficient_attention.default: 6,
+    torch.ops.autofit.flex_attention.default: 3,
 }
 """Fused attention, and where its arguments say that it leaves out what lies ahead."""
 

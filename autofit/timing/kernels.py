@@ -235,6 +235,9 @@ def _powers(work: MicroStepWork, num_sequences: float, sequence_tokens: float) -
         num_sequences, sequence_tokens = num_sequences * sequence_tokens / work.only_length, work.only_length
     rows, tokens = work.regime.rows(num_sequences, sequence_tokens)
     square = square_share(work.regime, tokens, attends_causally=work.attends_causally)
+    if work.regime.attention == "flex_attention" and work.regime.masks_one_row:  # blocks between sequences are left out
+        share = square_share(work.regime, sequence_tokens, attends_causally=work.attends_causally)
+        square = share * sequence_tokens / tokens
     return tuple(rows**b * tokens**s for b, s in MONOMIALS), square
 
 

@@ -77,6 +77,20 @@ USUAL_EFFICIENT_FRACTION = 95 / 312
 
 Source: as above, `xformers` on an A100. For an H100 its chart has FlashAttention 1 instead, made for Ampere likewise.
 """
+_FLEX_PACE = {(8, 0): (0.90, 0.85), (9, 0): (1.25, 1.03)}
+_BACKWARD_TO_FORWARD_FLOPS = 2.5
+FLEX_FRACTIONS: dict[tuple[int, int], float] = {
+    capability: (1 + _BACKWARD_TO_FORWARD_FLOPS) / (1 / forward + _BACKWARD_TO_FORWARD_FLOPS / backward)
+    for capability, (forward, backward) in _FLEX_PACE.items()
+}
+"""Rate of compiled flex_attention over FlashAttention-2's, forward and backward together; by capability.
+
+Source: pytorch.org/blog/flexattention, "Performance": on an A100 with a causal mask 90 % of FlashAttention-2 forward and
+85 % backward; pytorch.org/blog/pytorch-at-gtc, abstract of the session on FlexAttention: on an H100 25 % faster forward
+and 3 % backward. Backward has 2.5 times the FLOPs. What FlexAttention takes on other chips nobody has published: as on
+an A100.
+"""
+USUAL_FLEX_FRACTION = FLEX_FRACTIONS[8, 0]
 FLASH_RAMP_TOKENS = 512
 """Under a causal mask a sequence of s tokens takes (s + this) / s of what its half square would.
 
@@ -233,7 +247,10 @@ def attention_flops_per_second(regime: Regime, device: Device, dtype: ProductDty
     capability = device.compute_capability or (0, 0)
     if runs_efficient_attention(regime):
         return _scaled(peak, EFFICIENT_FRACTIONS.get(capability, USUAL_EFFICIENT_FRACTION))
-    return _scaled(peak, FLASH_FRACTIONS.get(capability, USUAL_FLASH_FRACTION))
+    flash = FLASH_FRACTIONS.get(capability, USUAL_FLASH_FRACTION)
+    if regime.attention == "flex_attention":
+        return _scaled(peak, flash * FLEX_FRACTIONS.get(capability, USUAL_FLEX_FRACTION))
+    return _scaled(peak, flash)
 
 
 def runs_efficient_attention(regime: Regime) -> bool:

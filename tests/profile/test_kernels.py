@@ -426,7 +426,7 @@ def test_a_quantised_product_unpacks_the_weight_and_its_scales():
 
 
 def test_attention_that_cannot_run_is_refused():
-    """flash-attn 2 takes no fp32, and what a compiler makes of flex_attention is not known."""
+    """flash-attn 2 takes no fp32, and torch has no backward of flex_attention on a CPU."""
     with FakeTensorMode(), kernels_of(a_regime(device="cuda", attention="flash_attention_2")):
         query, key, value = attention_inputs(torch.float32)
         with pytest.raises(InputError, match="flash-attn 2 cannot run"):

@@ -38,6 +38,7 @@ BROKEN: dict[str, tuple[Any, ...]] = {
         a_configuration(attention="flash_attention_2", weights_dtype="float16", mixed_precision="no"),
         OLD_GPU,
     ),
+    "flex-attention-needs-volta": (a_configuration(attention="flex_attention"), CPU),
     "flash-attention-needs-half": (a_configuration(attention="flash_attention_2", mixed_precision="no"), GPU),
     "flash-attention-needs-small-heads": (a_configuration(attention="flash_attention_2"), GPU, {"head_dim": 512}),
     "paged-optimizer-on-cpu": (a_configuration(optim="paged_adamw_32bit"), CPU),

@@ -268,6 +268,15 @@ def test_checkpoints_are_offloaded_from_gpus() -> None:
         model(input_ids=ids, labels=ids)
 
 
+def test_flex_attention_needs_volta() -> None:
+    """torch raises where gradients are asked of flex_attention on a CPU."""
+    import torch
+
+    model, ids = tiny_model(attn_implementation="flex_attention").train(), torch.zeros(1, 8, dtype=torch.long)
+    with pytest.raises(NotImplementedError, match="does not support backward on CPU"):
+        model(input_ids=ids, labels=ids)
+
+
 def test_liger_needs_triton() -> None:
     """Liger's fused loss cannot be imported without Triton, which torch has for GPUs alone."""
     if any(each.metadata["Name"] == "triton" for each in metadata.distributions()):

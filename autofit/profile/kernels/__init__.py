@@ -3,7 +3,7 @@
 Three kinds of difference, each a table whose entries name the line of source they come from:
 
 - `inside`: temporaries that CUDA's kernels allocate for themselves, where no dispatch sees them;
-- `operators`, `attention`, `results`: operators that CUDA takes apart in another way, or whose results differ;
+- `operators`, `attention`, `flex`, `results`: operators that CUDA takes apart in another way, or whose results differ;
 - `autocast`: which operators CUDA's autocast runs in fp32.
 
 docs/cuda_semantics.md is made from them (`python -m autofit.profile.kernels.table`).
@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from autofit.errors import InputError
 from autofit.profile.kernels.attention import flash_attn_in_transformers
 from autofit.profile.kernels.autocast import autocast_as_on_cuda
+from autofit.profile.kernels.flex import flex_in_transformers
 from autofit.profile.kernels.inside import TemporaryBytes, temporaries
 from autofit.profile.kernels.operators import operators_as_on_cuda
 from autofit.profile.kernels.results import Substitute, substitutes
@@ -32,12 +32,8 @@ def kernels_of(regime: Regime) -> Iterator[None]:
     Raises:
         InputError: the regime's attention has no kernel to imitate.
     """
-    if regime.attention == "flex_attention":
-        raise InputError(
-            "flex_attention is not traced: what it allocates is decided by the compiler that fuses it",
-            to_fix="use --attention sdpa, flash_attention_2 or eager",
-        )
     with ExitStack() as stack:
+        stack.enter_context(flex_in_transformers(regime))
         if regime.device == "cuda":
             stack.enter_context(operators_as_on_cuda(regime))
             stack.enter_context(flash_attn_in_transformers(regime))

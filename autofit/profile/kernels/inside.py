@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from autofit.profile.kernels import attention
+from autofit.profile.kernels import attention, flex
 from autofit.spec.profile import Regime
 
 aten = torch.ops.aten
@@ -165,6 +165,7 @@ INSIDE_CUDA: dict[str, TemporaryBytes] = {
     "aten._softmax_backward_data.default": softmax_backward,
     "aten._scaled_dot_product_flash_attention_backward.default": attention.flash_backward,
     "aten._scaled_dot_product_efficient_attention.default": attention.efficient_forward,
+    "autofit.flex_attention_backward.default": flex.flex_backward,
     "aten.embedding_dense_backward.default": embedding_backward,
     "aten.index_put.default": index_put,
     "aten.index_put_.default": index_put,

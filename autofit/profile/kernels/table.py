@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from autofit.profile.kernels import attention, autocast, inside, operators, results
+from autofit.profile.kernels import attention, autocast, flex, inside, operators, results
 
 Entry = tuple[str, Callable[..., Any]]
 
@@ -21,6 +21,8 @@ REPLACED: tuple[Entry, ...] = (
     ("scaled_dot_product_attention: memory-efficient", attention._efficient),
     ("scaled_dot_product_attention: flash-attn 2", attention.attention_as_on_cuda),
     ("attention of transformers with flash-attn 2", attention.flash_attn_in_transformers),
+    ("flex_attention", flex._CompiledFlexAttention),
+    ("create_block_mask", flex.block_mask),
     ("native_layer_norm", results.layer_norm),
     ("_grouped_mm", results.grouped_product),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from autofit.search.rules.rule import Rule, autocast_dtype, is_from_bitsandbytes, trains_in_fp16
 
+VOLTA = (7, 0)
 AMPERE = (8, 0)
 """Compute capability."""
 MAX_FLASH_HEAD = 256
@@ -48,6 +49,16 @@ HARDWARE_RULES: tuple[Rule, ...] = (
         source="torch/amp/grad_scaler.py 2.13, _unscale_grads_; huggingface/transformers#23165",
         axes=("path", "engine"),
         breaks=lambda c, _: c.mixed_precision == "fp16" and trains_in_fp16(c) and c.sharding in {"none", "ddp"},
+    ),
+    Rule(
+        name="flex-attention-needs-volta",
+        reason="flex_attention trains on CUDA GPUs of compute capability 7.0 and later only, which Triton compiles for",
+        library="torch",
+        releases=">=2.5",
+        source='torch/nn/attention/flex_attention.py 2.13, "FlexAttention does not support backward on CPU"; '
+        "torch/_inductor/exc.py, GPUTooOldForTriton",
+        axes=("path",),
+        breaks=lambda c, on: c.attention == "flex_attention" and (on.is_cpu or on.is_before(VOLTA)),
     ),
     Rule(
         name="flash-attention-needs-ampere",
