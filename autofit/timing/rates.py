@@ -85,12 +85,12 @@ FLEX_FRACTIONS: dict[tuple[int, int], float] = {
 }
 """Rate of compiled flex_attention over FlashAttention-2's, forward and backward together; by capability.
 
-Source: pytorch.org/blog/flexattention, "Performance": on an A100 with a causal mask 90 % of FlashAttention-2 forward and
-85 % backward; pytorch.org/blog/pytorch-at-gtc, abstract of the session on FlexAttention: on an H100 25 % faster forward
-and 3 % backward. Backward has 2.5 times the FLOPs. What FlexAttention takes on other chips nobody has published: as on
-an A100.
+Source: pytorch.org/blog/flexattention: on an A100 with a causal mask 90 % of FlashAttention-2 forward and 85 %
+backward; pytorch.org/blog/pytorch-at-gtc, abstract of the session on FlexAttention: on an H100 25 % faster forward
+and 3 % backward. Backward has 2.5 times the FLOPs. Of other chips nothing is published: as on an A100.
 """
 USUAL_FLEX_FRACTION = FLEX_FRACTIONS[8, 0]
+"""Where the capability is not known, or is of none of them."""
 FLASH_RAMP_TOKENS = 512
 """Under a causal mask a sequence of s tokens takes (s + this) / s of what its half square would.
 

@@ -321,20 +321,21 @@ def test_reasons_account_for_every_candidate():
 
 
 def test_what_is_not_modelled_is_left_out_with_its_reason():
-    """An attention, and an optimizer under an engine, do not end the search: they are counted beside their names."""
-    job = a_job(8, attention=("sdpa", "flex_attention"), optims=("adamw_torch_fused", "apollo_adamw"))
+    """A loss, and an optimizer, under an engine do not end the search: they are counted beside their names."""
+    job = a_job(8, loss=("stock", "chunked"), optims=("adamw_torch_fused", "apollo_adamw"), shardings=("zero3",))
     cluster = a_cluster(2)
     made = solve(job, cluster, profiles_for(job, cluster), estimate_memory=PlausibleMemory(10**9))
-    assert made.configuration.attention == "sdpa"
+    assert made.configuration.loss == "stock"
     left_out = [reason for reason in made.reasons if "left out" in reason]
     every = candidates(job, cluster)
-    num = sum(each.attention == "flex_attention" and each.optim == "adamw_torch_fused" for each in every)
-    assert any(re.match(r"\d+ left out: attention flex_attention is not modelled", reason) for reason in left_out)
+    num = sum(each.loss == "chunked" and each.optim == "adamw_torch_fused" for each in every)
+    assert num
+    assert any(re.match(r"\d+ left out: loss chunked under zero3", reason) for reason in left_out)
     assert sum(int(reason.split()[0]) for reason in left_out) >= num
     (counted,) = [reason for reason in made.reasons if "configurations:" in reason]
     assert "are not modelled" in counted
-    with pytest.raises(InputError, match="attention flex_attention is not modelled"):
-        solve(a_job(8, attention="flex_attention"), cluster, {}, estimate_memory=PlausibleMemory(10**9))
+    with pytest.raises(InputError, match="loss chunked under zero3"):
+        solve(a_job(8, loss="chunked", shardings=("zero3",)), cluster, {}, estimate_memory=PlausibleMemory(10**9))
 
 
 def test_each_of_several_precisions_has_its_price():

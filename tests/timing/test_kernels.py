@@ -118,6 +118,32 @@ def test_a_mask_computes_the_whole_square_in_the_slower_kernel():
     assert slow > 3.5 * fast
 
 
+@pytest.mark.parametrize(("name", "forward", "backward"), [("A100-SXM-80G", 0.9, 0.85), ("H100-SXM-80G", 1.25, 1.03)])
+def test_flex_attention_is_as_fast_as_published(name, forward, backward):
+    """Of seven parts of its FLOPs two are forward's and five backward's, each at its share of FlashAttention-2's rate.
+
+    Source: pytorch.org/blog/flexattention; pytorch.org/blog/pytorch-at-gtc.
+    """
+    flex, flash = (
+        attention_flops_per_second(a_regime(attention=attention), measured_device(name), "bf16")
+        for attention in ("flex_attention", "flash_attention_2")
+    )
+    assert flash / flex == pytest.approx(2 / 7 / forward + 5 / 7 / backward)
+
+
+def test_flex_attention_leaves_out_what_lies_between_packed_sequences():
+    """Four sequences in one row take as long as each alone, though their mask is over all of the row."""
+    square = (0.0, 0.0, 0.0, 0.0, 1e6, 0.0)
+    profile = a_profile(
+        segments=(a_segment(matmul_flops=square),), regime=a_regime(attention="flex_attention", batching="packed")
+    )
+    rates = rates_of(profile.regime, Cluster(device=measured_device("A100-SXM-80G"), num_devices_per_node=1))
+    work = micro_step_work(profile)
+    one, four = (micro_step_time(work, count, 1024, rates).forward.attention_seconds for count in (1, 4))
+    assert one > 0
+    assert four == pytest.approx(4 * one)
+
+
 def test_the_slowest_of_a_node_is_as_slow_as_random_draws():
     """The mean of the least of n normal draws, taken 20,000 times, for 2, 8 and 64 devices, within 5 % of the loss."""
     random = np.random.default_rng(0)

@@ -91,7 +91,12 @@ class _CompiledFlexAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool, *mask: torch.Tensor
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        is_causal: bool,  # noqa: FBT001 - torch passes by position
+        *mask: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         out, logsumexp, _ = torch.ops.autofit.flex_attention(query, key, value, is_causal)
         ctx.save_for_backward(query, key, value, out, logsumexp, *mask)
@@ -191,7 +196,12 @@ def _compiled(
 
 
 def block_mask(
-    mask_mod: Callable[..., torch.Tensor], B: int, H: int | None, Q_LEN: int, KV_LEN: int, **_kwargs: Any
+    mask_mod: Callable[..., torch.Tensor],
+    B: int,  # noqa: N803 - torch's own names
+    H: int | None,  # noqa: N803
+    Q_LEN: int,  # noqa: N803
+    KV_LEN: int,  # noqa: N803
+    **_kwargs: Any,
 ) -> Any:
     """A block mask is compiled with what it is made from, so there is no mask of s^2: each block's entries are summed.
 
@@ -232,8 +242,7 @@ def flex_in_transformers(regime: Regime) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             integration, masks = import_module(_INTEGRATION), import_module(_MASKS)
-            from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions
-
+            functions: Any = import_module("transformers.modeling_utils").ALL_ATTENTION_FUNCTIONS
             _put(stack, integration, "compile_friendly_flex_attention", _compiled)
             _put(stack, integration, "create_block_mask", block_mask)
             _put(stack, masks, "create_block_mask", block_mask)
