@@ -281,8 +281,10 @@ def plan_for_script(
     find = partial(resolve_model, allow_hub=allow_hub)
     if runs_it:
         try:
-            with discovery_display(side_console(), script):
-                discovered = discover(script, arguments, allow_hub=allow_hub, time_limit_seconds=limit_seconds)
+            with discovery_display(side_console(), script) as progress:
+                discovered = discover(
+                    script, arguments, allow_hub=allow_hub, time_limit_seconds=limit_seconds, progress=progress
+                )
         except NotRunError as refusal:
             discovered = read_instead(refusal, script, arguments, find_model=find, model=said.model)
             side_console().print(guess_warning(refusal))

@@ -13,15 +13,18 @@ Report = Callable[[str, int, int], None]
 
 
 @contextmanager
-def discovery_display(console: Console, script: Path) -> Iterator[None]:
-    """Say that the script is being run up to its first step, which takes as long as its imports and its data do."""
+def discovery_display(console: Console, script: Path) -> Iterator[Report]:
+    """Say that the script is being run up to its first step, and then how many of its samples were looked at.
+
+    A bar moves from the beginning: the script's imports and its data take as long as they do.
+    """
     words = f"Running {script.name} up to its first training step, to see what it trains ..."
     if console.is_terminal:
-        with console.status(words):
-            yield
+        with _bar("Discovering", console, beginning=words) as report:
+            yield lambda name, done, total: report(f"lengths of the samples of {name}", done, total)
     else:
         console.print(words)
-        yield
+        yield lambda _name, _done, _total: None
 
 
 @contextmanager
@@ -55,13 +58,14 @@ def planning_display(console: Console) -> Iterator[Report]:
 
 
 @contextmanager
-def _bar(verb: str, console: Console, *, counts_bytes: bool = False) -> Iterator[Report]:
+def _bar(verb: str, console: Console, *, counts_bytes: bool = False, beginning: str = "") -> Iterator[Report]:
+    """Show a bar from the first report on; from the beginning, if there are words for it."""
     from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     bar = (BarColumn(), DownloadColumn(True) if counts_bytes else MofNCompleteColumn(), TimeElapsedColumn())
     name_column = TextColumn("{task.description}")
     with Progress(TextColumn(verb), *bar, name_column, console=console, transient=True) as progress:
-        task = progress.add_task("", total=None, visible=False)
+        task = progress.add_task(beginning, total=None, visible=bool(beginning))
 
         def report(name: str, num_done: int, num_total: int) -> None:
             progress.update(task, description=name, completed=num_done, total=num_total, visible=True)

@@ -79,8 +79,7 @@ def count_reasons(table: Table, left: Allowed) -> tuple[str, ...]:
 
 def objective_reason(job: Job, cluster: Cluster, chosen: Configuration, missing: Sequence[str]) -> str:
     """Say what decided."""
-    methods, objective = job.restrictions.methods, job.restrictions.objective
-    among = f"of the methods you allowed ({', '.join(methods)})" if methods else "of full, lora and qlora"
+    objective = job.restrictions.objective
     least = {
         "cost": "the least work per trained token" if missing else "the cheapest per trained token",
         "time": "the least work" if missing else "the fastest",
@@ -89,11 +88,22 @@ def objective_reason(job: Job, cluster: Cluster, chosen: Configuration, missing:
     }[objective]
     default = ", the default" if objective == "cost" else ""
     said = (
-        f"{chosen.method} is {least} {among} (--objective {objective}{default}); "
+        f"{_among(job, chosen, least)} (--objective {objective}{default}); "
         f"ties go to the simpler setup, and up to {SAFETY_FRACTION:.0%} more is paid for one that fits if memory is "
         "off as far as any published run's was."
     )
     return f"{said} {no_time_reason(cluster, missing)}" if missing else said
+
+
+def _among(job: Job, chosen: Configuration, least: str) -> str:
+    """Say what the chosen one is the least of, and who decided among which methods."""
+    methods = job.restrictions.methods
+    if not methods:
+        return f"{chosen.method} is {least} of full, lora and qlora"
+    if len(methods) > 1:
+        return f"{chosen.method} is {least} of the methods you allowed ({', '.join(methods)})"
+    whose = "the script's own method; --method allows others" if "methods" in job.script_decides else "as you asked"
+    return f"this is {least} with {chosen.method}, {whose}"
 
 
 def allocator_reasons(job: Job, configuration: Configuration, evaluator: Evaluator) -> tuple[str, ...]:
@@ -143,7 +153,8 @@ def precision_reason(job: Job, configuration: Configuration, cluster: Cluster) -
     if isinstance(asked, tuple):
         return f"precision {_precision(configuration)}: you allowed {', '.join(asked)}."
     if asked != "auto":
-        return f"precision {_precision(configuration)}: you asked for {asked}."
+        who = "the script asks" if "precision" in job.script_decides else "you asked"
+        return f"precision {_precision(configuration)}: {who} for {asked}."
     name = cluster.device.name
     because = {
         "bf16": f"{name} multiplies bfloat16",

@@ -9,13 +9,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
 from autofit.errors import InputError
-from autofit.spec.discovered import Discovered
+from autofit.spec.discovered import PROGRESS_FILE, Discovered
 from autofit.spec.event import DISCOVERING_VARIABLE
 
 CHILD_ENVIRONMENT = {
@@ -56,6 +56,7 @@ def discover(
     time_limit_seconds: float = 120,
     allow_hub: bool = False,
     environment: Mapping[str, str] | None = None,
+    progress: Callable[[str, int, int], None] = lambda _name, _done, _total: None,
 ) -> Discovered:
     """Run a script up to the point where training would begin, and return what it is about to train.
 
@@ -65,6 +66,7 @@ def discover(
         time_limit_seconds: how long it may take to get there.
         allow_hub: whether the script may download from the Hub meanwhile.
         environment: the script's environment; this process's own by default.
+        progress: called with (the script's name, samples whose length was looked at, of how many) while they are.
 
     Raises:
         NotRunError: it fails, or takes too long.
@@ -78,7 +80,12 @@ def discover(
         network = ["--allow-network"] if allow_hub else []
         command = [*(sys.executable, "-m", "autofit.runtime.discover", str(out)), *network, str(script.resolve())]
         environment = {**child_environment(given, allow_hub=allow_hub), MARK_VARIABLE: folder}
-        exit_code = _run([*command, *arguments], out, log, environment, time_limit_seconds)
+
+        def tell() -> None:
+            if (told := _progress(out)) is not None:
+                progress(script.name, *told)
+
+        exit_code = _run([*command, *arguments], out, log, environment, time_limit_seconds, tell)
         if out.is_file():
             return msgspec.json.decode(out.read_bytes(), type=Discovered)
         raise _failure(script, exit_code, log.read_text(encoding="utf-8", errors="replace"), time_limit_seconds)
@@ -90,10 +97,24 @@ def child_environment(given: Mapping[str, str], *, allow_hub: bool) -> dict[str,
     return {**kept, **CHILD_ENVIRONMENT, **({} if allow_hub else OFFLINE)}
 
 
+def _progress(out: Path) -> tuple[int, int] | None:
+    """Read how many samples the child has looked at, and of how many; None: it has not come to that."""
+    with contextlib.suppress(FileNotFoundError):
+        return msgspec.json.decode(out.with_name(PROGRESS_FILE).read_bytes(), type=tuple[int, int])
+    return None
+
+
 def _run(
-    command: Sequence[str], out: Path, log: Path, environment: Mapping[str, str], time_limit_seconds: float
+    command: Sequence[str],
+    out: Path,
+    log: Path,
+    environment: Mapping[str, str],
+    time_limit_seconds: float,
+    tell: Callable[[], None],
 ) -> int | None:
     """Run the child in the user's working directory; return its exit code, None if it was out of time.
+
+    `tell` is called again and again meanwhile.
 
     It is over as soon as there is something in `out`, or when the child has ended and left no other process that may
     still write it: a script may fork and let its first process go. All that it started is ended with it.
@@ -106,6 +127,7 @@ def _run(
         try:
             while time.monotonic() < deadline:
                 exit_code = child.poll()
+                tell()
                 if out.is_file() or exit_code or (exit_code == 0 and not _marked_processes(environment)):
                     return exit_code or 0
                 if exit_code == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -53,6 +53,8 @@ def job_from_discovery(
     wishes = overrides or Overrides()
     if wishes.frees_settings:
         discovered = _freed(discovered)
+    restrictions = _restrictions(discovered, wishes.restrictions, cluster)
+    names = (each.name for each in fields(Restrictions))
     return Job(
         model=wishes.model or _model(discovered),
         workload=Workload(
@@ -61,7 +63,8 @@ def job_from_discovery(
             lengths=_lengths(discovered, script),
             num_rows_per_sequence=discovered.lengths.num_rows_per_sequence if discovered.lengths else 1,
         ),
-        restrictions=_restrictions(discovered, wishes.restrictions, cluster),
+        restrictions=restrictions,
+        script_decides=tuple(n for n in names if getattr(restrictions, n) != getattr(wishes.restrictions, n)),
         script=None if script is None else str(script),
         script_arguments=tuple(arguments),
         found=found_words(discovered, cluster),

@@ -7,6 +7,9 @@ from typing import Any
 
 from autofit.spec.configuration import Batching, Loss
 
+PROGRESS_FILE = "progress.json"
+"""Beside the file that is handed back: how many samples were looked at, and of how many, while that goes on."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundAdapter:

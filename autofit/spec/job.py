@@ -157,6 +157,8 @@ class Job:
     script_arguments: tuple[str, ...] = ()
     script_method: Method | None = None
     """What the script trains by itself; None: there is no script, or nobody has looked."""
+    script_decides: tuple[str, ...] = ()
+    """Fields of `restrictions` whose value is the script's own, and not the user's."""
     script_settings: dict[str, str] = field(default_factory=dict)
     """What the script does by itself, in a plan's words: `weights_dtype`, `attention`, `method`; empty: not known."""
     found: dict[str, str] = field(default_factory=dict)

@@ -1,11 +1,19 @@
 """What `autofit launch` says of a script before anything is started."""
 
+import io
 import json
+import os
+import pty
+import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from autofit.report.progress import discovery_display
 from tests.plans import TINY_LLAMA
 
 FULL = Path(__file__).resolve().parents[1] / "sources" / "scripts" / "full.py"
@@ -98,3 +106,58 @@ def test_what_cannot_be_run_and_names_nothing_stays_refused(autofit, cannot_run,
     assert result.exit_code == 2
     assert "failed (exit code 1) before it began to train" in result.stderr
     assert "guessed" not in result.stderr
+
+
+SLOW_DATA = """
+import time
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+class Rows:
+    def __len__(self):
+        return 300
+    def __getitem__(self, index):
+        print("[1, 2]")
+        time.sleep(0.003)
+        return {"input_ids": [1] * 16, "labels": [1] * 16}
+arguments = TrainingArguments("out", torch_compile=True)
+Trainer(LlamaForCausalLM(LlamaConfig(**sizes)), arguments, train_dataset=Rows()).train()
+"""
+"""It is refused as soon as it has been looked at, so that nothing is planned."""
+
+
+@pytest.mark.slow
+def test_a_bar_shows_the_lengths_being_read_and_json_stays_alone(tmp_path):
+    """On a terminal the samples are counted up while they are looked at; stdout has one JSON object and nothing else,
+    though the script prints JSON too.
+    """
+    script = tmp_path / "train.py"
+    script.write_text(SLOW_DATA)
+    command = [sys.executable, "-m", "autofit", "launch", script, "--dry-run", "--json", "--gpus", "2xCPU-8G"]
+    terminal, theirs = pty.openpty()
+    environment = os.environ | {"COLUMNS": "200", "TERM": "xterm"}
+    done = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, env=environment, text=True)
+    os.close(theirs)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", b"".join(iter(lambda: _read(terminal), b"")).decode())
+    assert "torch_compile" in json.loads(done.stdout.read())["error"]["message"]
+    assert done.wait() == 2
+    assert "up to its first training step" in shown
+    assert "lengths of the samples of train.py" in shown
+    counted = [int(number) for number in re.findall(r"(\d+)/300", shown)]
+    assert counted == sorted(counted)
+    assert 3 < len(set(counted)) <= 300
+
+
+def _read(terminal):
+    try:
+        return os.read(terminal, 65536)
+    except OSError:  # the other side is closed
+        return b""
+
+
+def test_in_a_pipe_one_line_says_what_takes_long():
+    """Where nobody watches, no bar is drawn, however many samples there are."""
+    text = io.StringIO()
+    with discovery_display(Console(file=text, width=200), Path("a/train.py")) as report:
+        for done in range(100):
+            report("train.py", done, 100)
+    assert text.getvalue() == "Running train.py up to its first training step, to see what it trains ...\n"

@@ -306,6 +306,26 @@ def test_host_memory_is_a_second_budget():
         solve(job, small, profiles_for(job, small), estimate_memory=memory)
 
 
+@pytest.mark.parametrize(
+    ("methods", "script_decides", "says"),
+    [
+        ((), (), " is the cheapest per trained token of full, lora and qlora"),
+        (("full", "lora"), (), " is the cheapest per trained token of the methods you allowed (full, lora)"),
+        (("full",), (), "this is the cheapest per trained token with full, as you asked"),
+        (("full",), ("methods", "precision"), "with full, the script's own method; --method allows others"),
+    ],
+)
+def test_reasons_say_whether_the_user_or_the_script_decided(methods, script_decides, says):
+    """What a script fixes is never called what the user allowed or asked for."""
+    job = a_job(4, methods=methods, precision="bf16")
+    job, cluster = replace(job, script_decides=script_decides), a_cluster(1)
+    made = solve(job, cluster, profiles_for(job, cluster), estimate_memory=PlausibleMemory(10**8))
+    assert says in made.reasons[0]
+    (precision,) = [reason for reason in made.reasons if reason.startswith("precision")]
+    assert ("the script asks for bf16" in precision) is bool(script_decides)
+    assert ("you asked for bf16" in precision) is not bool(script_decides)
+
+
 def test_reasons_account_for_every_candidate():
     """Fallen to rules, too large and fitting add up to all candidates; each knob with a choice has a sentence."""
     job, cluster = a_job(8), a_cluster(2, CPU)

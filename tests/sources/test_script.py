@@ -107,6 +107,8 @@ def test_the_job_is_what_accelerate_launch_would_train(full):
     assert (job.restrictions.methods, job.restrictions.precision) == (("full",), "bf16")
     assert (job.restrictions.optims, job.restrictions.micro_batch_sequences) == ((), ())
     assert (job.model.origin, job.script_arguments) == ("script", ("a", "b"))
+    assert set(job.script_decides) >= {"methods", "precision", "weights_dtype", "gradient_checkpointing"}
+    assert not {"objective", "optims", "lora"} & set(job.script_decides)
     assert "4 sequences a device x 2 accumulation steps x 2 devices" in job.found["global batch"]
     assert "full.py:" in job.found["model"]
     assert "100 of 100 samples" in job.found["sequence"]
@@ -126,6 +128,7 @@ def test_what_the_user_says_goes_before_the_script(full):
         "pure-bf16",
         8,
     )
+    assert not {"methods", "precision", "lora"} & set(job.script_decides)
 
 
 @pytest.mark.parametrize("quantize", [False, True])
@@ -221,8 +224,9 @@ train(arguments=arguments)
     "hydra": """
 import hydra
 from omegaconf import DictConfig
-@hydra.main(version_base=None)
+@hydra.main(version_base="1.1", config_path="conf", config_name="train")
 def main(config: DictConfig):
+    assert Path.cwd().name == "mine", "hydra has changed the working directory"
     train(config.batch)
 main()
 """,
@@ -231,19 +235,24 @@ PASSED = {
     "typer": ["--batch", "5"],
     "HfArgumentParser": ["--output_dir", "out", "--per_device_train_batch_size", "5"],
     "HfArgumentParser with JSON": [],
-    "hydra": ["+batch=5"],
+    "hydra": ["batch=5", "hydra.run.dir=outputs/mine", "hydra.job.chdir=true"],
 }
 
 
 @pytest.mark.parametrize("main", MAINS)
 def test_every_kind_of_main_is_run_with_its_arguments(tmp_path, monkeypatch, main):
-    """What is passed after `--` reaches the script as if it had been started by hand, and nothing is left of it."""
-    if main == "hydra":
-        pytest.importorskip("hydra", reason="hydra-core is not installed")
+    """What is passed after `--` reaches the script as if it had been started by hand, and nothing is left of it.
+
+    hydra makes a folder for each run, with its configuration and a log, and changes into it.
+    """
     monkeypatch.chdir(tmp_path)
+    for folder, name, content in (("conf", "train.yaml", "batch: 1\n"), ("outputs", "of-an-earlier-run", "kept")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text(content)
     script = tmp_path / "train.py"
     script.write_text(
         """
+from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 def train(batch=None, arguments=None):
     sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
@@ -254,8 +263,9 @@ def train(batch=None, arguments=None):
 """
         + MAINS[main]
     )
+    before = set(tmp_path.rglob("*"))
     assert discover(script, PASSED[main]).arguments["per_device_train_batch_size"] == 5
-    assert {path.name for path in tmp_path.iterdir()} <= {"train.py", "mine.json"}
+    assert set(tmp_path.rglob("*")) - {tmp_path / "mine.json"} == before
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from autofit.spec.configuration import Batching
@@ -19,15 +19,17 @@ PAIR_COLUMNS = ("chosen_ids", "rejected_ids")
 """What trl's preference data holds beside `prompt_ids`. Source: trl/trainer/dpo_trainer.py 1.16."""
 
 
-def lengths_of(loader: Any, per_device_train_batch_size: int, config: Any) -> FoundLengths | None:
+def lengths_of(
+    loader: Any, lengths: Mapping[int, int], per_device_train_batch_size: int, config: Any
+) -> FoundLengths | None:
     """Collate the first batches and the longest of many samples, and return the widest.
 
     Args:
         loader: the script's DataLoader.
+        lengths: of its samples, see `sample_lengths`.
         per_device_train_batch_size: samples of a batch.
         config: of the model, which names the token that stands for images.
     """
-    lengths = sample_lengths(loader.dataset)
     longest = _longest(loader.dataset, lengths, per_device_train_batch_size)
     batches = [*itertools.islice(loader, NUM_FIRST_BATCHES), *([loader.collate_fn(longest)] if longest else [])]
     found = [batch for batch in batches if _shape(batch) is not None]
@@ -45,17 +47,24 @@ def lengths_of(loader: Any, per_device_train_batch_size: int, config: Any) -> Fo
     )
 
 
-def sample_lengths(dataset: Any) -> dict[int, int]:
-    """Return the lengths of many samples, by their index; of a dataset that cannot be asked, nothing."""
+def sample_lengths(dataset: Any, progress: Callable[[int, int], None] = lambda _done, _total: None) -> dict[int, int]:
+    """Return the lengths of many samples, by their index; of a dataset that cannot be asked, nothing.
+
+    Args:
+        dataset: the script's.
+        progress: called with (samples looked at, of how many).
+    """
     size = _size(dataset)
     if size is None or not hasattr(dataset, "__getitem__"):
         return {}
     deadline, lengths = time.monotonic() + MAX_SCAN_SECONDS, {}
-    for index in range(0, size, max(1, math.ceil(size / MAX_SAMPLES))):
+    indices = range(0, size, max(1, math.ceil(size / MAX_SAMPLES)))
+    for index in indices:
         length = _sample_length(dataset[index])
         if length is None:
             return {}
         lengths[index] = length
+        progress(len(lengths), len(indices))
         if time.monotonic() > deadline:
             break
     return lengths

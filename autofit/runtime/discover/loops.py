@@ -151,15 +151,16 @@ def _describe(loop: Loop) -> Any:
         raise NotUnderstood("splits each batch over the processes (split_batches)", "let each process have its own")
     sampler = getattr(loader, "batch_sampler", None)
     rows = int(getattr(sampler, "batch_size", None) or getattr(loader, "batch_size", None) or 1)
+    lengths = sample_lengths(loader.dataset, loop.observed.tell_progress)
     return describe(
         loop.observed,
         loop.model,
         trainer="a loop of its own with accelerate.Accelerator",
         is_loop=True,
         checkpoints=any(getattr(module, "gradient_checkpointing", False) for module in loop.model.modules()),
-        lengths=lengths_of(loader, rows, loop.model.config),
+        lengths=lengths_of(loader, lengths, rows, loop.model.config),
         collator=name_of(loader.collate_fn),
-        sampled_tokens=tuple(sample_lengths(loader.dataset).values()),
+        sampled_tokens=tuple(lengths.values()),
         arguments={
             "per_device_train_batch_size": rows,
             "gradient_accumulation_steps": loop.num_backward,

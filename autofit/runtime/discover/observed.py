@@ -15,7 +15,9 @@ from typing import Any, NoReturn
 import msgspec
 
 from autofit.runtime.peak_memory import process_peak_bytes
-from autofit.spec.discovered import Discovered
+from autofit.spec.discovered import PROGRESS_FILE, Discovered
+
+SECONDS_BETWEEN_TELLING = 0.1
 
 
 class NotUnderstood(SystemExit):
@@ -46,6 +48,8 @@ class Observed:
     """Whether a library's own code runs that uses what is hooked for scripts."""
     iterated: Any = None
     """The DataLoader that was iterated last."""
+    told_seconds: float = 0.0
+    """When it was last told how far the lengths of samples are."""
 
     def mark(self, fact: str) -> None:
         """Remember the line of the script that is running now."""
@@ -63,6 +67,12 @@ class Observed:
             yield
         finally:
             self.inside_library = before
+
+    def tell_progress(self, num_done: int, num_total: int) -> None:
+        """Let whoever waits know how many samples were looked at; not by output, which is the script's."""
+        if time.monotonic() - self.told_seconds >= SECONDS_BETWEEN_TELLING or num_done == num_total:
+            self.told_seconds = time.monotonic()
+            write_whole(self.out.with_name(PROGRESS_FILE), msgspec.json.encode((num_done, num_total)))
 
     def finish(self, found: Discovered) -> NoReturn:
         """Write what was found and end the process where it stands: no handler, thread or worker can hold it up."""

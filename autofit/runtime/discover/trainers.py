@@ -55,16 +55,17 @@ def describe_trainer(observed: Observed, trainer: Any) -> Discovered:
     trainer.args.dataloader_num_workers, trainer.args.dataloader_prefetch_factor = 0, None
     trainer.args.dataloader_persistent_workers = False
     loader = trainer.get_train_dataloader()
+    lengths = sample_lengths(loader.dataset, observed.tell_progress)
     return describe(
         observed,
         trainer.model,
         trainer=type(trainer).__name__,
         loss=loss_of(trainer),
         reference_model=getattr(trainer, "ref_model", None) is not None,
-        lengths=lengths_of(loader, trainer.args.per_device_train_batch_size, trainer.model.config),
+        lengths=lengths_of(loader, lengths, trainer.args.per_device_train_batch_size, trainer.model.config),
         tokenizer=_tokenizer_name(trainer),
         collator=name_of(trainer.data_collator),
-        sampled_tokens=tuple(sample_lengths(loader.dataset).values()),
+        sampled_tokens=tuple(lengths.values()),
         arguments=plain({**_now(trainer.args), **given}),
     )
 
