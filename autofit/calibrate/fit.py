@@ -121,6 +121,8 @@ def reason_to_leave_out(record: RunRecord) -> str | None:
     """Say why a run says nothing; None: it says something."""
     if record.failure not in {"none", "interrupted"}:
         return f"failed: {record.failure}"
+    if not record.in_effect:
+        return "trained otherwise than planned (--no-strict)"
     if record.predicted.peak_allocated_bytes is None:
         return "a fallback of a calibrated plan: its prediction was not kept apart"
     if all(rank.num_steps == 0 for rank in record.ranks):

@@ -90,6 +90,8 @@ class RunRecord:
     rung: Count
     failure: Text
     """`none`, or why the run ended."""
+    in_effect: bool = True
+    """Whether each rank found every planned setting in effect; without that the prediction is of another run."""
     predicted: PredictedRun
     ranks: tuple[MeasuredRank, ...]
 
@@ -111,6 +113,7 @@ class Ending:
     rung: int
     failure: str
     is_probe: bool = False
+    in_effect: bool = True
 
 
 def record_of(
@@ -134,6 +137,7 @@ def record_of(
         is_probe=ending.is_probe,
         rung=ending.rung,
         failure=ending.failure,
+        in_effect=ending.in_effect,
         predicted=_predicted(plan, ending.rung),
         ranks=tuple(_rank(rank, detail) for rank, detail in sorted(_last_memory(events).items())),
     )

@@ -30,6 +30,12 @@ class Evidence:
     is_of_probe: bool = False
     """Whether it was a probe that ended so, and the training itself was not started."""
 
+    @property
+    def not_in_effect(self) -> tuple[tuple[str, str, str], ...]:
+        """Each setting that a rank found otherwise than planned, once: its name, the plan's value, its own."""
+        checks = (tuple(check) for e in self.events if e.kind == "mismatch" for check in e.detail["checks"])
+        return tuple(dict.fromkeys(checks))
+
 
 def gather_evidence(folder: Path, exit_code: int, interrupted_by: int | None) -> Evidence:
     """Read what a launch left in its folder."""

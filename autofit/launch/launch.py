@@ -177,7 +177,12 @@ def remember(attempts: Sequence[Attempt], store: Path) -> None:
         record_of(
             attempt.plan,
             attempt.evidence.events,
-            Ending(rung=attempt.number, failure=attempt.verdict.failure, is_probe=attempt.evidence.is_of_probe),
+            Ending(
+                rung=attempt.number,
+                failure=attempt.verdict.failure,
+                is_probe=attempt.evidence.is_of_probe,
+                in_effect=not attempt.evidence.not_in_effect,
+            ),
             record_id=secrets.token_hex(8),
             ended_at=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
             autofit_version=installed_versions(["autofit-launcher"]).get("autofit-launcher", "unknown"),

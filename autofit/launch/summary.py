@@ -36,6 +36,7 @@ def summarize(
         "rung": last.number,
         "adaptation": adaptation(last.plan),
         "is_verified": any(event.kind == "verified" for event in last.evidence.events),
+        "not_in_effect": [list(check) for check in last.evidence.not_in_effect],
         "memory": memory_summary(last.plan, last.evidence.events),
         "time": time_summary(last.plan, last.evidence.events),
         "probe": probe,

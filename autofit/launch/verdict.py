@@ -82,7 +82,8 @@ def _judge_finished(evidence: Evidence) -> Verdict | None:
     """
     started = {event.rank for event in evidence.events if event.kind == "started"}
     finished = {event.rank for event in evidence.events if event.kind == "finished"}
-    if not started or started != finished or not any(event.kind == "verified" for event in evidence.events):
+    was_checked = any(event.kind in {"verified", "mismatch"} for event in evidence.events)
+    if not started or started != finished or not was_checked:
         return None
     died = f"a process died while it shut down, the launcher ended with exit code {evidence.exit_code}"
     return Verdict(failure="none", reason=f"every rank finished; after that {died}")

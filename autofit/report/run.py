@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,18 @@ def run_report(summary: Mapping[str, Any], summary_file: Path) -> Group:
 def _ending(summary: Mapping[str, Any]) -> str:
     if summary["failure"] == "interrupted":
         return "Interrupted: all ranks are ended, and the files are as they were."
+    if summary.get("not_in_effect"):
+        return f"Trained, but not as planned (--no-strict): {'; '.join(map(_mismatch, summary['not_in_effect']))}."
     if not summary["is_verified"]:
         return "Trained. The script ran without hooks: nothing was verified or measured."
     if summary["rung"] == 0:
         return "Trained as planned."
     return f"Trained on fallback {summary['rung']}: what came before ran out of memory."
+
+
+def _mismatch(check: Sequence[str]) -> str:
+    setting, planned, in_effect = check
+    return f"{setting} planned {planned}, in effect {in_effect}"
 
 
 def _lines(summary: Mapping[str, Any]) -> Iterable[tuple[str, str]]:

@@ -52,7 +52,13 @@ def _cells(record: RunRecord) -> Iterable[str]:
     yield "" if predicted is None or not measured else f"{predicted / measured - 1:+.2%}"
     yield _seconds(record.predicted.step_seconds)
     yield _seconds(record.step_seconds)
-    yield "trained" if record.failure == "none" else record.failure.replace("_", " ")
+    yield _ending(record)
+
+
+def _ending(record: RunRecord) -> str:
+    if record.failure != "none":
+        return record.failure.replace("_", " ")
+    return "trained" if record.in_effect else "trained, not as planned"
 
 
 def _gib(num_bytes: int | None) -> str:

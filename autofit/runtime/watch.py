@@ -108,7 +108,8 @@ def settle(session: Session, checks: list[Check]) -> None:
     if not failing:
         return
     if session.speaks:
-        sys.stderr.write(f"autofit: the plan is not in effect.\n{table(checks)}\n")
+        after = "" if session.strict else "Training goes on all the same (--no-strict).\n"
+        sys.stderr.write(f"autofit: the plan is not in effect.\n{table(checks)}\n{after}")
     if session.strict:
         sys.stderr.flush()
         sys.exit(MISMATCH_EXIT_CODE)

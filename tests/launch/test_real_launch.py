@@ -14,12 +14,16 @@ from typing import Any
 
 import pytest
 
+from autofit import cli
+from autofit.calibrate.fit import reason_to_leave_out
+from autofit.calibrate.store import read, store_path
 from autofit.errors import LadderExhaustedError, TrainingFailedError
 from autofit.launch import Outcome, launch
 from autofit.launch.evidence import read_events
 from autofit.launch.process import belongs_to_run
 from autofit.plan import Plan
 from autofit.spec.configuration import Configuration
+from autofit.spec.event import MISMATCH_EXIT_CODE
 from autofit.writers import render_files, write_files
 from tests.plans import a_configuration, a_plan
 from tests.scripts import TRAIN_SCRIPT, write_tiny_llama
@@ -244,6 +248,42 @@ def test_a_setting_that_is_not_in_effect_stops_the_training_before_its_first_ste
     assert caught.value.exit_code == 1
     assert "<- not in effect" in (tmp_path / "run" / "log.txt").read_text()
     assert not events_of(tmp_path / "run", "step")
+
+
+def test_without_strictness_the_same_table_is_shown_and_the_training_goes_on(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A script with an optimizer and a checkpointing of its own, launched from the command line with and without
+    --no-strict: the first ends with 1 before its first step, the second with 0 after the last. Both show the same
+    table, with both settings; the summary, its report and the remembered run say that it was not as planned.
+    """
+    monkeypatch.setenv("AUTOFIT_CACHE", str(tmp_path / "cache"))
+    own = "model.gradient_checkpointing_enable(); optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)\n"
+    text = TRAIN_SCRIPT.replace("trainer = Trainer(", f"{own}trainer = Trainer(\n    optimizers=(optimizer, None),")
+    (tmp_path / "train.py").write_text(text)
+    (tmp_path / "plan.json").write_text(render_files(a_plan(), tmp_path)["plan.json"])
+    tables, codes = [], []
+    for name, more in (("strict", []), ("lax", ["--no-strict"])):
+        where = ["--plan", str(tmp_path / "plan.json"), "-o", str(tmp_path / name)]
+        script = [str(tmp_path / "train.py"), "--", str(model_folder), str(tmp_path / "out")]
+        codes.append(cli.run(["launch", *where, *more, *script]))
+        _, _, table = (tmp_path / name / "log.txt").read_text().partition("autofit: the plan is not in effect.\n")
+        tables.append([line for line in table.splitlines() if "not in effect" in line or line.startswith("setting")])
+    assert codes == [1, 0]
+    assert tables[0] == tables[1]
+    assert [line.split()[0] for line in tables[0]] == ["setting", "gradient_checkpointing", "optim"]
+    assert not events_of(tmp_path / "strict", "step")
+    codes_of_ranks = [detail.get("exit_code") for detail in events_of(tmp_path / "strict", "failed")]
+    assert codes_of_ranks.count(MISMATCH_EXIT_CODE) >= 1
+    assert len(events_of(tmp_path / "lax", "step")) == 2 * 3
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    summary = json.loads((tmp_path / "lax" / "summary.json").read_text())
+    expected = [["gradient_checkpointing", "False", "True"], ["optim", "adamw_torch_fused", "sgd"]]
+    assert summary["not_in_effect"] == expected
+    assert "Trained, but not as planned (--no-strict): gradient_checkpointing planned False" in capfd.readouterr().out
+    stored = read(store_path(tmp_path / "cache")).records
+    assert [(record.failure, record.in_effect) for record in stored] == [("plan_not_in_effect", False), ("none", False)]
+    assert all(reason_to_leave_out(record) for record in stored)
 
 
 def test_longer_sequences_than_planned_stop_the_training(model_folder: Path, tmp_path: Path) -> None:

@@ -38,6 +38,11 @@ Root Cause (first observed failure):
 CASES: dict[str, tuple[dict[str, Any], str, str]] = {
     "all ranks finished": ({"exit_code": 0, "events": (TRAINED,)}, "none", "finished"),
     "a process that dies while it shuts down": ({"events": (TRAINED, *FINISHED)}, "none", "after that a process died"),
+    "the same, where it trained otherwise than planned": (
+        {"events": (MISMATCH[0], *FINISHED)},
+        "none",
+        "after that a process died",
+    ),
     "one rank that dies before its script ends": (
         {"events": (TRAINED, *FINISHED[:-1])},
         "script_failed",
