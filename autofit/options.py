@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 METHODS, OPTIMS, SHARDINGS = get_args(Method), get_args(Optim), get_args(Sharding)
 BATCHINGS = get_args(Batching)
 PRECISIONS = ("auto", *get_args(Precision))
+ATTENTIONS = ("auto", *get_args(Attention))
 LAUNCHED_METHODS = ("auto", "full", "lora", "qlora")
 """What a run can be started with: nothing freezes layers for a script."""
 QUANT_TYPES = ("nf4", "fp4")
@@ -381,7 +382,8 @@ class SearchWish(Wishes):
             "--attn-implementation",
             section=_ACTIVATIONS,
             metavar="NAME",
-            help=f"transformers' attn_implementation: {', '.join(get_args(Attention))} (default: sdpa); repeatable.",
+            help=f"transformers' attn_implementation: {', '.join(ATTENTIONS[1:])} or auto (default: sdpa, or eager "
+            "where the installed transformers has no sdpa for the model); repeatable.",
         ),
     ] = None
     loss: Annotated[
@@ -534,10 +536,11 @@ class EveryWish(Wishes):
             "--attn-implementation",
             section=_ACTIVATIONS,
             metavar="NAME",
-            help=f"transformers' attn_implementation: {', '.join(get_args(Attention))}.",
+            help=f"transformers' attn_implementation: {', '.join(ATTENTIONS)} (sdpa, or eager where the installed "
+            "transformers has no sdpa for the model).",
             show_default=True,
         ),
-    ] = "sdpa"
+    ] = "auto"
     sdpa_kernel: Annotated[
         str,
         _option(
@@ -1069,7 +1072,7 @@ def _searched_by(wishes: SearchWish) -> dict[str, Any]:
         "held_stages": _held_stages(wishes.hold),
         "num_processes": wishes.num_processes or [],
         "precision": _one_or_several("precision", wishes.precision or ["auto"], PRECISIONS),
-        "attention": _one_or_several("attention", wishes.attention or ["sdpa"], get_args(Attention)),
+        "attention": _one_or_several("attention", wishes.attention or ["auto"], ATTENTIONS),
         "loss": _one_or_several("loss", wishes.loss or ["stock"], get_args(Loss)),
         "num_replicas": _alone(wishes.num_replicas or [1]),
     }
@@ -1092,7 +1095,7 @@ def _further(wishes: EveryWish) -> dict[str, Any]:
         {
             "freeze": _stated(freeze),
             "precision": _one_of("precision", wishes.precision, PRECISIONS),
-            "attention": _one_of("attention", wishes.attention, get_args(Attention)),
+            "attention": _one_of("attention", wishes.attention, ATTENTIONS),
             "num_replicas": wishes.num_replicas,
             "reshard_after_forward": wishes.reshard_after_forward,
             "sequence_parallel_size": wishes.sequence_parallel_size,

@@ -145,7 +145,7 @@ def _cannot_build(config: Any, task: str, regime: Regime, error: Exception) -> I
             f"and a run that asks for it ends with the same error: {first}",
             to_fix="use --attention sdpa or eager"
             if regime.attention == "flex_attention"
-            else "use --attention eager, which transformers takes for this model where none is asked for",
+            else "leave --attention out, or use --attention eager: transformers takes it where none is asked for",
         )
     return InputError(
         f"transformers {transformers.__version__} cannot build a {task} model of type {config.model_type!r} "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 from typing import Literal, Protocol
@@ -180,6 +180,10 @@ class Evaluator:
     def profile(self, configuration: Configuration) -> RegimeProfile | None:
         """Return the profile of a configuration's code path, None where it was not traced."""
         return self._profiles.get(self._regime(configuration))
+
+    def versions(self, configuration: Configuration) -> Mapping[str, str]:
+        """Return the releases that a configuration's code path was traced under."""
+        return self._known_profile(configuration).versions
 
     def evaluate(self, configuration: Configuration) -> Evaluated:
         """Estimate memory and time of a configuration whose profile is there."""

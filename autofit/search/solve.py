@@ -21,6 +21,7 @@ from autofit.search.table import Rows, Table, tabulate
 from autofit.search.truncate import truncations
 from autofit.search.words import (
     allocator_reasons,
+    attention_reasons,
     calibration_reasons,
     count_reasons,
     describe,
@@ -108,6 +109,7 @@ def solve(job: Job, cluster: Cluster, profiles: ProfileSet, *, estimate_memory: 
             *count_reasons(table, left),
             *knob_reasons(chosen.row, table, ranking, evaluator),
             precision_reason(job, chosen.configuration, cluster),
+            *attention_reasons(job, chosen.configuration, evaluator.versions(chosen.configuration)),
             *allocator_reasons(job, chosen.configuration, evaluator),
         ),
     )
@@ -138,7 +140,8 @@ def estimate(
     evaluated = replace(evaluated, memory=evaluator.replay(configuration))
     missing = evaluator.missing_figures(configuration)
     unknown = (no_time_reason(cluster, missing),) if missing else ()
-    reasons = ("You gave this configuration; nothing was searched.", *unknown)
+    attention = attention_reasons(job, configuration, evaluator.versions(configuration))
+    reasons = ("You gave this configuration; nothing was searched.", *attention, *unknown)
     return _plan(job, cluster, evaluated, evaluator, fallbacks=(), alternatives=(), reasons=reasons)
 
 

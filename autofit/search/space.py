@@ -161,11 +161,19 @@ def paths(job: Job, cluster: Cluster) -> tuple[Path, ...]:
             dict.fromkeys(restrictions.methods or METHODS),
             values(restrictions.precision),
             (False, True) if asked is None else (asked,),
-            values(restrictions.attention),
+            attentions(job),
             values(restrictions.loss),
             batchings(job),
         )
     )
+
+
+def attentions(job: Job) -> tuple[Attention, ...]:
+    """Return the attentions that the user allows, or the model's usual one."""
+    asked = job.restrictions.attention
+    if isinstance(asked, tuple):
+        return tuple(dict.fromkeys(asked))
+    return (job.model.usual_attention if asked == "auto" else asked,)
 
 
 def values(asked: Value | tuple[Value, ...]) -> tuple[Value, ...]:

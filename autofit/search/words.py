@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -162,6 +162,14 @@ def precision_reason(job: Job, configuration: Configuration, cluster: Cluster) -
         "fp32": f"{name} is a CPU rank, which trains in fp32 unless you ask for another",
     }[_precision(configuration)]
     return f"precision {_precision(configuration)}: {because}."
+
+
+def attention_reasons(job: Job, configuration: Configuration, versions: Mapping[str, str]) -> tuple[str, ...]:
+    """Say why a model does not get the attention that most get, where none was asked for."""
+    if job.restrictions.attention != "auto" or configuration.attention == "sdpa":
+        return ()
+    release = f"transformers {versions.get('transformers', '')}".strip()
+    return (f"attention {configuration.attention}: {release} has no sdpa for {job.model.config['model_type']}.",)
 
 
 def knob_reasons(chosen: int, table: Table, ranking: Ranking, evaluator: Evaluator) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from autofit.errors import InputError, nearest
+from autofit.sources.attention import usual_attention
 from autofit.spec.job import Model, Origin
 
 
@@ -120,7 +121,8 @@ def model_from_config(config: Mapping[str, Any], *, name: str, origin: Origin, s
             f"{source} has no model_type.", to_fix="give the config.json of a transformers model, with its model_type"
         )
     if config.get("architectures"):
-        return Model(name=name, config=dict(config), origin=origin, source=source)
+        attention = usual_attention(config)
+        return Model(name=name, config=dict(config), origin=origin, source=source, usual_attention=attention)
     architecture = _usual_architecture(model_type)
     if architecture is None:
         raise InputError(
@@ -130,6 +132,7 @@ def model_from_config(config: Mapping[str, Any], *, name: str, origin: Origin, s
     return Model(
         name=name,
         config={**config, "architectures": [architecture]},
+        usual_attention=usual_attention({**config, "architectures": [architecture]}),
         origin=origin,
         source=f"{source} (names no architectures: taken as {architecture}, as every {model_type} in the catalogue)",
     )
@@ -191,6 +194,7 @@ def _from_catalogue(text: str) -> Model | None:
         config=dict(entry.config),
         origin="catalogue",
         num_params=entry.num_params,
+        usual_attention=usual_attention(entry.config),
         source=known.config_source.format(id=entry.id) + same,
     )
 

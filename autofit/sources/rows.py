@@ -108,7 +108,7 @@ def read_restrictions(row: Row, cluster: Cluster) -> Restrictions:
         "offload": _offload(row),
         "micro_batch_sequences": (_number(row, "micro_batch_size", 1),),
         "gradient_checkpointing": _flag(row, "gradient_checkpointing"),
-        "attention": _text(row, "attention") or "sdpa",
+        "attention": _text(row, "attention") or "auto",
         "lora": _stated({"r": row.get("lora_rank"), "target_modules": _targets(row)}),
         "quantization": _quantization(row),
         "loss": _text(row, "loss") or "stock",

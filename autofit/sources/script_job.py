@@ -12,12 +12,13 @@ import numpy as np
 from autofit.errors import InputError
 from autofit.memory.optimizers import OPTIMIZERS
 from autofit.search.space import engines, values
+from autofit.sources.attention import usual_attention
 from autofit.sources.lengths import distribution
 from autofit.sources.script_words import found_words, said_at
 from autofit.spec.configuration import Attention, Dtype, Lora, Loss, Method, Optim, Sharding
 from autofit.spec.discovered import Discovered, FoundAdapter
 from autofit.spec.hardware import Cluster
-from autofit.spec.job import USUAL_ATTENTION, Job, Model, Restrictions, Workload
+from autofit.spec.job import Job, Model, Restrictions, Workload
 from autofit.spec.lengths import LengthDistribution
 
 
@@ -87,14 +88,18 @@ def _freed(discovered: Discovered) -> Discovered:
     return replace(
         discovered,
         arguments=discovered.arguments | freed | unsaid,
-        attention=USUAL_ATTENTION,
+        attention="auto",
         fixes_weights_dtype=False,
     )
 
 
 def _model(discovered: Discovered) -> Model:
     return Model(
-        name=discovered.model_name, config=discovered.config, origin="script", source=said_at(discovered, "model")
+        name=discovered.model_name,
+        config=discovered.config,
+        origin="script",
+        source=said_at(discovered, "model"),
+        usual_attention=usual_attention(discovered.config),
     )
 
 
@@ -318,8 +323,8 @@ def _optims(said: str | None, *, is_loop: bool) -> tuple[Optim, ...]:
     return (optim,)
 
 
-def _attention(discovered: Discovered) -> Attention:
-    if discovered.attention not in get_args(Attention):
+def _attention(discovered: Discovered) -> Literal["auto"] | Attention:
+    if discovered.attention not in {"auto", *get_args(Attention)}:
         raise InputError(
             f"the script's attention is {discovered.attention!r}, which is not planned for.",
             to_fix=f"use one of {', '.join(get_args(Attention))}, or give --attention",

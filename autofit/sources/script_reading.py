@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from autofit.errors import InputError
+from autofit.sources.attention import usual_attention
 from autofit.sources.script import NotRunError
 from autofit.spec.configuration import Batching, Loss
 from autofit.spec.discovered import Discovered, FoundAdapter, FoundLengths, FoundQuantization
@@ -114,12 +115,13 @@ def read_script(
     named = None if model is not None else _model_name(reading, script)
     found = model or find_model(named.value if named else "")
     tokens = _length(reading)
+    config = _config(found, reading)
     attention = _either(reading.passed.get("attn_implementation"), _keywords(reading, _LOAD).get("attn_implementation"))
     return Discovered(
         model_name=found.name,
-        config=_config(found, reading),
+        config=config,
         weights_dtype=None,
-        attention=str(attention.value if attention else "sdpa"),
+        attention=str(attention.value) if attention else usual_attention(config),
         adapter=_adapter(reading),
         quantization=_quantization(reading),
         trainer="a loop of its own with accelerate.Accelerator" if reading.is_loop else trainer,

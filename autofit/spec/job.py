@@ -28,7 +28,6 @@ StorageDtype = Literal["uint8", "bfloat16", "float16", "float32"]
 Objective = Literal["cost", "time", "memory", "quality"]
 """`cost`: the least for a trained token; `time`: the fastest; `memory`: the least on each device; `quality`: the least
 approximate, and of those the cheapest."""
-USUAL_ATTENTION: Attention = "sdpa"
 Origin = Literal["catalogue", "folder", "config file", "hub", "script"]
 
 
@@ -45,6 +44,8 @@ class Model:
     """Published number of parameters, where the catalogue has it."""
     source: str = ""
     """Where the config was taken from."""
+    usual_attention: Attention = "sdpa"
+    """What is planned where none is asked for: sdpa, or eager where the installed transformers has no sdpa for it."""
 
     @property
     def max_positions(self) -> int | None:
@@ -119,7 +120,8 @@ class Restrictions:
     """None: reentrant only where the other implementation fails."""
     checkpoint_every_n_layers: int = 1
     checkpoint_offload: bool = False
-    attention: Attention | tuple[Attention, ...] = USUAL_ATTENTION
+    attention: Literal["auto"] | Attention | tuple[Attention, ...] = "auto"
+    """auto: the model's `usual_attention`."""
     sdpa_kernel: SdpaKernel = "auto"
     lora: Lora = field(default_factory=Lora)
     """The adapter to train where the method is lora or qlora."""
