@@ -11,6 +11,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -32,6 +33,14 @@ ATTENTIONS = ("auto", *get_args(Attention))
 LAUNCHED_METHODS = ("auto", "full", "lora", "qlora")
 """What a run can be started with: nothing freezes layers for a script."""
 QUANT_TYPES = ("nf4", "fp4")
+QUANTIZATIONS: dict[str, dict[str, Any]] = {
+    "nf4": {"quant_type": "nf4", "double_quant": False},
+    "nf4-double": {"quant_type": "nf4", "double_quant": True},
+    "fp4": {"quant_type": "fp4", "double_quant": False},
+    "fp4-double": {"quant_type": "fp4", "double_quant": True},
+    "int8": {"bits": 8},
+}
+"""What `--quantization` takes, as `QuantizationWish` says it."""
 PLACES = ("none", "cpu")
 
 MODEL = typer.Option(
@@ -162,26 +171,6 @@ class Wishes(RunWish):
         list[str] | None,
         _option("--method", section=_METHOD, metavar=_any_of(LAUNCHED_METHODS), help="Method to consider; repeatable."),
     ] = None
-    lora_r: Annotated[
-        int | None,
-        _option(
-            "--lora-r",
-            section=_METHOD,
-            metavar="R",
-            min=1,
-            help="Rank of the adapter (default: 16, or the script's).",
-        ),
-    ] = None
-    lora_alpha: Annotated[
-        int | None,
-        _option(
-            "--lora-alpha",
-            section=_METHOD,
-            metavar="ALPHA",
-            min=1,
-            help="Scale of the adapter (default: 32, or the script's).",
-        ),
-    ] = None
     lora_dropout: Annotated[
         float | None,
         _option(
@@ -193,35 +182,9 @@ class Wishes(RunWish):
             help="Dropout before the adapter (default: 0, or the script's).",
         ),
     ] = None
-    lora_target_modules: Annotated[
-        str | None,
-        _option(
-            "--lora-target-modules",
-            section=_METHOD,
-            metavar="NAMES",
-            help="Module names with commas between, or all-linear (default: all-linear, or the script's).",
-        ),
-    ] = None
     load_in_4bit: Annotated[
         bool, _option("--load-in-4bit", section=_QUANT, help="Four-bit weights; the same as --method qlora.")
     ] = False
-    bnb_4bit_quant_type: Annotated[
-        str | None,
-        _option(
-            "--bnb-4bit-quant-type",
-            section=_QUANT,
-            metavar=_any_of(QUANT_TYPES),
-            help="Code of the four-bit weights (default: nf4).",
-        ),
-    ] = None
-    bnb_4bit_use_double_quant: Annotated[
-        bool | None,
-        _option(
-            "--bnb-4bit-use-double-quant/--no-bnb-4bit-use-double-quant",
-            section=_QUANT,
-            help="Quantise the scales too (default: yes).",
-        ),
-    ] = None
     bnb_4bit_quant_storage: Annotated[
         str | None,
         _option(
@@ -365,6 +328,62 @@ class SearchWish(Wishes):
             help="What has to fit besides the steady steps (default: all of it); repeatable.",
         ),
     ] = None
+    lora_r: Annotated[
+        list[int] | None,
+        _option(
+            "--lora-r",
+            section=_METHOD,
+            metavar="R",
+            min=1,
+            help="Rank of the adapter (default: 16, or the script's); repeatable.",
+        ),
+    ] = None
+    lora_alpha: Annotated[
+        list[int] | None,
+        _option(
+            "--lora-alpha",
+            section=_METHOD,
+            metavar="ALPHA",
+            min=1,
+            help="Scale of the adapter (default: 32, or the script's); repeatable.",
+        ),
+    ] = None
+    lora_target_modules: Annotated[
+        list[str] | None,
+        _option(
+            "--lora-target-modules",
+            section=_METHOD,
+            metavar="NAMES",
+            help="Module names with commas between, or all-linear (default: all-linear, or the script's); repeatable.",
+        ),
+    ] = None
+    quantization: Annotated[
+        list[str] | None,
+        _option(
+            "--quantization",
+            section=_QUANT,
+            metavar="NAME",
+            help=f"Code of quantised weights: {', '.join(QUANTIZATIONS)} (default: nf4-double; -double: the scales are "
+            "quantised too); repeatable.",
+        ),
+    ] = None
+    bnb_4bit_quant_type: Annotated[
+        str | None,
+        _option(
+            "--bnb-4bit-quant-type",
+            section=_QUANT,
+            metavar=_any_of(QUANT_TYPES),
+            help="Code of the four-bit weights (default: nf4).",
+        ),
+    ] = None
+    bnb_4bit_use_double_quant: Annotated[
+        bool | None,
+        _option(
+            "--bnb-4bit-use-double-quant/--no-bnb-4bit-use-double-quant",
+            section=_QUANT,
+            help="Quantise the scales too (default: yes).",
+        ),
+    ] = None
     precision: Annotated[
         list[str] | None,
         _option(
@@ -425,6 +444,52 @@ class EveryWish(Wishes):
     method: Annotated[
         list[str] | None,
         _option("--method", section=_METHOD, metavar=_any_of(METHODS), help="What trains (default: full)."),
+    ] = None
+    lora_r: Annotated[
+        int | None,
+        _option(
+            "--lora-r",
+            section=_METHOD,
+            metavar="R",
+            min=1,
+            help="Rank of the adapter (default: 16, or the script's).",
+        ),
+    ] = None
+    lora_alpha: Annotated[
+        int | None,
+        _option(
+            "--lora-alpha",
+            section=_METHOD,
+            metavar="ALPHA",
+            min=1,
+            help="Scale of the adapter (default: 32, or the script's).",
+        ),
+    ] = None
+    lora_target_modules: Annotated[
+        str | None,
+        _option(
+            "--lora-target-modules",
+            section=_METHOD,
+            metavar="NAMES",
+            help="Module names with commas between, or all-linear (default: all-linear, or the script's).",
+        ),
+    ] = None
+    bnb_4bit_quant_type: Annotated[
+        str | None,
+        _option(
+            "--bnb-4bit-quant-type",
+            section=_QUANT,
+            metavar=_any_of(QUANT_TYPES),
+            help="Code of the four-bit weights (default: nf4).",
+        ),
+    ] = None
+    bnb_4bit_use_double_quant: Annotated[
+        bool | None,
+        _option(
+            "--bnb-4bit-use-double-quant/--no-bnb-4bit-use-double-quant",
+            section=_QUANT,
+            help="Quantise the scales too (default: yes).",
+        ),
     ] = None
     freeze_trainable_layers: Annotated[
         int | None,
@@ -797,11 +862,17 @@ def _from_text(text: str, hint: Any) -> Any:
 
 
 def _merged(now: Any, plain: Any, wanted: Any) -> Any:
-    """Of a group of settings change only what was asked for."""
-    if not is_dataclass(wanted) or isinstance(wanted, type) or not is_dataclass(now):
+    """Of a group of settings change only what was asked for, in each group that there is."""
+    if not is_dataclass(plain) or isinstance(plain, type):
         return wanted
-    changed = {f.name: new for f in fields(wanted) if (new := getattr(wanted, f.name)) != getattr(plain, f.name)}
-    return replace(now, **changed)  # type: ignore[type-var]
+    wishes = wanted if isinstance(wanted, tuple) else (wanted,)
+    changes = [
+        {f.name: new for f in fields(w) if (new := getattr(w, f.name)) != getattr(plain, f.name)} for w in wishes
+    ]
+    each = dict.fromkeys(
+        replace(group, **change) for group in (now if isinstance(now, tuple) else (now,)) for change in changes
+    )
+    return tuple(each) if len(each) > 1 else next(iter(each))
 
 
 def restrictions(wishes: Wishes) -> Restrictions:
@@ -1032,37 +1103,58 @@ def _offload(wishes: Wishes) -> str | None:
     return "optimizer_and_parameters" if parameters == "cpu" else "optimizer" if optimizer == "cpu" else "none"
 
 
-def _lora(wishes: Wishes) -> dict[str, Any]:
-    given = {
-        "r": wishes.lora_r,
-        "lora_alpha": wishes.lora_alpha,
-        "lora_dropout": wishes.lora_dropout,
-        "target_modules": _names("lora-target-modules", wishes.lora_target_modules),
+def _lora(wishes: Wishes) -> dict[str, Any] | list[dict[str, Any]]:
+    """Read the adapter, or each of several: every rank with every scale and every choice of modules."""
+    dropout = {"lora_dropout": wishes.lora_dropout}
+    if isinstance(wishes, EveryWish):
+        return _stated(
+            dropout
+            | {
+                "r": wishes.lora_r,
+                "lora_alpha": wishes.lora_alpha,
+                "target_modules": _names("lora-target-modules", wishes.lora_target_modules),
+                "use_rslora": wishes.use_rslora,
+                "use_dora": wishes.use_dora,
+                "modules_to_save": _names("modules-to-save", wishes.modules_to_save),
+            }
+        )
+    assert isinstance(wishes, SearchWish), "what is no single estimate is a search"
+    targets = [_names("lora-target-modules", text) for text in wishes.lora_target_modules or (None,)]
+    every = product(wishes.lora_r or (None,), wishes.lora_alpha or (None,), targets)
+    return _one_if_alone(
+        [_stated(dropout | {"r": r, "lora_alpha": alpha, "target_modules": names}) for r, alpha, names in every]
+    )
+
+
+def _quantization(wishes: Wishes) -> dict[str, Any] | list[dict[str, Any]]:
+    given: dict[str, Any] = {
+        "compute_dtype": _one_of("bnb-4bit-compute-dtype", wishes.bnb_4bit_compute_dtype, get_args(Dtype)),
+        "storage_dtype": _one_of("bnb-4bit-quant-storage", wishes.bnb_4bit_quant_storage, get_args(StorageDtype)),
+        "prepares_kbit": wishes.prepare_kbit,
     }
     if isinstance(wishes, EveryWish):
         given |= {
-            "use_rslora": wishes.use_rslora,
-            "use_dora": wishes.use_dora,
-            "modules_to_save": _names("modules-to-save", wishes.modules_to_save),
+            "bits": 8 if wishes.load_in_8bit else None,
+            "recasts_tables": wishes.recasts_tables,
+            "skip_modules": _names("llm-int8-skip-modules", wishes.llm_int8_skip_modules),
         }
-    return _stated(given)
+    assert isinstance(wishes, EveryWish | SearchWish), "every wish is one of a search or of an estimate"
+    said = {
+        "quant_type": _one_of("bnb-4bit-quant-type", wishes.bnb_4bit_quant_type, QUANT_TYPES),
+        "double_quant": wishes.bnb_4bit_use_double_quant,
+    }
+    named = wishes.quantization or () if isinstance(wishes, SearchWish) else ()
+    if named and (wishes.load_in_4bit or _stated(said)):
+        raise InputError(
+            "--quantization is given beside --load-in-4bit or --bnb-4bit-quant-type or its like.",
+            to_fix="leave one of them out: nf4-double says all of it",
+        )
+    codes = [QUANTIZATIONS[_one_of("quantization", name, tuple(QUANTIZATIONS)) or ""] for name in named] or [said]
+    return _one_if_alone([_stated(given | code) for code in codes])
 
 
-def _quantization(wishes: Wishes) -> dict[str, Any]:
-    return _stated(
-        {
-            "bits": 8 if isinstance(wishes, EveryWish) and wishes.load_in_8bit else None,
-            "quant_type": _one_of("bnb-4bit-quant-type", wishes.bnb_4bit_quant_type, QUANT_TYPES),
-            "double_quant": wishes.bnb_4bit_use_double_quant,
-            "compute_dtype": _one_of("bnb-4bit-compute-dtype", wishes.bnb_4bit_compute_dtype, get_args(Dtype)),
-            "storage_dtype": _one_of("bnb-4bit-quant-storage", wishes.bnb_4bit_quant_storage, get_args(StorageDtype)),
-            "prepares_kbit": wishes.prepare_kbit,
-            "recasts_tables": wishes.recasts_tables if isinstance(wishes, EveryWish) else None,
-            "skip_modules": _names("llm-int8-skip-modules", wishes.llm_int8_skip_modules)
-            if isinstance(wishes, EveryWish)
-            else None,
-        }
-    )
+def _one_if_alone(given: list[dict[str, Any]]) -> dict[str, Any] | list[dict[str, Any]]:
+    return given[0] if len(given) == 1 else given
 
 
 def _searched_by(wishes: SearchWish) -> dict[str, Any]:

@@ -103,8 +103,13 @@ class Ranking:
 
     @cached_property
     def _complexity(self) -> list[Values]:
-        """What can go wrong in a configuration, the most telling first; last comes the memory that is left."""
+        """What can go wrong in a configuration, the most telling first; last comes the memory that is left.
+
+        No adapter and no quantisation is simpler than another: that which was named first goes first.
+        """
         table = self._table
+        adapters = list(dict.fromkeys(block.path.lora for block in table.blocks))
+        quantizations = list(dict.fromkeys(block.path.quantization for block in table.blocks))
         return [
             table.by_block(lambda block: _place(block.first.method, METHODS_FIRST)),
             table.by_block(lambda block: int(rounds_updates(block.first))),
@@ -113,6 +118,8 @@ class Ranking:
             table.by_block(lambda block: block.first.num_replicas),
             table.by_block(lambda block: _place(block.first.attention, get_args(Attention))),
             table.by_block(lambda block: _place(block.first.loss, get_args(Loss))),
+            table.by_block(lambda block: quantizations.index(block.path.quantization)),
+            table.by_block(lambda block: adapters.index(block.path.lora)),
             table.by_block(lambda block: int(block.first.gradient_checkpointing)),
             table.by_optim(lambda optim: _place(optim, PLAINEST_FIRST)),
             table.by_block(lambda block: _place(block.first.batching, get_args(Batching))),
@@ -123,19 +130,20 @@ class Ranking:
     @cached_property
     def _approximations(self) -> Values:
         """`approximations` as one number."""
-        of_block = self._table.by_block(lambda block: _number(approximations(block.first)[:2]))
+        of_block = self._table.by_block(lambda block: _number(approximations(block.first)[:3]))
         return of_block * 10 + self._table.by_optim(_state_order)
 
 
-def approximations(configuration: Configuration) -> tuple[int, int, int]:
+def approximations(configuration: Configuration) -> tuple[int, int, int, int]:
     """Order configurations by what they leave out of training every weight in full precision, the most telling first.
 
     How much of the model trains, and on weights of how many bits; whether updates are added to 16-bit weights, where
     small ones round away; and to how many bits the optimizer's state is rounded. No measured quality is behind it: it
-    is an order, and says nothing about by how much.
+    is an order, and says nothing about by how much. Adapters are not ordered, nor codes of as many bits.
     """
     return (
         _place(configuration.method, METHODS_FIRST),
+        0 if configuration.quantization is None or configuration.quantization.bits == 8 else 1,
         int(rounds_updates(configuration)),
         _state_order(configuration.optim),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import TypeVar, get_args
@@ -12,6 +13,7 @@ from autofit.spec.configuration import (
     Batching,
     Configuration,
     Dtype,
+    Lora,
     Loss,
     Method,
     MixedPrecision,
@@ -31,7 +33,7 @@ gradients; paged 32-bit state is larger than paged 8-bit state."""
 ADAPTER_METHODS: tuple[Method, ...] = ("lora", "qlora")
 
 
-Value = TypeVar("Value", str, int)
+Value = TypeVar("Value", bound=str | int)
 Split = tuple[int, int]
 """A device's share of the global batch as micro-batch and accumulation steps."""
 
@@ -41,6 +43,8 @@ class Path:
     """The code that a step runs, but for what the engine does around it."""
 
     method: Method
+    lora: Lora | None
+    quantization: QuantizationWish | None
     precision: Precision
     gradient_checkpointing: bool
     attention: Attention
@@ -151,14 +155,16 @@ def paths(job: Job, cluster: Cluster) -> tuple[Path, ...]:
     return tuple(
         Path(
             method=method,
+            lora=lora,
+            quantization=quantization,
             precision=resolved_precision(precision, cluster.device),
             gradient_checkpointing=checkpoints,
             attention=attention,
             loss=loss,
             batching=batching,
         )
-        for method, precision, checkpoints, attention, loss, batching in product(
-            dict.fromkeys(restrictions.methods or METHODS),
+        for (method, lora, quantization), precision, checkpoints, attention, loss, batching in product(
+            methods(restrictions),
             values(restrictions.precision),
             (False, True) if asked is None else (asked,),
             attentions(job),
@@ -166,6 +172,14 @@ def paths(job: Job, cluster: Cluster) -> tuple[Path, ...]:
             batchings(job),
         )
     )
+
+
+def methods(restrictions: Restrictions) -> Iterator[tuple[Method, Lora | None, QuantizationWish | None]]:
+    """Yield each method that is allowed, with each adapter and each quantisation that it can have."""
+    for method in dict.fromkeys(restrictions.methods or METHODS):
+        loras = restrictions.loras if method in ADAPTER_METHODS else (None,)
+        quantizations = restrictions.quantizations if method == "qlora" else (None,)
+        yield from product((method,), loras, quantizations)
 
 
 def attentions(job: Job) -> tuple[Attention, ...]:
@@ -192,13 +206,13 @@ def configuration(
     """
     method, sharding, gradient_checkpointing = path.method, engine.sharding, path.gradient_checkpointing
     dtypes = dtypes_of(path.precision, method, sharding)
-    quantization = _quantization(restrictions.quantization, dtypes, sharding) if method == "qlora" else None
+    quantization = None if path.quantization is None else _quantization(path.quantization, dtypes, sharding)
     is_int8 = quantization is not None and quantization.bits == 8
     reentrant_by_need = (method in ADAPTER_METHODS and sharding == "zero3") or is_int8
     return Configuration(
         method=method,
         quantization=quantization,
-        lora=restrictions.lora if method in ADAPTER_METHODS else None,
+        lora=path.lora,
         freeze=restrictions.freeze if method == "freeze" else None,
         optim=optim,
         per_device_train_batch_size=split[0],

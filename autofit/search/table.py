@@ -19,7 +19,7 @@ from autofit.errors import InputError
 from autofit.search.allowed import Allowed, Mask
 from autofit.search.evaluate import MISFITS, EvaluatedBlock, Evaluator, Misfit, usable_bytes
 from autofit.search.space import Block
-from autofit.spec.configuration import Configuration
+from autofit.spec.configuration import Configuration, Lora
 
 Rows = npt.NDArray[np.intp]
 """Places of configurations in a table."""
@@ -83,7 +83,11 @@ class Table:
         return _of_parts(self.blocks, self.block, self.split, lambda block: [each[place] for each in block.splits])
 
     def knob(self, name: str) -> Values:
-        """Return a column of a field of `Configuration`, or of precision, which decides several of them."""
+        """Return a column of a field of `Configuration`, or of what decides several of them: precision, adapter."""
+        if name == "adapter":
+            return self.by_block(lambda block: adapter_name(block.path.lora))
+        if name == "quantization":
+            return self.by_block(lambda block: "" if block.path.quantization is None else block.path.quantization.name)
         if name == "precision":
             return self.by_block(lambda block: block.path.precision)
         if name == "optim":
@@ -95,6 +99,13 @@ class Table:
     def marked(self, rows: Mask, misfit: Misfit) -> Table:
         """Return a table in which some rows do not fit."""
         return replace(self, misfit=np.where(rows, np.int8(MISFITS.index(misfit)), self.misfit))
+
+
+def adapter_name(lora: Lora | None) -> str:
+    """Name an adapter by what makes two differ; nothing where there is none."""
+    if lora is None:
+        return ""
+    return f"r={lora.r}, alpha={lora.lora_alpha} on {'+'.join(lora.target_modules)}"
 
 
 def _of_parts(

@@ -9,6 +9,7 @@ from autofit.errors import InputError, NothingFitsError
 from autofit.plan import Plan
 from autofit.search.evaluate import HEADROOM_FRACTION
 from autofit.search.nothing_fits import Change
+from autofit.spec.configuration import Lora
 from autofit.spec.hardware import Cluster, Device
 from autofit.spec.job import Job
 from autofit.units import format_bytes
@@ -67,7 +68,8 @@ def counterfactuals(made: Plan, other_sizes: Sequence[Device] = ()) -> Iterator[
         if other and (lengths is None or other < lengths.max_tokens):
             yield Change(words=f"sequences of {other:,} tokens", kind="length", job=_of_length(other))
     if made.configuration.lora is not None and made.configuration.lora.r != LARGER_RANK:
-        yield Change(words=f"LoRA rank {LARGER_RANK}", kind="rank", job=_of_rank(LARGER_RANK))
+        larger = replace(made.configuration.lora, r=LARGER_RANK)
+        yield Change(words=f"LoRA rank {LARGER_RANK}", kind="rank", job=_with_adapter(larger))
     for device in other_sizes:
         yield Change(
             words=f"{cluster.num_devices} x {device.name}",
@@ -94,8 +96,8 @@ def _of_length(tokens: int) -> Callable[[Job], Job]:
     return lambda job: replace(job, workload=replace(job.workload, sequence_tokens=tokens))
 
 
-def _of_rank(rank: int) -> Callable[[Job], Job]:
-    return lambda job: replace(job, restrictions=replace(job.restrictions, lora=replace(job.restrictions.lora, r=rank)))
+def _with_adapter(lora: Lora) -> Callable[[Job], Job]:
+    return lambda job: replace(job, restrictions=replace(job.restrictions, lora=lora))
 
 
 def binding_reasons(made: Plan) -> tuple[str, ...]:

@@ -21,6 +21,8 @@ from autofit.units import format_bytes, format_seconds
 
 KNOBS = (
     "method",
+    "quantization",
+    "adapter",
     "num_processes",
     "sharding",
     "offload",

@@ -85,16 +85,22 @@ class QuantizationWish:
     recasts_tables: bool = False
     skip_modules: tuple[str, ...] = ()
 
+    @property
+    def name(self) -> str:
+        """The code of the weights, as `--quantization` takes it."""
+        return "int8" if self.bits == 8 else f"{self.quant_type}{'-double' if self.double_quant else ''}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restrictions:
     """What the user allows. An empty tuple leaves a dimension free; more than one value is a choice.
 
-    Precision, attention and replicas are single values or several: unasked there is no choice of them.
+    Precision, attention, loss, replicas, adapter and quantisation are single values or several: unasked there is no
+    choice of them.
 
-    Fields without a choice hold for every configuration of their kind: `lora` for those with an adapter, `freeze` for
-    those that freeze, what begins with `checkpoint_` for those that checkpoint. They mean what the fields of the same
-    name mean in `Configuration`.
+    Fields hold for every configuration of their kind: `lora` for those with an adapter, `quantization` for those on
+    quantised weights, `freeze` for those that freeze, what begins with `checkpoint_` for those that checkpoint. They
+    mean what the fields of the same name mean in `Configuration`.
     """
 
     objective: Objective = "cost"
@@ -123,10 +129,11 @@ class Restrictions:
     attention: Literal["auto"] | Attention | tuple[Attention, ...] = "auto"
     """auto: the model's `usual_attention`."""
     sdpa_kernel: SdpaKernel = "auto"
-    lora: Lora = field(default_factory=Lora)
-    """The adapter to train where the method is lora or qlora."""
+    lora: Lora | tuple[Lora, ...] = field(default_factory=Lora)
+    """The adapter to train where the method is lora or qlora, or several to choose from."""
     freeze: Freeze = field(default_factory=Freeze)
-    quantization: QuantizationWish = field(default_factory=QuantizationWish)
+    quantization: QuantizationWish | tuple[QuantizationWish, ...] = field(default_factory=QuantizationWish)
+    """Of the weights under the adapter of qlora."""
     loss: Loss | tuple[Loss, ...] = "stock"
     batchings: tuple[Batching, ...] = ()
     """Empty: `padded` where the lengths of the data are known, else `equal`."""
@@ -135,6 +142,17 @@ class Restrictions:
     keeps_outputs: bool = False
     expandable_segments: bool = False
     max_split_size_mb: int | None = None
+
+    @property
+    def loras(self) -> tuple[Lora, ...]:
+        """The adapters that are allowed, each once."""
+        return tuple(dict.fromkeys(self.lora)) if isinstance(self.lora, tuple) else (self.lora,)
+
+    @property
+    def quantizations(self) -> tuple[QuantizationWish, ...]:
+        """The quantisations that are allowed, each once."""
+        wished = self.quantization
+        return tuple(dict.fromkeys(wished)) if isinstance(wished, tuple) else (wished,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -85,7 +85,7 @@ ESTIMATED = SHARED | {
     "--expandable-segments",
     "--max-split-size-mb",
 }
-SEARCHED = SHARED | {"--objective", "--hold", "--num-processes", "--num-replicas", "--loss"}
+SEARCHED = SHARED | {"--objective", "--hold", "--num-processes", "--num-replicas", "--loss", "--quantization"}
 SURFACE = {
     "plan": SEARCHED | {"--model", "--seq-len", "--global-batch", "--gpus", "--allow-hub", "-o", "--output", "--json"},
     "launch": SEARCHED
@@ -220,6 +220,42 @@ def test_the_rest_can_be_set_too():
     assert only_configuration(sharding="zero3", sequence_parallel_size=2).sequence_parallel_size == 2
 
 
+def test_a_search_takes_several_adapters_and_codes():
+    """Every rank goes with every choice of modules; a code is named as a whole or by its parts."""
+
+    def read(**wishes):
+        return options.restrictions(options.wishes_of(options.SearchWish, wishes))
+
+    several = read(lora_r=[8, 64], lora_target_modules=["q_proj,v_proj", "all-linear"], lora_dropout=0.1)
+    assert {(lora.r, lora.target_modules) for lora in several.loras} == {
+        (r, names) for r in (8, 64) for names in (("q_proj", "v_proj"), ("all-linear",))
+    }
+    assert {(lora.lora_alpha, lora.lora_dropout) for lora in several.loras} == {(32, 0.1)}
+    named = read(quantization=["nf4", "fp4-double", "int8"], bnb_4bit_quant_storage="bfloat16").quantizations
+    assert [(wish.name, wish.storage_dtype) for wish in named] == [
+        (name, "bfloat16") for name in ("nf4", "fp4-double", "int8")
+    ]
+    by_parts = read(bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False).quantizations
+    assert [wish.name for wish in by_parts] == ["fp4"]
+    assert read() == job.Restrictions()
+    for wishes in ({"load_in_4bit": True}, {"bnb_4bit_quant_type": "nf4"}):
+        with pytest.raises(InputError, match="--quantization is given beside"):
+            read(quantization=["nf4"], **wishes)
+    with pytest.raises(InputError, match="nf4-double"):
+        read(quantization=["nf5"])
+
+
+def test_one_option_of_several_adapters_changes_each():
+    """`explain --why-not` changes what it names in every adapter that was allowed, and may name several."""
+    both = options.restrictions(options.SearchWish(lora_r=[8, 64], lora_alpha=[5]))
+    assert options.with_option(both, "lora_dropout=0.1").loras == tuple(
+        configuration.Lora(r=r, lora_alpha=5, lora_dropout=0.1) for r in (8, 64)
+    )
+    assert options.with_option(both, "lora_r=4").loras == (configuration.Lora(r=4, lora_alpha=5),)
+    codes = options.with_option(both, "quantization=nf4,int8").quantizations
+    assert [wish.name for wish in codes] == ["nf4", "int8"]
+
+
 def only_configuration(**wishes):
     """Return the configuration that options on four GPUs leave."""
     asked = options.one_of_each(options.wishes_of(options.EveryWish, wishes))
@@ -235,7 +271,7 @@ def test_nothing_more_is_searched_unasked():
     """Without a wish a plan tries three methods, three optimizers, no FSDP, and offload where DeepSpeed can."""
     work = job.Workload(sequence_tokens=8, global_batch_sequences=2)
     model = job.Model(name="any", config={}, origin="catalogue")
-    wished = options.restrictions(options.Wishes(method=["auto"]))
+    wished = options.restrictions(options.SearchWish(method=["auto"]))
     found = candidates(job.Job(model=model, workload=work, restrictions=wished), parse_cluster("2xA100-80G"))
     assert {each.method for each in found} == {"full", "lora", "qlora"}
     assert {each.sharding for each in found} == {"ddp", "zero1", "zero2", "zero3"}

@@ -20,8 +20,8 @@ from autofit.search import candidates, estimate, required_regimes, solve
 from autofit.search.evaluate import HEADROOM_FRACTION
 from autofit.search.rank import approximations
 from autofit.search.rules import Site, rules_for
-from autofit.spec.configuration import Configuration
-from autofit.spec.job import Objective
+from autofit.spec.configuration import Configuration, Lora
+from autofit.spec.job import Objective, QuantizationWish, Restrictions
 from autofit.spec.regimes import regime_of
 from autofit.timing import TimeModel, estimate_time
 from autofit.units import GIB
@@ -88,13 +88,21 @@ def brute_force(job, cluster, memory):
     return priced
 
 
-def simplicity(each):
-    """Return the order of what can go wrong, written down apart from the search's."""
+NOTHING_SAID = Restrictions()
+
+
+def simplicity(each, named):
+    """Return the order of what can go wrong, written down apart from the search's; `named` is what was allowed."""
     c = each.configuration
+    codes = [(wish.bits, wish.quant_type, wish.double_quant) for wish in named.quantizations]
     return (
         ("full", "lora", "qlora").index(c.method),
         ("none", "ddp", "zero1", "zero2", "zero3").index(c.sharding),
         ("none", "optimizer", "optimizer_and_parameters").index(c.offload),
+        codes.index((c.quantization.bits, c.quantization.quant_type, c.quantization.double_quant))
+        if c.quantization
+        else 0,
+        named.loras.index(c.lora) if c.lora else 0,
         c.gradient_checkpointing,
         ("adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8bit").index(c.optim),
         each.needed_bytes,
@@ -102,13 +110,13 @@ def simplicity(each):
     )
 
 
-def the_choice(priced, budget_bytes):
+def the_choice(priced, budget_bytes, named=NOTHING_SAID):
     """Return the cheapest, or what is safe for at most 5 % more, and of what is within 1 % of that the simplest."""
     least = min(each.cost for each in priced)
     safe = [each for each in priced if each.cost <= least * 1.05 and each.risky_bytes <= budget_bytes]
     among = safe or priced
     least = min(each.cost for each in among)
-    return min((each for each in among if each.cost <= least * 1.01), key=simplicity)
+    return min((each for each in among if each.cost <= least * 1.01), key=lambda each: simplicity(each, named))
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow], deadline=None)
@@ -126,6 +134,59 @@ def test_the_search_finds_what_brute_force_finds(job, device, num_devices, seed,
     plan = solve(job, cluster, profiles_for(job, cluster), estimate_memory=memory)
     chosen = the_choice(priced, device.memory_bytes)
     assert plan.configuration == chosen.configuration
+
+
+def lists(*several):
+    """Return one or more of some values, in any order, as what is asked for: one is no list."""
+    chosen = st.lists(st.sampled_from(several), min_size=1, max_size=3, unique=True)
+    return chosen.map(lambda values: values[0] if len(values) == 1 else tuple(values))
+
+
+adapters = lists(Lora(), Lora(r=4), Lora(r=64, target_modules=("q_proj", "v_proj")))
+codes = lists(
+    QuantizationWish(),
+    QuantizationWish(double_quant=False),
+    QuantizationWish(quant_type="fp4", double_quant=False),
+    QuantizationWish(bits=8),
+)
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(adapters, codes, st.integers(1, 2), st.integers(0, 10**6), st.sampled_from(["cost", "quality"]))
+def test_the_search_of_adapters_and_codes_finds_what_brute_force_finds(
+    lora, quantization, num_devices, seed, objective
+):
+    """Every adapter with every code of the weights; of equals what was named first; quality prefers more bits."""
+    job = a_job(
+        2 * num_devices,
+        methods=("qlora", "lora"),
+        optims=("adamw_torch_fused",),
+        lora=lora,
+        quantization=quantization,
+        objective=objective,
+    )
+    cluster, memory = a_cluster(num_devices, GPU), RandomMemory(seed, 4 * GPU.memory_bytes)
+    priced = brute_force(job, cluster, memory)
+    if not priced:
+        return
+    plan = solve(job, cluster, profiles_for(job, cluster), estimate_memory=memory)
+
+    def order(each):
+        return each.configuration.method, each.configuration.quantization and -each.configuration.quantization.bits
+
+    kept = [each for each in priced if objective == "cost" or order(each) == min(map(order, priced))]
+    assert plan.configuration == the_choice(kept, GPU.memory_bytes, job.restrictions).configuration
+
+
+def test_each_adapter_and_each_code_has_its_price():
+    """What another adapter and another code of the weights would need and take is said, as of every knob."""
+    loras, wishes = (Lora(), Lora(r=64)), (QuantizationWish(), QuantizationWish(quant_type="fp4"))
+    job, cluster = a_job(8, methods=("qlora",), lora=loras, quantization=wishes), a_cluster(2)
+    made = solve(job, cluster, profiles_for(job, cluster), estimate_memory=PlausibleMemory(10**9))
+    assert (made.configuration.lora.r, made.configuration.quantization.quant_type) == (16, "nf4")
+    for start in ("adapter r=16, alpha=32 on all-linear: r=64, ", "quantization nf4-double: fp4-double would need"):
+        assert any(reason.startswith(start) for reason in made.reasons), made.reasons
+    assert from_json(to_json(made)) == made
 
 
 def test_fewer_devices_are_cheaper_and_more_are_faster():

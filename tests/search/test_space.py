@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from itertools import product
 
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 
 from autofit.errors import InputError
 from autofit.search import candidates, required_regimes
+from autofit.spec.configuration import Lora
+from autofit.spec.job import QuantizationWish
 from tests.plans import shipped_profiles
 from tests.search.worlds import CPU, GPU, OLD_GPU, a_cluster, a_job
 from tools.make_profiles import POPULAR
@@ -197,6 +200,22 @@ def test_losses_are_searched_where_they_are_allowed():
     alone = candidates(a_job(8), a_cluster(2))
     assert len(both) == 2 * len(alone)
     assert {c.loss for c in both} == {"stock", "liger"}
+
+
+def test_adapters_and_codes_are_searched_where_they_are_allowed():
+    """Each adapter of lora, each adapter with each code of qlora, and neither of full."""
+    wishes = (QuantizationWish(), QuantizationWish(bits=8), QuantizationWish())
+    job = a_job(2, lora=(Lora(r=8), Lora(r=64)), quantization=wishes, optims=("sgd",), gradient_checkpointing=False)
+    found = candidates(job, a_cluster(1))
+    each = Counter((c.method, c.lora and c.lora.r, c.quantization and c.quantization.bits) for c in found)
+    expected = [("full", None, None), *product(("lora",), (8, 64), (None,)), *product(("qlora",), (8, 64), (4, 8))]
+    assert each == Counter(2 * expected)
+    unasked = candidates(a_job(8), a_cluster(4))
+    assert {c.lora for c in unasked} == {None, Lora()}
+    assert {c.quantization and (c.quantization.quant_type, c.quantization.double_quant) for c in unasked} == {
+        None,
+        ("nf4", True),
+    }
 
 
 def test_unasked_there_is_one_precision_one_attention_and_one_replica():

@@ -60,7 +60,7 @@ FSDP_RULES: tuple[Rule, ...] = (
             and c.quantization.bits == 4
             and c.quantization.storage_dtype == "uint8"
         ),
-        waived_by=lambda asked: asked.quantization.storage_dtype == "uint8",
+        waived_by=lambda asked: any(each.storage_dtype == "uint8" for each in asked.quantizations),
     ),
     Rule(
         name="fsdp2-steps-with-dtensors",
