@@ -85,7 +85,7 @@ def _any_of(values: Iterable[str]) -> str:
     return "|".join(values)
 
 
-_OBJECTIVE = "Objective"
+_OBJECTIVE, _EVALUATION = "Objective", "Evaluation"
 _METHOD, _QUANT, _PRECISION = "Method", "Quantisation", "Precision and optimizer"
 _SHARDING, _BATCH, _ACTIVATIONS = "Sharding and offload", "Batch", "Activations"
 _MODEL, _ALLOCATOR, _DATA, _COST = "Model and loss", "Allocator", "Data", "Time and price"
@@ -301,6 +301,41 @@ class Wishes(RunWish):
             help="Which of torch's two checkpoint implementations (default: no, but for adapters under ZeRO-3).",
         ),
     ] = None
+    per_device_eval_batch_size: Annotated[
+        int | None,
+        _option(
+            "--per-device-eval-batch-size",
+            section=_EVALUATION,
+            metavar="SEQUENCES",
+            min=1,
+            help="Batch of an evaluation (default: the script's, or 8 where that fits and else the micro-batch).",
+        ),
+    ] = None
+    compute_metrics: Annotated[
+        bool,
+        _option(
+            "--compute-metrics",
+            section=_EVALUATION,
+            help="There is a compute_metrics, so that evaluations keep their logits; --eval-sequences says how many.",
+        ),
+    ] = False
+    eval_sequences: Annotated[
+        int | None,
+        _option("--eval-sequences", section=_EVALUATION, metavar="N", min=1, help="Sequences that are evaluated."),
+    ] = None
+    eval_accumulation_steps: Annotated[
+        int | None,
+        _option(
+            "--eval-accumulation-steps",
+            section=_EVALUATION,
+            metavar="N",
+            min=1,
+            help="Batches after which what is kept moves to the host (default: after the last).",
+        ),
+    ] = None
+    predict_with_generate: Annotated[
+        bool, _option("--predict-with-generate", section=_EVALUATION, help="Evaluations generate text.")
+    ] = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -900,6 +935,7 @@ def restrictions(wishes: Wishes) -> Restrictions:
         "use_reentrant": wishes.use_reentrant,
         "lora": _lora(wishes),
         "quantization": _quantization(wishes),
+        "evaluation": _evaluation(wishes),
         **(_further(wishes) if isinstance(wishes, EveryWish) else {}),
         **(_searched_by(wishes) if isinstance(wishes, SearchWish) else {}),
     }
@@ -1167,6 +1203,26 @@ def _searched_by(wishes: SearchWish) -> dict[str, Any]:
         "attention": _one_or_several("attention", wishes.attention or ["auto"], ATTENTIONS),
         "loss": _one_or_several("loss", wishes.loss or ["stock"], get_args(Loss)),
         "num_replicas": _alone(wishes.num_replicas or [1]),
+    }
+
+
+def _evaluation(wishes: Wishes) -> dict[str, Any]:
+    """Read how the model is evaluated.
+
+    Raises:
+        InputError: logits are kept, of nobody has said how many sequences.
+    """
+    if wishes.compute_metrics and wishes.eval_sequences is None and wishes.eval_accumulation_steps is None:
+        raise InputError(
+            "--compute-metrics keeps the logits of every sequence that is evaluated, and how many are is not given.",
+            to_fix="give --eval-sequences, or --eval-accumulation-steps",
+        )
+    return {
+        "per_device_eval_batch_size": wishes.per_device_eval_batch_size,
+        "keeps_predictions": wishes.compute_metrics,
+        "num_sequences": wishes.eval_sequences,
+        "eval_accumulation_steps": wishes.eval_accumulation_steps,
+        "predict_with_generate": wishes.predict_with_generate,
     }
 
 

@@ -70,9 +70,13 @@ def kv_cache_bytes(config: Mapping[str, Any], *, batch: int, tokens: int, dtype:
     Raises:
         InputError: what the architecture caches does not follow from its config.
     """
+    return kv_cache_elements(config, batch=batch, tokens=tokens) * BYTES_PER_ELEMENT[dtype]
+
+
+def kv_cache_elements(config: Mapping[str, Any], *, batch: int, tokens: int) -> int:
+    """Return the keys and values that it holds, in elements; see `kv_cache_bytes`."""
     text = _text_config(config)
-    per_token = _elements_per_token(text) * BYTES_PER_ELEMENT[dtype]
-    return batch * per_token * sum(min(tokens, window or tokens) for window in _windows(text))
+    return batch * _elements_per_token(text) * sum(min(tokens, window or tokens) for window in _windows(text))
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from autofit.memory.engines import MASTER_BYTES, Layout
-from autofit.memory.evaluation import evaluation_bytes
+from autofit.memory.evaluation import evaluation_bytes, forward_bytes
 from autofit.memory.host import NUM_MOMENTS
 from autofit.memory.loading import broadcast_bytes
 from autofit.memory.static import rounded
@@ -26,6 +26,7 @@ ADAPTER_BYTES = 4
 SCALE_BYTES, SCALED_ELEMENTS = 4, 64
 """bitsandbytes first makes an fp32 scale for every block. Source: bitsandbytes 0.50 functional.py, quantize_4bit."""
 EIGHT_BITS = 8
+HALF_BYTES = 2
 LARGEST_SAVED_FILE_BYTES = 50_000_000_000
 """A file of weights is written from one copy in host memory.
 
@@ -60,6 +61,11 @@ class Run:
     def builds_partitioned(self) -> bool:
         """Whether weights are sharded as they are made. Source: transformers/modeling_utils.py 5.23 (zero.Init)."""
         return self.configuration.zero_stage == 3 and self.configuration.quantization is None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of one element as weights are loaded."""
+        return BYTES_PER_ELEMENT[self.configuration.weights_dtype]
 
     @property
     def settings(self) -> DeepSpeedSettings:
@@ -287,22 +293,38 @@ def _first_update(phase: Phase, run: Run) -> int:
     return run.always_bytes + inputs + max(update - run.plan.not_yet_made, *(held - state for held in before), -state)
 
 
-def evaluation(run: Run) -> Stage:
-    """`Trainer.evaluate` between two steps, with training's micro-batch, and no predictions kept.
+def evaluation(run: Run) -> Stage | None:
+    """`Trainer.evaluate` between two steps.
 
     Processes that share sequences in training each evaluate whole ones, of which their tape is of a part.
     Source: accelerate/accelerator.py 1.15, _prepare_deepspeed (`disable_in_eval`).
     """
+    asked, micro_batch = run.configuration.evaluation, run.configuration.per_device_eval_batch_size
+    tokens = run.sequence_tokens * run.configuration.sequence_parallel_size
     needed = evaluation_bytes(
         run.profile,
-        run.configuration.per_device_train_batch_size,
-        run.sequence_tokens * run.configuration.sequence_parallel_size,
-        keeps_logits=False,
-        num_batches=1,
+        micro_batch,
+        tokens,
+        keeps_logits=asked.keeps_predictions,
+        num_batches=_batches_kept(run.configuration),
         num_processes=run.configuration.num_processes,
     )
+    if asked.predict_with_generate:
+        if asked.cache_elements_per_sequence is None:
+            return None
+        element = HALF_BYTES if run.configuration.mixed_precision != "no" else run.weight_bytes
+        cache = micro_batch * asked.cache_elements_per_sequence * element
+        needed = max(needed, cache + forward_bytes(run.profile, micro_batch, tokens))
     gathered = run.plan.forward.get("gathered_weights", 0)
     return run.placed(run.always_bytes + gathered + needed, run.plan.host)
+
+
+def _batches_kept(configuration: Configuration) -> int:
+    """The most batches whose predictions a process holds on its device."""
+    asked = configuration.evaluation
+    together = configuration.per_device_eval_batch_size * configuration.num_processes
+    batches = 1 if asked.num_sequences is None else -(-asked.num_sequences // together)
+    return min(batches, asked.eval_accumulation_steps or batches)
 
 
 def saving(run: Run) -> Stage:

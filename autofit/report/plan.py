@@ -24,6 +24,7 @@ from autofit.report.words import (
     share_words,
     tokens_words,
 )
+from autofit.spec.configuration import Configuration
 from autofit.spec.estimate import STAGES, MemoryEstimate, Phase, Stages
 from autofit.timing.batches import step_tokens
 from autofit.units import GIB, format_bytes, format_count, format_seconds
@@ -87,7 +88,7 @@ def _facts(plan: Plan) -> Iterable[tuple[str, str | Text]]:
     yield "memory", memory_line(plan.memory)
     yield "", memory_figures(plan.memory)
     if plan.memory.stages is not None and plan.memory.stages != Stages():
-        yield "stages", stages_line(plan.memory.stages)
+        yield "stages", stages_line(plan.memory.stages, plan.configuration)
     if plan.time.step_seconds is not None:
         yield "speed", speed_line(plan)
     if plan.cost.device_hours_per_million_tokens is not None:
@@ -132,10 +133,11 @@ def memory_figures(memory: MemoryEstimate) -> str:
     return ", ".join(known.values()) + " GiB"
 
 
-def stages_line(stages: Stages) -> str:
+def stages_line(stages: Stages, configuration: Configuration) -> str:
     """Say what is allocated outside the steady steps, and what of it is on a node's host."""
     known = {name.replace("_", " "): stage for name in STAGES if (stage := getattr(stages, name)) is not None}
-    device = ", ".join(f"{name} {stage.device_bytes / GIB:.2f}" for name, stage in known.items())
+    details = {"evaluation": f" ({configuration.per_device_eval_batch_size} a batch)"}
+    device = ", ".join(f"{name}{details.get(name, '')} {stage.device_bytes / GIB:.2f}" for name, stage in known.items())
     host = ", ".join(f"{name} {stage.host_bytes / GIB:.2f}" for name, stage in known.items() if stage.host_bytes)
     return f"allocated {device} GiB" + (f"; host memory of a node {host} GiB" if host else "")
 
@@ -341,6 +343,11 @@ def unknowns(plan: Plan) -> tuple[str, ...]:
     open_questions = [
         (on_gpu and memory.peak_reserved_bytes is None, "what the caching allocator reserves"),
         (on_gpu and memory.process_bytes is None, "CUDA context and communication buffers"),
+        (
+            plan.configuration.evaluation.predict_with_generate
+            and plan.configuration.evaluation.cache_elements_per_sequence is None,
+            "memory of an evaluation that generates: what this architecture caches does not follow from its config",
+        ),
         (memory.stages == Stages(), "memory while loading, evaluating and saving: it is not modelled under FSDP"),
         (
             on_gpu and plan.configuration.optim.startswith("galore"),

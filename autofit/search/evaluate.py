@@ -131,6 +131,7 @@ class Evaluator:
         micro_batches: every micro-batch that will be asked for.
         estimate_memory: takes the place of the memory model; for tests.
         held_stages: what has to fit besides the steady steps.
+        frees_evaluation: whether evaluations may run on a smaller batch than they are given.
     """
 
     def __init__(
@@ -140,10 +141,12 @@ class Evaluator:
         profiles: ProfileSet,
         micro_batches: Sequence[int],
         estimate_memory: MemoryEstimator | None = None,
+        *,
         held_stages: tuple[StageName, ...] = STAGES,
+        frees_evaluation: bool = False,
     ) -> None:
         self._cluster, self._workload, self._profiles = cluster, workload, profiles
-        self._held_stages = held_stages
+        self._held_stages, self.frees_evaluation = held_stages, frees_evaluation
         self._micro_batches = tuple(sorted(set(micro_batches)))
         self._estimate_memory = estimate_memory
         self._times: dict[tuple[Regime, int], TimeModel] = {}
@@ -154,7 +157,13 @@ class Evaluator:
         """Return an evaluator of the same configurations for sequences cut at another length."""
         workload = replace(self._workload, sequence_tokens=sequence_tokens)
         return Evaluator(
-            self._cluster, workload, self._profiles, self._micro_batches, self._estimate_memory, self._held_stages
+            self._cluster,
+            workload,
+            self._profiles,
+            self._micro_batches,
+            self._estimate_memory,
+            held_stages=self._held_stages,
+            frees_evaluation=self.frees_evaluation,
         )
 
     @property

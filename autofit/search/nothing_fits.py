@@ -25,6 +25,10 @@ NUM_DEVICES_TRIED = 8
 
 Search = Callable[[Job, Cluster], Table]
 """Evaluates the smallest micro-batches of a job on a cluster."""
+_EVALUATE_LESS = (
+    "evaluate in smaller batches (--per-device-eval-batch-size), keep less of the logits (--eval-accumulation-steps, "
+    "or a preprocess_logits_for_metrics in the script), or plan without the evaluation (--hold); or else "
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +49,7 @@ def refusal(job: Job, cluster: Cluster, nearest: Evaluated, num_evaluated: int, 
     return NothingFitsError(
         f"{job.model.name} does not fit {_devices(cluster)} of {format_bytes(cluster.device.memory_bytes)}: none of "
         f"{num_evaluated} configurations does.\n{_nearest_words(nearest, cluster)}",
-        to_fix=_fix_words(found),
+        to_fix=(_EVALUATE_LESS if nearest.misfit == "evaluation" else "") + _fix_words(found),
         hint="autofit estimate prints every term of one configuration",
     )
 

@@ -25,6 +25,7 @@ from autofit.search.words import (
     calibration_reasons,
     count_reasons,
     describe,
+    evaluation_reasons,
     knob_reasons,
     no_time_reason,
     objective_reason,
@@ -111,6 +112,7 @@ def solve(job: Job, cluster: Cluster, profiles: ProfileSet, *, estimate_memory: 
             precision_reason(job, chosen.configuration, cluster),
             *attention_reasons(job, chosen.configuration, evaluator.versions(chosen.configuration)),
             *allocator_reasons(job, chosen.configuration, evaluator),
+            *evaluation_reasons(chosen.configuration, evaluator),
         ),
     )
 
@@ -181,8 +183,16 @@ def _evaluator(
     estimate_memory: MemoryEstimator | None,
 ) -> Evaluator:
     micro_batches = {micro_batch for block in blocks for micro_batch, _ in block.splits}
-    held_stages = job.restrictions.held_stages
-    return Evaluator(cluster, job.workload, profiles, tuple(micro_batches), estimate_memory, held_stages)
+    asked = job.restrictions
+    return Evaluator(
+        cluster,
+        job.workload,
+        profiles,
+        tuple(micro_batches),
+        estimate_memory,
+        held_stages=asked.held_stages,
+        frees_evaluation=asked.evaluation.per_device_eval_batch_size is None,
+    )
 
 
 def _nothing_evaluated(job: Job, table: Table) -> InputError:
@@ -244,12 +254,19 @@ def _settled(table: Table, rows: Rows, evaluator: Evaluator, ranking: Ranking) -
 
 
 def _as_it_fits(configuration: Configuration, evaluator: Evaluator) -> tuple[Configuration, Misfit]:
-    """Return a configuration as it fits when replayed, as it is or with segments that grow; or what does not fit."""
+    """Return a configuration as it fits when replayed, or what of it does not fit.
+
+    As it is; or with what changes no result: segments that grow, and evaluations on training's micro-batch.
+    """
     misfit = evaluator.replayed_misfit(configuration)
     if misfit == "fragmentation" and evaluator.can_grow_segments:
-        grown = replace(configuration, expandable_segments=True)
-        if evaluator.replayed_misfit(grown) == "none":
-            return grown, "none"
+        configuration = replace(configuration, expandable_segments=True)
+        misfit = evaluator.replayed_misfit(configuration)
+    if misfit == "evaluation" and evaluator.frees_evaluation:
+        smaller = min(configuration.per_device_train_batch_size, configuration.per_device_eval_batch_size)
+        evaluation = replace(configuration.evaluation, per_device_eval_batch_size=smaller)
+        configuration = replace(configuration, evaluation=evaluation)
+        misfit = evaluator.replayed_misfit(configuration)
     return configuration, misfit
 
 
@@ -263,10 +280,10 @@ def _smaller(table: Table, chosen: int) -> Rows:
 def _descending(chosen: Configuration, rungs: Iterable[Configuration], evaluator: Evaluator) -> tuple[Rung, ...]:
     """Keep of a ladder what needs less than all before it also when every allocation is replayed."""
     kept, lowest = [], evaluator.replay(chosen)
-    for configuration in rungs:
+    for configuration, misfit in (_as_it_fits(rung, evaluator) for rung in rungs):
         memory = evaluator.replay(configuration)
         is_less = memory.peak_allocated_bytes < lowest.peak_allocated_bytes
-        if is_less and memory.needed_bytes < lowest.needed_bytes and evaluator.replayed_misfit(configuration) == "none":
+        if is_less and memory.needed_bytes < lowest.needed_bytes and misfit == "none":
             kept.append(_rung(configuration, evaluator, fits=True))
             lowest = memory
     return tuple(kept)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import TypeVar, get_args
 
 from autofit.errors import InputError
+from autofit.memory.inference import kv_cache_elements
 from autofit.spec.configuration import (
     Attention,
     Batching,
     Configuration,
     Dtype,
+    Evaluation,
     Lora,
     Loss,
     Method,
@@ -32,6 +35,8 @@ OPTIMS: tuple[Optim, ...] = ("adamw_torch_fused", "adamw_8bit", "paged_adamw_8bi
 gradients; paged 32-bit state is larger than paged 8-bit state."""
 ADAPTER_METHODS: tuple[Method, ...] = ("lora", "qlora")
 
+USUAL_EVAL_BATCH = 8
+"""`per_device_eval_batch_size` where nobody gives one. Source: transformers/training_args.py 5.23."""
 
 Value = TypeVar("Value", bound=str | int)
 Split = tuple[int, int]
@@ -118,7 +123,7 @@ def blocks(job: Job, cluster: Cluster) -> tuple[Block, ...]:
     Raises:
         InputError: the global batch does not divide over the devices, or a restriction leaves nothing.
     """
-    restrictions = job.restrictions
+    restrictions, evaluation = job.restrictions, evaluation_of(job)
     splits = {
         num: batch_splits(job.workload, cluster.using(num), restrictions)
         for num in process_counts(restrictions, cluster)
@@ -138,6 +143,7 @@ def blocks(job: Job, cluster: Cluster) -> tuple[Block, ...]:
                 optim=optims(restrictions, engine)[0],
                 split=splits[engine.num_processes][0],
                 restrictions=restrictions,
+                evaluation=evaluation,
             ),
         )
         for path, engine in every
@@ -195,8 +201,26 @@ def values(asked: Value | tuple[Value, ...]) -> tuple[Value, ...]:
     return tuple(dict.fromkeys(asked)) if isinstance(asked, tuple) else (asked,)
 
 
+def evaluation_of(job: Job) -> Evaluation:
+    """Complete what is known of the evaluation: its batch where nobody gives it, and the cache of a generated sequence.
+
+    What an architecture caches may not follow from its config; then it is not known.
+    """
+    asked = job.restrictions.evaluation
+    elements = asked.cache_elements_per_sequence
+    if asked.predict_with_generate and elements is None:
+        with contextlib.suppress(InputError):
+            tokens = job.workload.sequence_tokens
+            elements = kv_cache_elements(job.model.config, batch=1, tokens=tokens)
+    return replace(
+        asked,
+        per_device_eval_batch_size=asked.per_device_eval_batch_size or USUAL_EVAL_BATCH,
+        cache_elements_per_sequence=elements,
+    )
+
+
 def configuration(
-    *, path: Path, engine: Engine, optim: Optim, split: Split, restrictions: Restrictions
+    *, path: Path, engine: Engine, optim: Optim, split: Split, restrictions: Restrictions, evaluation: Evaluation
 ) -> Configuration:
     """Complete the free knobs with what follows from them.
 
@@ -237,6 +261,7 @@ def configuration(
         task=restrictions.task,
         image_tokens=restrictions.image_tokens,
         keeps_outputs=restrictions.keeps_outputs,
+        evaluation=evaluation,
         tf32=path.precision == "tf32",
         expandable_segments=restrictions.expandable_segments,
         max_split_size_mb=restrictions.max_split_size_mb,

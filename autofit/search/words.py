@@ -11,6 +11,7 @@ import numpy as np
 from autofit.search.allowed import Allowed
 from autofit.search.evaluate import HEADROOM_FRACTION, Evaluator
 from autofit.search.rank import SAFETY_FRACTION, Ranking
+from autofit.search.space import USUAL_EVAL_BATCH
 from autofit.search.table import Rows, Table, Values
 from autofit.spec.calibration import Calibration, Uncalibrated
 from autofit.spec.configuration import Configuration
@@ -114,6 +115,16 @@ def allocator_reasons(job: Job, configuration: Configuration, evaluator: Evaluat
         return ()
     needed = evaluator.replay(replace(configuration, expandable_segments=False)).needed_bytes
     return (f"allocator expandable_segments: without it fragmentation would need {format_bytes(needed)}.",)
+
+
+def evaluation_reasons(configuration: Configuration, evaluator: Evaluator) -> tuple[str, ...]:
+    """Say why evaluations run on a smaller batch than they would unasked."""
+    if not evaluator.frees_evaluation or configuration.per_device_eval_batch_size >= USUAL_EVAL_BATCH:
+        return ()
+    usual = replace(configuration.evaluation, per_device_eval_batch_size=USUAL_EVAL_BATCH)
+    needed = stage_words(evaluator.replay(replace(configuration, evaluation=usual)), "evaluation")
+    chosen = configuration.per_device_eval_batch_size
+    return (f"per_device_eval_batch_size {chosen}: with transformers' default of {USUAL_EVAL_BATCH}, {needed}.",)
 
 
 def calibration_reasons(
@@ -247,7 +258,8 @@ def _too_much(table: Table, least: int) -> str:
 def stage_words(memory: MemoryEstimate, name: StageName) -> str:
     """Say what a stage needs, of a device and of a node's host."""
     stage: Stage = getattr(memory.stages, name)
-    host = f" and {format_bytes(stage.host_bytes)} of its node's host memory" if stage.host_bytes else ""
+    on_host = stage.host_bytes or 0
+    host = f" and {format_bytes(on_host)} of its node's host memory" if on_host > stage.device_bytes // 100 else ""
     return f"{STAGE_WORDS[name]} it needs {format_bytes(stage.device_bytes)} of the device{host}"
 
 

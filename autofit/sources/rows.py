@@ -153,6 +153,13 @@ FURTHER: dict[str, Callable[[Any], Any]] = dict.fromkeys(
 PARTS = {
     "lora": {name: name for name in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora", "modules_to_save")},
     "freeze": {name: name for name in ("freeze_trainable_layers", "freeze_extra_modules")},
+    "evaluation": {
+        "per_device_eval_batch_size": "per_device_eval_batch_size",
+        "compute_metrics": "keeps_predictions",
+        "eval_sequences": "num_sequences",
+        "eval_accumulation_steps": "eval_accumulation_steps",
+        "predict_with_generate": "predict_with_generate",
+    },
 }
 READ = frozenset(
     {

@@ -15,8 +15,9 @@ from autofit.search.space import engines, values
 from autofit.sources.attention import usual_attention
 from autofit.sources.lengths import distribution
 from autofit.sources.script_words import found_words, said_at
-from autofit.spec.configuration import Attention, Dtype, Lora, Loss, Method, Optim, Sharding
+from autofit.spec.configuration import Attention, Dtype, Evaluation, Lora, Loss, Method, Optim, Sharding
 from autofit.spec.discovered import Discovered, FoundAdapter
+from autofit.spec.estimate import StageName
 from autofit.spec.hardware import Cluster
 from autofit.spec.job import Job, Model, Restrictions, Workload
 from autofit.spec.lengths import LengthDistribution
@@ -166,7 +167,39 @@ def _restrictions(discovered: Discovered, wishes: Restrictions, cluster: Cluster
         micro_batch_sequences=_micro_batches(discovered, wishes),
         gradient_checkpointing=_checkpointing(discovered, wishes),
         keeps_outputs=wishes.keeps_outputs or discovered.is_loop,
+        evaluation=_evaluation(discovered, wishes),
+        held_stages=_held_stages(discovered, wishes),
     )
+
+
+def _evaluation(discovered: Discovered, wishes: Restrictions) -> Evaluation:
+    """Return how the script evaluates, or how the user says it does.
+
+    Raises:
+        InputError: it keeps logits, of nobody knows how many sequences.
+    """
+    found = discovered.evaluation
+    if found is None or wishes.evaluation != Evaluation():
+        return wishes.evaluation
+    if found.keeps_predictions and found.num_sequences is None and found.accumulation_steps is None:
+        raise InputError(
+            "the script's compute_metrics keeps the logits of every sequence that is evaluated, and its evaluation set "
+            "does not say how many those are.",
+            to_fix="give --compute-metrics --eval-sequences N, or --hold without evaluation",
+        )
+    return Evaluation(
+        per_device_eval_batch_size=found.batch_sequences,
+        num_sequences=found.num_sequences,
+        keeps_predictions=found.keeps_predictions,
+        eval_accumulation_steps=found.accumulation_steps,
+        predict_with_generate=found.generates,
+    )
+
+
+def _held_stages(discovered: Discovered, wishes: Restrictions) -> tuple[StageName, ...]:
+    """Leave out an evaluation that a trainer does not make, and that of a loop, which is its own."""
+    evaluates = discovered.evaluation is not None or wishes.evaluation != Evaluation() or discovered.is_guess
+    return tuple(name for name in wishes.held_stages if evaluates or name != "evaluation")
 
 
 def _refuse_unplanned(discovered: Discovered) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from autofit.spec.discovered import Discovered, FoundAdapter, FoundLengths
+from autofit.spec.discovered import Discovered, FoundAdapter, FoundEvaluation, FoundLengths
 from autofit.spec.hardware import Cluster
 
 
@@ -27,6 +27,8 @@ def found_words(discovered: Discovered, cluster: Cluster) -> dict[str, str]:
         found["batching"] = _BATCHING_WORDS[lengths.batching]
         if lengths.image_tokens:
             found["images"] = f"{lengths.image_tokens} tokens of a sequence at most"
+    if discovered.evaluation is not None:
+        found["evaluation"] = _evaluation_words(discovered.evaluation)
     if discovered.loss != "stock":
         found["loss"] = f"{_LOSS_WORDS[discovered.loss]}; beside it ZeRO-3 and FSDP are not modelled, and not tried"
     for name in ("tokenizer", "collator"):
@@ -64,6 +66,16 @@ def _with_origins(found: dict[str, str], discovered: Discovered) -> Iterator[tup
     """Say of each fact that was read where it stands, and of the others that nothing says them."""
     for name, words in found.items():
         yield name, words if name in SAY_WHERE else f"{words}, {said_at(discovered, name)}"
+
+
+def _evaluation_words(evaluation: FoundEvaluation) -> str:
+    size = "a set that does not say its size" if evaluation.num_sequences is None else f"{evaluation.num_sequences}"
+    batch = (
+        "a batch that is not said" if evaluation.batch_sequences is None else f"{evaluation.batch_sequences} a batch"
+    )
+    kept = ", all logits kept for compute_metrics" if evaluation.keeps_predictions else ""
+    steps = "" if evaluation.accumulation_steps is None else f", {evaluation.accumulation_steps} batches on the device"
+    return f"of {size} sequences, {batch}{kept}{steps}{', generating' if evaluation.generates else ''}"
 
 
 _BATCHING_WORDS = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Method = Literal["full", "freeze", "lora", "qlora"]
@@ -84,6 +84,24 @@ class Freeze:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What `Trainer.evaluate` needs to know, under transformers' names where it has them."""
+
+    per_device_eval_batch_size: int | None = None
+    """None: training's micro-batch."""
+    num_sequences: int | None = None
+    """In the evaluation set; None: not known."""
+    keeps_predictions: bool = False
+    """Whether logits are kept, for a `compute_metrics`; without one, `prediction_loss_only` is what happens."""
+    eval_accumulation_steps: int | None = None
+    """Batches after which what is kept moves to the host; None: after the last."""
+    predict_with_generate: bool = False
+    """Whether text is generated, up to the sequences' own length."""
+    cache_elements_per_sequence: int | None = None
+    """Keys and values of one generated sequence; None: not known, or nothing is generated."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Quantization:
     """A transformers `BitsAndBytesConfig`."""
 
@@ -151,6 +169,8 @@ class Configuration:
     """Tokens of each sequence that come from images; vision-language models only."""
     keeps_outputs: bool = False
     """Whether the training loop keeps the model's output, and so its logits, through backward; Trainer does not."""
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    """What happens between training steps."""
     tf32: bool = False
     """Whether fp32 products may round their inputs to TF32: faster, same memory."""
     expandable_segments: bool = False
@@ -163,6 +183,11 @@ class Configuration:
         """Sequences in one optimizer step over all processes."""
         groups = self.num_processes // self.sequence_parallel_size
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * groups
+
+    @property
+    def per_device_eval_batch_size(self) -> int:
+        """Sequences of one evaluation batch of a process."""
+        return self.evaluation.per_device_eval_batch_size or self.per_device_train_batch_size
 
     @property
     def zero_stage(self) -> int:

@@ -56,6 +56,20 @@ class FoundLengths:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FoundEvaluation:
+    """How the script's trainer evaluates."""
+
+    batch_sequences: int | None
+    """`per_device_eval_batch_size`; None: the script leaves it at its class's default."""
+    num_sequences: int | None
+    """In the evaluation set; None: it does not say."""
+    keeps_predictions: bool = False
+    """Whether logits are kept for a `compute_metrics`, as they are."""
+    accumulation_steps: int | None = None
+    generates: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Discovered:
     """A training script at the moment before its first step."""
 
@@ -72,6 +86,8 @@ class Discovered:
     """Class of the trainer."""
     lengths: FoundLengths | None
     """None: the batches have no `input_ids` of two dimensions."""
+    evaluation: FoundEvaluation | None = None
+    """None: the trainer has no evaluation set, or there is no trainer."""
     task: str = ""
     """Class of the model's head and of the loop, for the user to read."""
     loss: Loss = "stock"

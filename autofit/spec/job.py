@@ -9,6 +9,7 @@ from autofit.spec.configuration import (
     Attention,
     Batching,
     Dtype,
+    Evaluation,
     Freeze,
     Lora,
     Loss,
@@ -140,6 +141,8 @@ class Restrictions:
     task: Task = "auto"
     image_tokens: int = 0
     keeps_outputs: bool = False
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    """Its batch is given or, None, free: it changes no result but the time of an evaluation."""
     expandable_segments: bool = False
     max_split_size_mb: int | None = None
 

@@ -34,6 +34,7 @@ def decided_arguments(configuration: Configuration, *, on_cpu: bool, checkpointi
     return {
         "per_device_train_batch_size": configuration.per_device_train_batch_size,
         "gradient_accumulation_steps": configuration.gradient_accumulation_steps,
+        "per_device_eval_batch_size": configuration.per_device_eval_batch_size,
         "bf16": configuration.mixed_precision == "bf16",
         "fp16": configuration.mixed_precision == "fp16",
         "optim": configuration.optim,

@@ -61,6 +61,11 @@ SHARED = {
     "--no-use-reentrant",
     "--attention",
     "--attn-implementation",
+    "--per-device-eval-batch-size",
+    "--compute-metrics",
+    "--eval-sequences",
+    "--eval-accumulation-steps",
+    "--predict-with-generate",
 }
 ESTIMATED = SHARED | {
     "--freeze-trainable-layers",
@@ -195,6 +200,11 @@ EVERY_KNOB = {
     "task": "causal-lm",
     "image_tokens": 7,
     "keeps_outputs": True,
+    "per_device_eval_batch_size": 5,
+    "compute_metrics": True,
+    "eval_sequences": 100,
+    "eval_accumulation_steps": 3,
+    "predict_with_generate": True,
     "expandable_segments": True,
     "max_split_size_mb": 64,
 }
@@ -205,11 +215,17 @@ def test_every_knob_of_a_configuration_can_be_set():
     plain, changed = only_configuration(method="qlora"), only_configuration(**EVERY_KNOB)
     same = {
         field.name
-        for whole, other in ((plain, changed), (plain.lora, changed.lora), (plain.quantization, changed.quantization))
+        for whole, other in (
+            (plain, changed),
+            *((getattr(plain, part), getattr(changed, part)) for part in ("lora", "quantization", "evaluation")),
+        )
         for field in dataclasses.fields(whole)
         if getattr(whole, field.name) == getattr(other, field.name)
     }
-    assert same == {"method", "freeze", "bits", "num_processes", "sequence_parallel_size"}
+    assert same == {
+        *("method", "freeze", "bits", "num_processes", "sequence_parallel_size"),
+        "cache_elements_per_sequence",  # follows from the model
+    }
 
 
 def test_the_rest_can_be_set_too():

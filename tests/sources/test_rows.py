@@ -10,7 +10,7 @@ import pytest
 
 from autofit.errors import InputError
 from autofit.sources.rows import read_case
-from autofit.spec.configuration import Configuration, Lora, Quantization
+from autofit.spec.configuration import Configuration, Evaluation, Lora, Quantization
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "benchmarks" / "data" / "published_memory.jsonl"
 ROWS = [json.loads(line) for line in PUBLISHED.read_text(encoding="utf-8").splitlines()]
@@ -55,6 +55,7 @@ def test_a_row_is_the_configuration_that_it_describes():
         mixed_precision="no",
         attention="eager",
         keeps_outputs=True,
+        evaluation=Evaluation(per_device_eval_batch_size=8),
     )
     assert (case.workload.sequence_tokens, case.cluster.device.name) == (512, "T4-16G")
     assert case.regime.keeps_outputs

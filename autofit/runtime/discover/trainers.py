@@ -6,6 +6,7 @@ import functools
 import math
 import tempfile
 from collections import defaultdict
+from dataclasses import fields
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +16,7 @@ from autofit.runtime.discover.batches import lengths_of, sample_lengths
 from autofit.runtime.discover.observed import Observed, dtype_name, plain
 from autofit.runtime.discover.side_effects import nothing
 from autofit.spec.configuration import Loss
-from autofit.spec.discovered import Discovered
+from autofit.spec.discovered import Discovered, FoundEvaluation
 
 
 def hook_trainer(observed: Observed, module: ModuleType) -> None:
@@ -63,6 +64,7 @@ def describe_trainer(observed: Observed, trainer: Any) -> Discovered:
         loss=loss_of(trainer),
         reference_model=getattr(trainer, "ref_model", None) is not None,
         lengths=lengths_of(loader, lengths, trainer.args.per_device_train_batch_size, trainer.model.config),
+        evaluation=evaluation_of(trainer),
         tokenizer=_tokenizer_name(trainer),
         collator=name_of(trainer.data_collator),
         sampled_tokens=tuple(lengths.values()),
@@ -87,6 +89,30 @@ def describe(observed: Observed, model: Any, **facts: Any) -> Discovered:
         device_map=None if asked.get("device_map") is None else str(asked["device_map"]),
         where=observed.where,
         **facts,
+    )
+
+
+def evaluation_of(trainer: Any) -> FoundEvaluation | None:
+    """Say how a trainer evaluates; None where it has nothing to evaluate.
+
+    What `preprocess_logits_for_metrics` makes of logits is taken to be small: that is what it is for.
+    Source: transformers/trainer.py 5.23, evaluate and evaluation_loop.
+    """
+    sets, arguments = getattr(trainer, "eval_dataset", None), trainer.args
+    if sets is None:
+        return None
+    each = list(sets.values()) if isinstance(sets, dict) else [sets]
+    sizes = [len(one) for one in each if hasattr(one, "__len__")]
+    batch = arguments.per_device_eval_batch_size
+    default = next(field.default for field in fields(arguments) if field.name == "per_device_eval_batch_size")
+    return FoundEvaluation(
+        batch_sequences=None if batch == default else batch,
+        num_sequences=max(sizes) if len(sizes) == len(each) else None,
+        keeps_predictions=getattr(trainer, "compute_metrics", None) is not None
+        and not arguments.prediction_loss_only
+        and getattr(trainer, "preprocess_logits_for_metrics", None) is None,
+        accumulation_steps=arguments.eval_accumulation_steps,
+        generates=bool(getattr(arguments, "predict_with_generate", False)),
     )
 
 
