@@ -1207,16 +1207,7 @@ def _searched_by(wishes: SearchWish) -> dict[str, Any]:
 
 
 def _evaluation(wishes: Wishes) -> dict[str, Any]:
-    """Read how the model is evaluated.
-
-    Raises:
-        InputError: logits are kept, of nobody has said how many sequences.
-    """
-    if wishes.compute_metrics and wishes.eval_sequences is None and wishes.eval_accumulation_steps is None:
-        raise InputError(
-            "--compute-metrics keeps the logits of every sequence that is evaluated, and how many are is not given.",
-            to_fix="give --eval-sequences, or --eval-accumulation-steps",
-        )
+    """Read how the model is evaluated."""
     return {
         "per_device_eval_batch_size": wishes.per_device_eval_batch_size,
         "keeps_predictions": wishes.compute_metrics,

@@ -294,12 +294,16 @@ def _first_update(phase: Phase, run: Run) -> int:
 
 
 def evaluation(run: Run) -> Stage | None:
-    """`Trainer.evaluate` between two steps.
+    """`Trainer.evaluate` between two steps; None where something about it is not known.
+
+    What generates reads a prompt as long as all of a sequence and has the cache of as much beside it: a bound.
 
     Processes that share sequences in training each evaluate whole ones, of which their tape is of a part.
     Source: accelerate/accelerator.py 1.15, _prepare_deepspeed (`disable_in_eval`).
     """
     asked, micro_batch = run.configuration.evaluation, run.configuration.per_device_eval_batch_size
+    if not asked.is_known:
+        return None
     tokens = run.sequence_tokens * run.configuration.sequence_parallel_size
     needed = evaluation_bytes(
         run.profile,
@@ -310,10 +314,8 @@ def evaluation(run: Run) -> Stage | None:
         num_processes=run.configuration.num_processes,
     )
     if asked.predict_with_generate:
-        if asked.cache_elements_per_sequence is None:
-            return None
         element = HALF_BYTES if run.configuration.mixed_precision != "no" else run.weight_bytes
-        cache = micro_batch * asked.cache_elements_per_sequence * element
+        cache = micro_batch * (asked.cache_elements_per_sequence or 0) * element
         needed = max(needed, cache + forward_bytes(run.profile, micro_batch, tokens))
     gathered = run.plan.forward.get("gathered_weights", 0)
     return run.placed(run.always_bytes + gathered + needed, run.plan.host)

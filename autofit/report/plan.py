@@ -344,9 +344,8 @@ def unknowns(plan: Plan) -> tuple[str, ...]:
         (on_gpu and memory.peak_reserved_bytes is None, "what the caching allocator reserves"),
         (on_gpu and memory.process_bytes is None, "CUDA context and communication buffers"),
         (
-            plan.configuration.evaluation.predict_with_generate
-            and plan.configuration.evaluation.cache_elements_per_sequence is None,
-            "memory of an evaluation that generates: what this architecture caches does not follow from its config",
+            not plan.configuration.evaluation.is_known,
+            "memory of an evaluation: how many logits are kept, or what a generated sequence caches, is not known",
         ),
         (memory.stages == Stages(), "memory while loading, evaluating and saving: it is not modelled under FSDP"),
         (

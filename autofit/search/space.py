@@ -121,7 +121,8 @@ def blocks(job: Job, cluster: Cluster) -> tuple[Block, ...]:
     """Divide the space: a block for every path with every engine.
 
     Raises:
-        InputError: the global batch does not divide over the devices, or a restriction leaves nothing.
+        InputError: the global batch does not divide over the devices, or a restriction leaves nothing; see also
+            `evaluation_of`.
     """
     restrictions, evaluation = job.restrictions, evaluation_of(job)
     splits = {
@@ -205,8 +206,17 @@ def evaluation_of(job: Job) -> Evaluation:
     """Complete what is known of the evaluation: its batch where nobody gives it, and the cache of a generated sequence.
 
     What an architecture caches may not follow from its config; then it is not known.
+
+    Raises:
+        InputError: logits are kept, of nobody knows how many sequences, and the evaluation is to be held.
     """
     asked = job.restrictions.evaluation
+    counted = asked.num_sequences is not None or asked.eval_accumulation_steps is not None
+    if asked.keeps_predictions and not counted and "evaluation" in job.restrictions.held_stages:
+        raise InputError(
+            "an evaluation with compute_metrics keeps the logits of every sequence, of nobody knows how many.",
+            to_fix="give --eval-sequences or --eval-accumulation-steps, or say with --hold what else has to fit",
+        )
     elements = asked.cache_elements_per_sequence
     if asked.predict_with_generate and elements is None:
         with contextlib.suppress(InputError):

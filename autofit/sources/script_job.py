@@ -173,20 +173,10 @@ def _restrictions(discovered: Discovered, wishes: Restrictions, cluster: Cluster
 
 
 def _evaluation(discovered: Discovered, wishes: Restrictions) -> Evaluation:
-    """Return how the script evaluates, or how the user says it does.
-
-    Raises:
-        InputError: it keeps logits, of nobody knows how many sequences.
-    """
+    """Return how the script evaluates, or how the user says it does."""
     found = discovered.evaluation
     if found is None or wishes.evaluation != Evaluation():
         return wishes.evaluation
-    if found.keeps_predictions and found.num_sequences is None and found.accumulation_steps is None:
-        raise InputError(
-            "the script's compute_metrics keeps the logits of every sequence that is evaluated, and its evaluation set "
-            "does not say how many those are.",
-            to_fix="give --compute-metrics --eval-sequences N, or --hold without evaluation",
-        )
     return Evaluation(
         per_device_eval_batch_size=found.batch_sequences,
         num_sequences=found.num_sequences,

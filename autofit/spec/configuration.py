@@ -100,6 +100,13 @@ class Evaluation:
     cache_elements_per_sequence: int | None = None
     """Keys and values of one generated sequence; None: not known, or nothing is generated."""
 
+    @property
+    def is_known(self) -> bool:
+        """Whether what it holds can be worked out."""
+        counted = self.num_sequences is not None or self.eval_accumulation_steps is not None
+        cached = self.cache_elements_per_sequence is not None
+        return (counted or not self.keeps_predictions) and (cached or not self.predict_with_generate)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantization:

@@ -16,11 +16,21 @@ import torch
 import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from autofit.errors import InputError
+from autofit.memory.assemble import estimate_memory
 from autofit.memory.evaluation import evaluation_bytes
 from autofit.memory.fused_losses import bound_on, liger_chunk_tokens
+from autofit.memory.inference import kv_cache_elements
 from autofit.memory.tape import offloaded_bytes, phase_peaks
 from autofit.memory.unroll import unroll
 from autofit.profile import batching, losses
@@ -29,9 +39,11 @@ from autofit.profile.trace import trace
 from autofit.runtime.live_bytes import LiveBytes
 from autofit.sources.hardware import parse_cluster
 from autofit.sources.script_job import job_from_discovery
-from autofit.spec.configuration import Lora, Loss
+from autofit.spec.configuration import Evaluation, Lora, Loss
 from autofit.spec.discovered import Discovered, FoundLengths
+from autofit.spec.job import Workload
 from autofit.spec.profile import ON_HOST, RegimeProfile
+from tests.plans import a_configuration
 from tests.profile.tiny import CONFIGS, a_regime
 
 BATCH, TOKENS = 3, 200
@@ -377,6 +389,50 @@ def test_a_compiled_script_is_refused_and_ligers_is_planned_as_such():
         job_from_discovery(found(torch_compile=True), cluster)
     assert job_from_discovery(found("liger"), cluster).restrictions.loss == "liger"
     assert job_from_discovery(found(), cluster).restrictions.loss == "stock"
+
+
+def generate(folder: str) -> int:
+    """Let the real model write a second half to a first one; return the most bytes alive above it."""
+    model = real_model("llama", dtype=torch.bfloat16)
+    arguments = Seq2SeqTrainingArguments(
+        folder,
+        per_device_eval_batch_size=BATCH,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        predict_with_generate=True,
+        generation_max_length=TOKENS,
+    )
+    model.generation_config.eos_token_id = None
+    rows = [{"input_ids": torch.randint(0, 8, (TOKENS // 2,)), "labels": torch.randint(0, 8, (TOKENS // 2,))}] * BATCH
+    trainer = Seq2SeqTrainer(model, arguments, eval_dataset=rows, data_collator=default_data_collator)
+    gc.collect()
+    counter = LiveBytes()
+    with counter:
+        for tensor in [*model.parameters(), *model.buffers()]:
+            counter.add(tensor)
+        before = counter.now_bytes
+        counter.reset_peak()
+        trainer.evaluate()
+        return counter.peak_bytes - before
+
+
+def test_an_evaluation_that_generates_is_bounded(tmp_path):
+    """What the real Seq2SeqTrainer's `predict_with_generate` takes is within what is planned for the whole length."""
+    real = generate(str(tmp_path))
+    elements = kv_cache_elements(CONFIGS["llama"], batch=1, tokens=TOKENS)
+    evaluation = Evaluation(
+        per_device_eval_batch_size=BATCH, predict_with_generate=True, cache_elements_per_sequence=elements
+    )
+    configuration = a_configuration(weights_dtype="bfloat16", mixed_precision="no", evaluation=evaluation)
+    profile = trace("llama", CONFIGS["llama"], a_regime())
+    cluster = parse_cluster("1xCPU-8G")
+    workload = Workload(sequence_tokens=TOKENS, global_batch_sequences=1)
+    memory = estimate_memory(profile, configuration, cluster, workload, replays=True)
+    assert memory.stages is not None
+    assert memory.stages.evaluation is not None
+    planned = memory.stages.evaluation.device_bytes - (memory.after_step_allocated_bytes or 0)
+    assert real <= planned <= 3 * real
 
 
 def evaluate(*, keeps_logits: bool, num_batches: int, mixed: bool, folder: str) -> int:

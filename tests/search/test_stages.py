@@ -8,10 +8,13 @@ import pytest
 
 from autofit.errors import InputError, NothingFitsError
 from autofit.options import SearchWish, restrictions
+from autofit.report.plan import unknowns
 from autofit.search import solve
 from autofit.search.evaluate import stage_misfit, usable_bytes
+from autofit.spec.configuration import Evaluation
 from autofit.spec.estimate import STAGES, Stage, Stages
 from autofit.units import GIB
+from autofit.writers.training_arguments import training_arguments
 from tests.search.worlds import PlausibleMemory, a_cluster, a_job, an_estimate, profiles_for
 
 BUDGET = 80 * GIB
@@ -84,3 +87,43 @@ def test_what_is_held_is_asked_for_by_name():
     for wrong in (["none", "saving"], ["training"]):
         with pytest.raises(InputError, match="--hold"):
             restrictions(SearchWish(hold=wrong))
+
+
+class EvaluatingMemory(PlausibleMemory):
+    """The rule of thumb, and 15 GiB for each sequence of an evaluation's batch."""
+
+    def __call__(self, profile, configuration, cluster, workload, *, replays=False):
+        """Estimate, with an evaluation where every allocation is replayed."""
+        steady = super().__call__(profile, configuration, cluster, workload)
+        needed = 15 * GIB * configuration.per_device_eval_batch_size
+        stages = Stages(evaluation=Stage(device_bytes=needed, host_bytes=None))
+        return replace(steady, stages=stages if replays else None)
+
+
+def test_an_evaluation_runs_on_the_micro_batch_where_the_usual_batch_does_not_fit():
+    """Eight sequences need 120 of 80 GiB: unasked it is the batch of training, in the plan and in its rungs."""
+    plan = planned(a_cluster(2), EvaluatingMemory(10**8))
+    for configuration in (plan.configuration, *(rung.configuration for rung in plan.fallbacks)):
+        assert configuration.per_device_eval_batch_size == configuration.per_device_train_batch_size <= 4
+    assert training_arguments(plan)["per_device_eval_batch_size"] == plan.configuration.per_device_train_batch_size
+    assert any(reason.startswith("per_device_eval_batch_size") and "120.00 GiB" in reason for reason in plan.reasons)
+    free = planned(a_cluster(2), EvaluatingMemory(10**8), held_stages=())
+    assert free.configuration.per_device_eval_batch_size == 8
+
+
+def test_a_batch_that_is_given_is_kept():
+    """Six sequences do not fit, so that nothing does; five do."""
+    asked = {"evaluation": Evaluation(per_device_eval_batch_size=5)}
+    assert planned(a_cluster(2), EvaluatingMemory(10**8), **asked).configuration.per_device_eval_batch_size == 5
+    with pytest.raises(NothingFitsError, match="in an evaluation it needs 90") as refused:
+        planned(a_cluster(2), EvaluatingMemory(10**8), evaluation=Evaluation(per_device_eval_batch_size=6))
+    assert "--per-device-eval-batch-size" in (refused.value.to_fix or "")
+
+
+def test_logits_of_a_number_that_nobody_knows_are_not_guessed():
+    """A plan that has to hold them is refused; one that has not plans the rest, and says that it does not know."""
+    asked = {"evaluation": Evaluation(keeps_predictions=True)}
+    with pytest.raises(InputError, match="compute_metrics"):
+        planned(a_cluster(2), PlausibleMemory(10**8), **asked)
+    plan = planned(a_cluster(2), PlausibleMemory(10**8), held_stages=("first_step",), **asked)
+    assert any("logits" in words for words in unknowns(plan))

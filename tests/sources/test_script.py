@@ -13,8 +13,8 @@ from autofit.errors import InputError
 from autofit.sources.hardware import parse_cluster
 from autofit.sources.script import child_environment, discover
 from autofit.sources.script_job import Overrides, job_from_discovery
-from autofit.spec.configuration import Lora
-from autofit.spec.discovered import Discovered, FoundAdapter, FoundLengths, FoundQuantization
+from autofit.spec.configuration import Evaluation, Lora
+from autofit.spec.discovered import Discovered, FoundAdapter, FoundEvaluation, FoundLengths, FoundQuantization
 from autofit.spec.job import Restrictions
 
 # Nearly every test runs a script that imports torch and transformers.
@@ -112,6 +112,20 @@ def test_the_job_is_what_accelerate_launch_would_train(full):
     assert "4 sequences a device x 2 accumulation steps x 2 devices" in job.found["global batch"]
     assert "full.py:" in job.found["model"]
     assert "100 of 100 samples" in job.found["sequence"]
+
+
+def test_an_evaluation_is_understood(folder, outputs, full):
+    """Its batch, its set, and whether logits are kept; a script without a set to evaluate has no evaluation to hold."""
+    plain, kept = (discover(SCRIPTS / "evaluates.py", [str(folder), str(outputs), *more]) for more in ([], ["metrics"]))
+    assert plain.evaluation == FoundEvaluation(batch_sequences=3, num_sequences=10, accumulation_steps=2)
+    job = job_from_discovery(kept, CLUSTER)
+    assert job.restrictions.evaluation == Evaluation(
+        per_device_eval_batch_size=3, num_sequences=10, keeps_predictions=True, eval_accumulation_steps=2
+    )
+    assert "evaluation" in job.restrictions.held_stages
+    assert "3 a batch, all logits kept" in job.found["evaluation"]
+    assert full.evaluation is None
+    assert "evaluation" not in job_from_discovery(full, CLUSTER).restrictions.held_stages
 
 
 def test_what_the_user_says_goes_before_the_script(full):
