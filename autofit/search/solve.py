@@ -12,7 +12,7 @@ import numpy as np
 from autofit.errors import InputError
 from autofit.plan import Inputs, Plan, Rung
 from autofit.search.allowed import allowed
-from autofit.search.evaluate import Evaluated, Evaluator, MemoryEstimator, Misfit
+from autofit.search.evaluate import Evaluated, Evaluator, MemoryEstimator, Misfit, stage_misfit
 from autofit.search.nothing_fits import Search, changes, refusal
 from autofit.search.rank import Ranking
 from autofit.search.rules import Site, broken_rule, rules_for_given
@@ -30,8 +30,10 @@ from autofit.search.words import (
     no_time_reason,
     objective_reason,
     precision_reason,
+    stage_words,
 )
 from autofit.spec.configuration import Configuration
+from autofit.spec.estimate import STAGES
 from autofit.spec.hardware import Cluster
 from autofit.spec.job import Job
 from autofit.spec.profile import ProfileSet, Regime, RegimeProfile
@@ -143,7 +145,9 @@ def estimate(
     missing = evaluator.missing_figures(configuration)
     unknown = (no_time_reason(cluster, missing),) if missing else ()
     attention = attention_reasons(job, configuration, evaluator.versions(configuration))
-    reasons = ("You gave this configuration; nothing was searched.", *attention, *unknown)
+    stage = stage_misfit(evaluated.memory, cluster, STAGES)
+    burst = () if stage is None else (f"Beside the steady steps, {stage_words(evaluated.memory, stage)}: too much.",)
+    reasons = ("You gave this configuration; nothing was searched.", *burst, *attention, *unknown)
     return _plan(job, cluster, evaluated, evaluator, fallbacks=(), alternatives=(), reasons=reasons)
 
 

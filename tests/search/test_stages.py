@@ -9,7 +9,7 @@ import pytest
 from autofit.errors import InputError, NothingFitsError
 from autofit.options import SearchWish, restrictions
 from autofit.report.plan import unknowns
-from autofit.search import solve
+from autofit.search import estimate, solve
 from autofit.search.evaluate import stage_misfit, usable_bytes
 from autofit.spec.configuration import Evaluation
 from autofit.spec.estimate import STAGES, Stage, Stages
@@ -127,3 +127,13 @@ def test_logits_of_a_number_that_nobody_knows_are_not_guessed():
         planned(a_cluster(2), PlausibleMemory(10**8), **asked)
     plan = planned(a_cluster(2), PlausibleMemory(10**8), held_stages=("first_step",), **asked)
     assert any("logits" in words for words in unknowns(plan))
+
+
+def test_an_estimate_says_what_bursts_beside_the_steady_steps():
+    """Its steps fit, its evaluation does not: a figure alone would not tell a reader so."""
+    job, cluster = a_job(8), a_cluster(2)
+    configuration = planned(cluster, EvaluatingMemory(10**8), held_stages=()).configuration
+    profiles = profiles_for(job, cluster)
+    given = estimate(job, cluster, profiles, configuration, estimate_memory=EvaluatingMemory(10**8))
+    assert given.memory.fits
+    assert any("in an evaluation it needs 120.00 GiB" in reason for reason in given.reasons)
