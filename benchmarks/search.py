@@ -30,7 +30,7 @@ if __package__ in {None, ""}:
 
 from autofit.memory.optimizers import OPTIMIZERS
 from autofit.search import candidates
-from autofit.search.allowed import allowed
+from autofit.search.allowed import Allowed, allowed
 from autofit.search.evaluate import Evaluator
 from autofit.search.rank import Ranking
 from autofit.search.table import tabulate
@@ -96,7 +96,7 @@ def searched(job: Job, cluster: Cluster, profiles: ProfileSet, evaluator: Evalua
     The others fell to rules, or are not modelled.
     """
     left = allowed(job, cluster)
-    table = tabulate(left, evaluator or an_evaluator(job, cluster, profiles))
+    table = tabulate(left, evaluator or an_evaluator(job, cluster, profiles, left))
     fitting = np.flatnonzero(table.fits)
     ranking = Ranking(table, "cost")
     if fitting.size:
@@ -105,10 +105,9 @@ def searched(job: Job, cluster: Cluster, profiles: ProfileSet, evaluator: Evalua
     return len(table) + left.fallen.total() + unmodelled + table.num_untraced, len(table)
 
 
-def an_evaluator(job: Job, cluster: Cluster, profiles: ProfileSet) -> Evaluator:
+def an_evaluator(job: Job, cluster: Cluster, profiles: ProfileSet, left: Allowed) -> Evaluator:
     """Return one that has worked out nothing yet."""
-    blocks = allowed(job, cluster).blocks
-    sizes = {micro_batch for block in blocks for micro_batch, _ in block.splits}
+    sizes = {micro_batch for block in left.blocks for micro_batch, _ in block.splits}
     return Evaluator(cluster, job.workload, profiles, tuple(sizes))
 
 
@@ -142,7 +141,8 @@ def spaces() -> None:
     ):
         job, cluster = a_job(MODEL, global_batch, **restrictions), parse_cluster(gpus)
         seconds, num, evaluated = timed(partial(searched, job, cluster, profiles))
-        again, _, _ = timed(partial(searched, job, cluster, profiles, an_evaluator(job, cluster, profiles)))
+        evaluator = an_evaluator(job, cluster, profiles, allowed(job, cluster))
+        again, _, _ = timed(partial(searched, job, cluster, profiles, evaluator))
         figures = f"{seconds:.3f} | {num / seconds:,.0f} | {again:.3f} | {num / again:,.0f}"
         print(f"| {words} | {num:,} | {evaluated:,} | {figures} |", flush=True)
     print(

@@ -13,6 +13,7 @@ from autofit.errors import InputError
 from autofit.memory.limits import unmodelled_but_optim, unmodelled_optim
 from autofit.search.rules import Rule, Site, rules_for
 from autofit.search.space import Block, blocks
+from autofit.spec.configuration import Configuration
 from autofit.spec.hardware import Cluster
 from autofit.spec.job import Job
 from autofit.spec.profile import Regime
@@ -97,6 +98,8 @@ class Verdicts:
         self._of_blocks = [not {"optim", "split"} & {*rule.axes} for rule in rules]
         self._rules = rules
         self._known: dict[Hashable, Mask] = {}
+        self._made: dict[tuple[int, int], Configuration] = {}
+        """Of the block that is asked about, by the places of optimizer and split: many rules ask about the same."""
         self._known_unmodelled: dict[Hashable, dict[str, Mask]] = {}
         self.fallen: Counter[Rule] = Counter()
         self.unmodelled: Counter[str] = Counter()
@@ -104,6 +107,7 @@ class Verdicts:
     def mask(self, block: Block) -> Mask:
         """Return what is left of a block."""
         left = np.ones(block.shape, dtype=np.bool_)
+        self._made = {}
         for rule, of_block in zip(self._rules, self._of_blocks, strict=True):
             if of_block:
                 if rule.breaks(block.first, self._site):
@@ -129,7 +133,7 @@ class Verdicts:
         if key not in self._known:
             optims = range(block.shape[0]) if "optim" in rule.axes else (0,)
             columns, of_each = _kinds_of_splits(block) if "split" in rule.axes else ([0], [0])
-            asked = [[rule.breaks(block.configuration(o, s), self._site) for s in columns] for o in optims]
+            asked = [[rule.breaks(self._configuration(block, o, s), self._site) for s in columns] for o in optims]
             self._known[key] = np.array(asked)[:, of_each]
         return self._known[key]
 
@@ -139,19 +143,23 @@ class Verdicts:
             return {knob: np.ones((1, 1), dtype=np.bool_)}
         key = block.engine, block.optims, block.splits
         if key not in self._known_unmodelled:
-            self._known_unmodelled[key] = _unmodelled_optims(block)
+            self._known_unmodelled[key] = self._unmodelled_optims(block)
         return self._known_unmodelled[key]
 
+    def _unmodelled_optims(self, block: Block) -> dict[str, Mask]:
+        found: dict[str, Mask] = {}
+        columns, of_each = _kinds_of_splits(block)
+        for row in range(block.shape[0]):
+            for kind, column in enumerate(columns):
+                knob = unmodelled_optim(self._configuration(block, row, column))
+                if knob is not None:
+                    found.setdefault(knob, np.zeros(block.shape, dtype=np.bool_))[row] |= np.array(of_each) == kind
+        return found
 
-def _unmodelled_optims(block: Block) -> dict[str, Mask]:
-    found: dict[str, Mask] = {}
-    columns, of_each = _kinds_of_splits(block)
-    for row in range(block.shape[0]):
-        for kind, column in enumerate(columns):
-            knob = unmodelled_optim(block.configuration(row, column))
-            if knob is not None:
-                found.setdefault(knob, np.zeros(block.shape, dtype=np.bool_))[row] |= np.array(of_each) == kind
-    return found
+    def _configuration(self, block: Block, optim: int, split: int) -> Configuration:
+        if (optim, split) not in self._made:
+            self._made[optim, split] = block.configuration(optim, split)
+        return self._made[optim, split]
 
 
 def _kinds_of_splits(block: Block) -> tuple[list[int], list[int]]:

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -169,6 +168,8 @@ def _trace_all(
     model: Model, regimes: Sequence[Regime], sequence_tokens: int, progress: Progress
 ) -> Iterator[tuple[Regime, RegimeProfile | InputError]]:
     """Trace in as many processes as there are cores, up to a few; answers come as they are ready."""
+    from concurrent.futures import ThreadPoolExecutor  # as long to import as profiles take to be read
+
     workers = max(1, min(MAX_TRACERS, os.cpu_count() or 1, len(regimes)))
     shares = [regimes[n::workers] for n in range(workers)]
     progress(model.name, 0, len(regimes))
