@@ -72,6 +72,41 @@ def no_layer_dropped() -> Iterator[None]:
         torch.rand = rand
 
 
+class _SortedSet(set[Any]):
+    """A set that is gone through in the order of its elements' names."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(sorted(super().__iter__(), key=str))
+
+
+@contextmanager
+def sets_sorted(model: nn.Module) -> Iterator[None]:
+    """Let the code of a model's modules go through sets in one order in every process.
+
+    Python's order of strings depends on PYTHONHASHSEED, and with it which of the rotary tables and masks of several
+    kinds of layers is made first. Their sizes are the same, in a real run too.
+    Source: transformers/models/gemma3/modeling_gemma3.py 5.23, Gemma3TextModel.forward; masking_utils.py,
+    create_masks_for_generate.
+    """
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if type(value) is set and not name.startswith("_"):
+                setattr(module, name, _SortedSet(value))
+    names = {type(module).__module__ for module in model.modules()} | {"transformers.masking_utils"}
+    owners = [vars(sys.modules[name]) for name in names if name.startswith("transformers.") and name in sys.modules]
+    saved = [owner.get("set") for owner in owners]
+    for owner in owners:
+        owner["set"] = _SortedSet
+    try:
+        yield
+    finally:
+        for owner, old in zip(owners, saved, strict=True):
+            if old is None:
+                del owner["set"]
+            else:
+                owner["set"] = old
+
+
 def _yes(*_args: Any, **_kwargs: Any) -> bool:
     return True
 

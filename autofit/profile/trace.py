@@ -24,6 +24,7 @@ from autofit.profile.fakes import (
     fill_with_fakes,
     masks_without_holes,
     no_layer_dropped,
+    sets_sorted,
 )
 from autofit.profile.fit import Point, StructureDiffersError, by_tokens, fit, inverse
 from autofit.profile.inputs import a_batch, feeding_images, input_bytes
@@ -391,7 +392,7 @@ def trace_model(
     first = (num_sequences, warm_up_tokens or next(iter(between), tokens))
     evenly = even_routing(num_experts(model.config))
     with ExitStack() as stack:
-        for each in (FakeTensorMode(allow_non_fake_inputs=True), environment(regime), evenly):
+        for each in (FakeTensorMode(allow_non_fake_inputs=True), environment(regime), evenly, sets_sorted(model)):
             stack.enter_context(each)
         fill_with_fakes(model)
         model.train()

@@ -19,14 +19,14 @@ from autofit.spec.profile import RegimeProfile
 from tests.profile.tiny import CONFIGS, a_regime
 
 
-def answers_to(config: dict[str, Any], *regimes: Any) -> list[Any]:
-    """Send one request; return the decoded answers."""
+def answers_to(config: dict[str, Any], *regimes: Any, hash_seed: str = "random") -> list[Any]:
+    """Send one request to a process whose strings are hashed with a seed; return the decoded answers."""
     request = msgspec.json.encode({"model": "tiny", "config": config, "regimes": regimes, "sequence_tokens": 1024})
     child = subprocess.run(
         [sys.executable, "-m", "autofit.profile"],
         input=request,
         capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": hash_seed},
         check=True,
     )
     return [json.loads(line) for line in child.stdout.splitlines()]
@@ -39,6 +39,25 @@ def test_every_regime_is_answered_in_order_also_after_one_that_fails():
     refused, answered = answers_to(CONFIGS["gpt2"], unknown, good)
     assert "no_such_proj" in refused["error"]["message"]
     assert msgspec.convert(answered, RegimeProfile).regime == good
+
+
+@pytest.mark.slow
+def test_a_tape_is_the_same_in_every_process():
+    """Gemma 3 goes through a set of its kinds of layers, whose order depends on the seed of strings' hashes."""
+    config = {**CONFIGS["llama"], "model_type": "gemma3_text", "head_dim": 32, "sliding_window": 64}
+    config |= {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    orders = {seed: _order_of_kinds(config["layer_types"], seed) for seed in ("1", "2", "3", "4")}
+    seeds = {order: seed for seed, order in orders.items()}
+    assert len(seeds) == 2
+    one, other = (answers_to(config, a_regime(), hash_seed=seed)[0] for seed in seeds.values())
+    assert "error" not in one
+    assert one == other
+
+
+def _order_of_kinds(kinds: list[str], hash_seed: str) -> str:
+    """Tell in which order a process goes through a set of strings."""
+    environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+    return subprocess.check_output([sys.executable, "-c", f"print(*set({kinds}))"], env=environment, text=True)
 
 
 @pytest.mark.slow
