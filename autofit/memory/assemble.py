@@ -14,12 +14,12 @@ from autofit.memory.adapter_casts import without_adapter_casts
 from autofit.memory.engines import Layout, Terms, engine_layout, optimizer_on_device, with_optimizer
 from autofit.memory.fsdp import MAX_MICRO_STEPS as FSDP_MICRO_STEPS
 from autofit.memory.fsdp import FsdpModel
-from autofit.memory.inputs import TOKEN_ID_BYTES, untraced_bytes
+from autofit.memory.inputs import TOKEN_ID_BYTES, later_inputs, untraced_bytes
 from autofit.memory.limits import refuse_absurd_numbers, refuse_unmodelled
 from autofit.memory.overheads import context_bytes, workspace_bytes, workspace_sizes
 from autofit.memory.phases import Run, stages
 from autofit.memory.replay import MAX_MICRO_STEPS, Replayed, Replayer
-from autofit.memory.static import OptimizerBytes, static_bytes
+from autofit.memory.static import OptimizerBytes, Update, static_bytes
 from autofit.memory.tape import (
     Bytes,
     PhasePeak,
@@ -278,8 +278,11 @@ class MemoryModel:
             before: Held = {"activations": _whole(self._before_head[columns]), "gathered_weights": plan.gathering_bytes}
             moments.append(Moment("head_and_loss", (always, plan.forward, before)))
         loss: Held = {"activations": self._held_in_the_step(configuration, columns)}
+        inputs, next_inputs = self._later_inputs(splits)
+        between = self._fsdp.between_steps(configuration) if configuration.uses_fsdp else {}
+        moments.append(Moment("optimizer_step", (always, outputs, between, next_inputs)))
         later = [("gradient_reduction", held) for held in plan.reduction] + [("optimizer_step", h) for h in plan.step]
-        return [*moments, *(Moment(name, (always, outputs, loss, held)) for name, held in later)]
+        return [*moments, *(Moment(name, (always, outputs, loss, inputs, held)) for name, held in later)]
 
     def _fsdp_moments(self, configuration: Configuration, columns: Columns, always: Held) -> list[Moment]:
         found = [self._fsdp.peaks(configuration, column) for column in columns.tolist()]
@@ -310,6 +313,14 @@ class MemoryModel:
             sequences, tokens = self.profile.regime.rows(micro_batch, self.sequence_tokens)
             return int(sequences * tokens) * TOKEN_ID_BYTES
         return untraced_bytes(self.profile, micro_batch, self.sequence_tokens, num_micro_steps)
+
+    def _later_inputs(self, splits: Sequence[Split]) -> tuple[Held, Held]:
+        """Inputs that are held besides in the update, and when the next step's are fetched."""
+        if self.profile.regime.sequence_parallel_size > 1:
+            return {}, {}
+        found = [later_inputs(self.profile, batch, self.sequence_tokens, steps) for batch, steps in splits]
+        in_update, in_fetching = np.array(found, dtype=np.int64).T
+        return {"batch": in_update}, {"batch": in_fetching}
 
     def _replay(self, plan: Layout, configuration: Configuration, cluster: Cluster) -> Replayed | None:
         if cluster.device.kind != "cuda":
@@ -432,6 +443,8 @@ def _variants(peak: PhasePeak, columns: Columns, plan: Layout, *, accumulates: b
         yield {"activations": _whole(peak.kept[columns]) - gradients, "gradients": gradients}
     if plan.gradients == "used":
         yield {"activations": _whole(peak.handed_over[columns])}
+        if plan.updates and peak.updated_gradients.size:
+            yield _highest_update(peak, columns, plan.updates)
     elif plan.gradients == "bucketed":
         yield {"activations": _bucketed(peak, columns, plan)}
     elif plan.gradients == "offloaded":
@@ -439,6 +452,23 @@ def _variants(peak: PhasePeak, columns: Columns, plan: Layout, *, accumulates: b
         yield _offloaded_but_kept(peak, columns, plan)
     elif accumulates:
         yield {"activations": _whole(peak.handed_over[columns]), "gradients": plan.accumulated_gradients}
+
+
+def _highest_update(peak: PhasePeak, columns: Columns, updates: Sequence[Update]) -> Held:
+    """Return what is alive at the highest of the updates that are made in a phase of backward.
+
+    Which tensor a gradient is of is told by its bytes, and by whether it is made in the embedding's backward.
+    """
+    steps = np.array([_update_bytes(size, peak.name, updates) for size in peak.updated_gradients.tolist()])
+    activations = _whole(peak.at_updates[:, columns])
+    highest = np.argmax(activations + steps[:, None], axis=0)
+    return {"activations": activations[highest, np.arange(len(columns))], "optimizer_temporaries": steps[highest]}
+
+
+def _update_bytes(gradient_bytes: int, phase: str, updates: Sequence[Update]) -> int:
+    alike = [update for update in updates if update.gradient_bytes == gradient_bytes] or updates
+    there = [update for update in alike if update.embeds == (phase == "embedding_backward")] or alike
+    return max(update.step_bytes for update in there)
 
 
 def _bucketed(peak: PhasePeak, columns: Columns, plan: Layout) -> Columns:

@@ -10,7 +10,7 @@ from itertools import takewhile
 from typing import Literal
 
 from autofit.memory.host import zero2_buffers, zero3_buffers, zero3_weight_buffers
-from autofit.memory.static import OptimizerBytes, StaticBytes, optimizer_bytes, partition_optimizer_bytes
+from autofit.memory.static import OptimizerBytes, StaticBytes, Update, optimizer_bytes, partition_optimizer_bytes
 from autofit.memory.tensors import Tensor
 from autofit.spec.configuration import Configuration, Optim
 from autofit.spec.deepspeed import DeepSpeedSettings, bucket_settings
@@ -55,6 +55,8 @@ class Layout:
     """What reducing a gradient that fits the bucket takes for a moment, at most."""
     reduction: tuple[Terms, ...] = ()
     """Held at each moment between the last gradient and the optimizer's step that can be the highest there."""
+    updates: tuple[Update, ...] = ()
+    """What is taken for each kind of tensor when its gradient has been made, where it is used up at once."""
     step: tuple[Terms, ...] = ()
     """Held at each of the optimizer step's moments that can be its highest; the last is the update itself."""
     updated: Updated = "nothing"
@@ -107,7 +109,8 @@ def with_optimizer(without: Layout, optimizer: OptimizerBytes | None) -> Layout:
     if optimizer.in_backward:
         return replace(
             with_state,
-            backward={"optimizer_temporaries": optimizer.step},
+            backward={} if optimizer.updates else {"optimizer_temporaries": optimizer.step},
+            updates=optimizer.updates,
             gradients="used",
             accumulated_gradients=0,
             clones_outputs=False,

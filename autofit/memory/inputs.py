@@ -38,8 +38,23 @@ def further_inputs(profile: RegimeProfile, micro_batch: int, sequence_tokens: in
 
 
 def untraced_bytes(profile: RegimeProfile, micro_batch: int, sequence_tokens: int, num_micro_steps: int) -> int:
-    """Return the bytes of all micro-steps' inputs besides those in the tape."""
+    """Return the bytes of all micro-steps' inputs besides those in the tape, on a CPU rank with the loader's next."""
     if profile.input_bytes is not None:
         return sum(further_inputs(profile, micro_batch, sequence_tokens, num_micro_steps))
     each = input_bytes(profile, micro_batch, sequence_tokens)
-    return each * num_micro_steps - traced_input_bytes(profile, micro_batch, sequence_tokens)
+    num_held = num_micro_steps + (1 if profile.regime.device == "cpu" else 0)
+    return each * num_held - traced_input_bytes(profile, micro_batch, sequence_tokens)
+
+
+def later_inputs(
+    profile: RegimeProfile, micro_batch: int, sequence_tokens: int, num_micro_steps: int
+) -> tuple[int, int]:
+    """Return what a CPU rank holds of inputs besides the untraced: in the update, and when the next step's are fetched.
+
+    The loop holds the traced ones too until it has those of the next step. Of a GPU, token ids are not worth counting.
+    Source: transformers/trainer.py 5.23, _run_epoch (`batch_samples`).
+    """
+    if profile.regime.device != "cpu":
+        return 0, 0
+    traced = traced_input_bytes(profile, micro_batch, sequence_tokens)
+    return traced, traced + num_micro_steps * input_bytes(profile, micro_batch, sequence_tokens)

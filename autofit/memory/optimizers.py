@@ -57,6 +57,8 @@ class Optimizer:
     """Whether the first step makes the state of a tensor when it comes to it, instead of all before."""
     in_backward: bool = False
     """Whether each gradient is used as soon as it is made, and freed; then `step` runs there, for one tensor."""
+    waits: bool = False
+    """Whether that is not before the next gradient is made."""
 
 
 def step_frame(optim: Optim, tensors: Sequence[Tensor], device: DeviceKind, *, is_first: bool = False) -> Frame:
@@ -74,10 +76,15 @@ def step_frame(optim: Optim, tensors: Sequence[Tensor], device: DeviceKind, *, i
         frame = Frame(device, (lambda tensor: optimizer.state(tensor).device) if makes_state else None)
         optimizer.step(frame, sorted(tensors, key=lambda tensor: not tensor.is_matrix))
         return frame
-    frames = [Frame(device) for _ in tensors]
-    for frame, tensor in zip(frames, tensors, strict=True):
-        optimizer.step(frame, [tensor])
+    frames = [update_frame(optim, tensor, device) for tensor in tensors]
     return max(frames, key=lambda frame: frame.peak_bytes, default=Frame(device))
+
+
+def update_frame(optim: Optim, tensor: Tensor, device: DeviceKind) -> Frame:
+    """Run the step of one that works in backward, over one tensor."""
+    frame = Frame(device)
+    OPTIMIZERS[optim].step(frame, [tensor])
+    return frame
 
 
 def clip_frame(tensors: Sequence[Tensor], device: DeviceKind) -> Frame:
@@ -285,8 +292,8 @@ OPTIMIZERS: dict[Optim, Optimizer] = {
     "galore_adafactor": Optimizer(
         state=_galore(_adafactor, lambda _: FP32_BYTES), step=steps.galore_adafactor, makes_state_late=True
     ),
-    "lomo": Optimizer(state=_nothing, step=steps.lomo, in_backward=True),
-    "adalomo": Optimizer(state=_adalomo, step=steps.adalomo, in_backward=True),
+    "lomo": Optimizer(state=_nothing, step=steps.lomo, in_backward=True, waits=True),
+    "adalomo": Optimizer(state=_adalomo, step=steps.adalomo, in_backward=True, waits=True),
 }
 
 UNMODELLED: dict[Optim, str] = {

@@ -33,6 +33,10 @@ LARGEST_SAVED_FILE_BYTES = 50_000_000_000
 Source: transformers/modeling_utils.py 5.23, save_pretrained (`max_shard_size`); safetensors 0.8 torch.py, save_file."""
 
 
+_AFTER_UPDATES = ("head_backward", "layer_backward", "embedding_backward", "end")
+"""Phases of backward in which there are gradients."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """One configuration, laid out: what every stage is worked out from."""
@@ -268,9 +272,12 @@ def _partition_elements(run: Run) -> int:
 def _in_first_step(phase: Phase, run: Run) -> int:
     if phase.name == "optimizer_step":
         return _first_update(phase, run)
-    if phase.name == "end" and run.plan.gradients == "used":
-        return phase.bytes  # each update in backward has made its state by then
-    without = phase.bytes - phase.terms.get("optimizer_state", 0) - phase.terms.get("outputs", 0)
+    without = (
+        _made_in_backward(phase, run)
+        + phase.bytes
+        - phase.terms.get("optimizer_state", 0)
+        - phase.terms.get("outputs", 0)
+    )
     if run.configuration.gradient_accumulation_steps > 1:
         return without
     without -= phase.terms.get("gathered_weights", 0)
@@ -280,6 +287,17 @@ def _in_first_step(phase: Phase, run: Run) -> int:
     in_layer = [t.num_bytes for t in run.parameters if t.num_elements not in tables]
     everywhere = [t.num_bytes for t in run.parameters]
     return without + max(in_layer if phase.name.startswith("layer") else everywhere, default=0)
+
+
+def _made_in_backward(phase: Phase, run: Run) -> int:
+    """Tell how much of the state updates in backward may have made: by a layer's all but the embedding's, made last."""
+    whole = run.plan.resident.get("optimizer_state", 0)
+    if run.plan.gradients != "used" or phase.name not in _AFTER_UPDATES:
+        return 0
+    if phase.name == "head_backward":
+        return max((update.state_bytes for update in run.plan.updates), default=0)
+    last = sum(update.state_bytes for update in run.plan.updates if update.embeds)
+    return whole - last if phase.name == "layer_backward" else whole
 
 
 def _first_update(phase: Phase, run: Run) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from autofit.memory.optimizers import OPTIMIZERS, clip_frame, step_frame
+from autofit.memory.optimizers import OPTIMIZERS, clip_frame, step_frame, update_frame
 from autofit.memory.tape import CUDA_BLOCK_BYTES
 from autofit.memory.tensors import Tensor
 from autofit.spec.configuration import Optim
@@ -54,6 +54,17 @@ def static_bytes(model: tuple[Tensor, ...], device: DeviceKind) -> StaticBytes:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What an optimizer that works in backward takes for one tensor, as soon as its gradient is made."""
+
+    gradient_bytes: int
+    embeds: bool
+    """Whether the tensor is an embedding's, whose gradient is made last."""
+    step_bytes: int
+    state_bytes: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerBytes:
     """What an optimizer keeps between steps and takes for a moment."""
@@ -61,13 +72,15 @@ class OptimizerBytes:
     state: int
     host: int
     step: int
-    """In its step; of one that works in backward, beside the newest gradient while backward runs."""
+    """In its step; of one whose gradients wait for the next one, beside that while backward runs."""
     not_yet: int = 0
     """State that the first step has not made at its highest moment."""
     temporaries: tuple[int, ...] = ()
     """What `step` is made of: sizes of the allocations at its highest moment, not rounded."""
     in_backward: bool = False
     """Whether gradients are used and freed as they are made."""
+    updates: tuple[Update, ...] = ()
+    """One for each kind of tensor, where that happens at once; then `step` is the most of them."""
 
 
 def optimizer_bytes(
@@ -104,6 +117,20 @@ def _optimizer_bytes(trained: tuple[Tensor, ...], optim: Optim, device: DeviceKi
         not_yet=not_yet,
         temporaries=frame.at_peak,
         in_backward=optimizer.in_backward,
+        updates=_updates(trained, optim, device) if optimizer.in_backward and not optimizer.waits else (),
+    )
+
+
+def _updates(trained: tuple[Tensor, ...], optim: Optim, device: DeviceKind) -> tuple[Update, ...]:
+    state = OPTIMIZERS[optim].state
+    return tuple(
+        Update(
+            gradient_bytes=rounded(tensor.num_bytes, device),
+            embeds=tensor.embeds,
+            step_bytes=update_frame(optim, tensor, device).peak_bytes,
+            state_bytes=sum(rounded(size, device) for size in state(tensor).device),
+        )
+        for tensor in dict.fromkeys(trained)
     )
 
 

@@ -50,6 +50,13 @@ class PhasePeak:
     """Activations, the newest gradient and a copy of it, where it is too large for the bucket; 0 if none is."""
     large_kept: Bytes
     """Activations and the newest gradient, where copies of all that are too large for the bucket stay: the highest."""
+    updated_gradients: npt.NDArray[np.int64]
+    """Bytes of each gradient made in the phase, in order."""
+    at_updates: Bytes
+    """Of each of them: activations and it, at the moment when it is used up at once; shape (gradients, micro-batches).
+
+    By then what made it has freed its inputs: an autocast gradient that was converted is gone.
+    """
 
 
 _HIGHEST_BY_ITSELF = ("handed_over", "bucketed", "at_gradients", "reducing", "reduced", "cloning", "large_kept")
@@ -251,6 +258,8 @@ class _Curves:
     net_large: Bytes
     births: npt.NDArray[np.int64]
     """Indices of the events that are a gradient's birth."""
+    at_updates: Bytes
+    """At each of them: activations and the gradient when what made it is done."""
     is_quiet: bool = False
     """Whether no gradient is made or freed."""
 
@@ -324,6 +333,7 @@ def _curves(events: tuple[Event, ...], sizes: Bytes, num_meant: list[int], bucke
         large,
         large[-1],
         births,
+        newest[births] + _after_backward_of(births, is_birth, activations),
     )
 
 
@@ -343,6 +353,7 @@ def _quiet(activations: Bytes) -> _Curves:
         nothing,
         nothing[0],
         np.zeros(0, dtype=np.int64),
+        nothing[:0],
         is_quiet=True,
     )
 
@@ -363,7 +374,23 @@ def _quiet_peak(stretch: _Stretch, curves: _Curves, start: _Start) -> PhasePeak:
         reduced=nothing,
         cloning=nothing,
         large_kept=alive + start.large,
+        updated_gradients=curves.births,
+        at_updates=curves.at_updates,
     )
+
+
+def _after_backward_of(births: npt.NDArray[np.int64], is_birth: npt.NDArray[np.bool_], activations: Bytes) -> Bytes:
+    """Return the activations alive when each gradient has been accumulated, which is when hooks see it.
+
+    What made a gradient frees its inputs first. It may make other gradients after this one; if nothing dies before the
+    next birth, they are taken to be there, unless more was alive without them.
+    Source: torch v2.13 csrc/autograd/engine.cpp, Engine::evaluate_function.
+    """
+    ends = np.append(np.flatnonzero(is_birth[1:] & ~is_birth[:-1]), len(is_birth) - 1)
+    after = activations[ends[np.searchsorted(ends, births)]]
+    dies_next = ~is_birth[np.minimum(births + 1, len(is_birth) - 1)]
+    highest: Bytes = np.where(dies_next[:, None], after, np.maximum(after, activations[births]))
+    return highest
 
 
 def _peak(stretch: _Stretch, curves: _Curves, start: _Start) -> PhasePeak:
@@ -389,6 +416,8 @@ def _peak(stretch: _Stretch, curves: _Curves, start: _Start) -> PhasePeak:
         reduced=np.max(waits, axis=0, initial=0.0),
         cloning=np.max(np.where(clones > 0, alive + clones, 0.0), axis=0, initial=0.0),
         large_kept=np.max(handed_over + curves.large, axis=0) + start.activations + start.large,
+        updated_gradients=curves.newest_gradient[curves.births, 0].astype(np.int64),
+        at_updates=curves.at_updates + start.activations,
     )
 
 
@@ -400,5 +429,7 @@ def _highest(peaks: list[PhasePeak]) -> PhasePeak:
         has_gradients=peaks[0].has_gradients,
         kept=kept[highest, columns],
         kept_gradients=np.stack([peak.kept_gradients for peak in peaks])[highest, columns],
+        updated_gradients=np.concatenate([peak.updated_gradients for peak in peaks]),
+        at_updates=np.concatenate([peak.at_updates for peak in peaks]),
         **{name: np.max(np.stack([getattr(peak, name) for peak in peaks]), axis=0) for name in _HIGHEST_BY_ITSELF},
     )

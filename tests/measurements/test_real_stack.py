@@ -35,16 +35,15 @@ SURE = ("forward", "backward", "optimizer_step", "host", "first_step", "preparin
 
 
 def held_by_the_loop_bytes(cell: str) -> int:
-    """Return what training loops hold beside what is predicted: all on a device whose optimizer steps on the host.
+    """Return what training loops hold beside what is predicted: losses and norms, scalars of 4 or 8 bytes.
 
-    Three batches, each of token ids and labels (and positions, where ranks share sequences): the loop's own, the one
-    that accelerate's loader has ready, and the next, which the Trainer fetches before it lets go of its own; and losses
-    and norms, scalars of 4 or 8 bytes.
+    Ranks that share sequences also hold three whole batches of ids, labels and positions: the loop's own, the one that
+    accelerate's loader has ready, and the next, which the Trainer fetches before it lets go of its own.
     Sources: accelerate 1.15 data_loader.py, `DataLoaderShard.__iter__`; transformers 5.23 trainer.py, `_run_epoch`.
     """
     configuration, tokens = parse_cell(cell)
-    num_tensors = 3 if configuration.sequence_parallel_size > 1 else 2
-    return 3 * num_tensors * configuration.per_device_train_batch_size * tokens * 8 + 1024
+    shared = 3 * 3 if configuration.sequence_parallel_size > 1 else 0
+    return shared * configuration.per_device_train_batch_size * tokens * 8 + 1024
 
 
 @pytest.fixture(scope="module")
