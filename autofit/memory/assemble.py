@@ -139,7 +139,8 @@ class MemoryModel:
             process_bytes=None if context is None else context + (replayed.peak_reserved_bytes if replayed else peak),
             needed_reserved_bytes=replayed.needed_bytes if replayed else None,
             **(self._intervals(peak, replayed, context, configuration) if replays else {}),
-            after_step_allocated_bytes=self._between_steps(plan, configuration, cluster.device),
+            after_step_allocated_bytes=self._between_steps(plan, configuration, cluster.device)
+            + (replayed.left_over_bytes if replayed else 0),
             host_bytes=host * cluster.num_devices_per_node or None,
             budget_bytes=cluster.device.memory_bytes,
             phases=phases,

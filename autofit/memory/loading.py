@@ -18,6 +18,9 @@ KEPT_FREE_BYTES = int(1.2 * GIB)
 """transformers' warm-up leaves so much of the device alone.
 
 Source: transformers/modeling_utils.py 5.23, caching_allocator_warmup."""
+FIRST_TRANSFORMERS_THAT_WARMS_UP = (4, 50)
+"""Before, weights came in the order in which safetensors lists a file's names: as text. Source: transformers 4.48
+modeling_utils.py, _load_state_dict_into_meta_model; safetensors 0.5, `keys`."""
 FIRST_PEFT_THAT_EMPTIES = (0, 20)
 """peft's `prepare_model_for_kbit_training` empties the cache from this release on. Source: peft/utils/other.py."""
 EIGHT = 8
@@ -53,6 +56,12 @@ class _Named:
         Source: transformers/core_model_loading.py 5.23, dot_natural_key.
         """
         return tuple(_natural(part, self.layer) for part in _plain(self.tensor.name).split("."))
+
+    @property
+    def name(self) -> str:
+        """What the checkpoint calls it."""
+        parts = _plain(self.tensor.name).split(".")
+        return ".".join(part if self.layer is None or not part.isdigit() else str(self.layer) for part in parts)
 
 
 def write_loading(program: Program, profile: RegimeProfile, device_bytes: int) -> None:
@@ -113,7 +122,7 @@ def buckets(sizes: Iterable[int], limits: tuple[int, ...]) -> list[int]:
 def _load_quantized(program: Program, profile: RegimeProfile, named: list[_Named], device_bytes: int) -> None:
     """transformers reserves the model's size at once, then loads each weight in half precision and packs it.
 
-    What is not packed becomes fp32 afterwards where peft's `prepare_model_for_kbit_training` runs.
+    Releases before 4.50 reserve nothing. What is not packed becomes fp32 afterwards where peft's `prepare_model_for_kbit_training` runs.
     Source: transformers 5.23 modeling_utils.py (caching_allocator_warmup), core_model_loading.py, and
     integrations/bitsandbytes.py (Bnb4bitQuantize, Bnb8bitQuantize); bitsandbytes 0.50 functional.py, quantize_4bit;
     peft/utils/other.py.
@@ -130,10 +139,11 @@ def _load_quantized(program: Program, profile: RegimeProfile, named: list[_Named
     for each in weights:
         if each.tensor.kind == "parameter":
             halves[id(each)] = each.tensor.num_elements * element
-    warm_up = min(sum(halves.values()), max(0, device_bytes - KEPT_FREE_BYTES))
-    program.drop(program.hold([warm_up]))
+    warms_up = release_of(profile.versions.get("transformers", "")) >= FIRST_TRANSFORMERS_THAT_WARMS_UP
+    if warms_up:
+        program.drop(program.hold([min(sum(halves.values()), max(0, device_bytes - KEPT_FREE_BYTES))]))
     held: dict[int, int] = {}
-    for each in sorted(weights, key=lambda each: each.load_order):
+    for each in sorted(weights, key=lambda each: each.load_order if warms_up else each.name):
         if each.tensor.kind == "parameter":
             held[id(each)] = program.allocate(halves[id(each)])
             continue

@@ -55,6 +55,10 @@ class Events:
             changes[self._releases[numbers[is_released]]] -= sizes[is_released]
         return int(np.max(np.cumsum(changes)[max(self.end_of_loading - 1, 0) :], initial=0))
 
+    def kept_left_over_bytes(self, left_over_bytes: Mapping[int, int]) -> int:
+        """Return how much larger the blocks are that nothing releases than what was asked for."""
+        return sum(size for number, size in left_over_bytes.items() if self._releases[number] < 0)
+
 
 class Program:
     """Writes down allocations and releases; each allocation has a number of its own to release it by."""

@@ -58,6 +58,8 @@ class Replayed:
     None where the device has room for all that is kept: then it was not looked for."""
     loading_reserved_bytes: int
     """The most that was reserved while the model was loaded."""
+    left_over_bytes: int
+    """How much larger than what was asked for the blocks are that are held between steps."""
     num_retries: int
     """How often the device of the given capacity had to return cached memory, which costs time."""
 
@@ -168,6 +170,7 @@ def _replayed(ran: _Ran, needed_bytes: int | None) -> Replayed:
         peak_reserved_bytes=ran.peak_reserved_bytes,
         needed_bytes=needed_bytes,
         loading_reserved_bytes=ran.loading_reserved_bytes,
+        left_over_bytes=ran.left_over_bytes,
         num_retries=ran.num_retries,
     )
 
@@ -191,6 +194,7 @@ class _Ran:
     peak_allocated_bytes: int
     peak_reserved_bytes: int
     loading_reserved_bytes: int
+    left_over_bytes: int
     num_retries: int
 
     @property
@@ -259,6 +263,7 @@ class _Trials:
                 self._events.peak_allocated_bytes(allocator.left_over_bytes),
                 allocator.peak_reserved_bytes,
                 loading_bytes,
+                self._events.kept_left_over_bytes(allocator.left_over_bytes),
                 allocator.num_retries,
             )
         except OutOfMemoryInSimulationError:
