@@ -122,7 +122,8 @@ def buckets(sizes: Iterable[int], limits: tuple[int, ...]) -> list[int]:
 def _load_quantized(program: Program, profile: RegimeProfile, named: list[_Named], device_bytes: int) -> None:
     """transformers reserves the model's size at once, then loads each weight in half precision and packs it.
 
-    Releases before 4.50 reserve nothing. What is not packed becomes fp32 afterwards where peft's `prepare_model_for_kbit_training` runs.
+    Releases before 4.50 reserve nothing. What is not packed becomes fp32 afterwards where peft's
+    `prepare_model_for_kbit_training` runs.
     Source: transformers 5.23 modeling_utils.py (caching_allocator_warmup), core_model_loading.py, and
     integrations/bitsandbytes.py (Bnb4bitQuantize, Bnb8bitQuantize); bitsandbytes 0.50 functional.py, quantize_4bit;
     peft/utils/other.py.

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from transformers.core_model_loading import dot_natural_key
 
 from autofit.errors import InputError
-from autofit.memory.allocator import AllocatorSettings, CachingAllocator, OutOfMemoryInSimulationError
+from autofit.memory.allocator import STREAM, AllocatorSettings, CachingAllocator, OutOfMemoryInSimulationError
 from autofit.memory.assemble import estimate_memory
 from autofit.memory.engines import layout
 from autofit.memory.fsdp import FsdpModel
@@ -287,8 +287,10 @@ class Plainly:
     def __init__(self, events: Events, chosen: AllocatorSettings) -> None:
         self.codes, self.end_of_loading, self.chosen = events.codes.tolist(), events.end_of_loading, chosen
 
-    def run(self, capacity_bytes: int | None) -> tuple[int, int, int, int] | None:
-        """Return peak allocated and reserved, what loading reserved, and retries; None where it does not fit."""
+    def run(self, capacity_bytes: int | None) -> tuple[int, int, int, int, int] | None:
+        """Return peak allocated and reserved, what loading reserved, how much larger at the end the blocks are than
+        what was asked for, and retries; None where it does not fit.
+        """
         allocator = LinkedAllocator(capacity_bytes, self.chosen)
         try:
             allocator.run(self.codes[: self.end_of_loading])
@@ -297,7 +299,10 @@ class Plainly:
             allocator.run(self.codes[self.end_of_loading :])
         except OutOfMemoryInSimulationError:
             return None
-        return allocator.peak_allocated_bytes, allocator.peak_reserved_bytes, loading, allocator.num_retries
+        asked = [code & (STREAM - 1) for code in self.codes if code > 0]
+        released = sum(asked[~code] for code in self.codes if code < 0)
+        left_over = allocator.allocated_bytes - sum(asked) + released
+        return allocator.peak_allocated_bytes, allocator.peak_reserved_bytes, loading, left_over, allocator.num_retries
 
     def figures(self, capacity_bytes: int) -> tuple[int | None, ...]:
         """Return what `Replayer` says for one capacity, in the order of its fields."""
