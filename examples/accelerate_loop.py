@@ -7,6 +7,7 @@ from pydoc_data import topics
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, get_scheduler
 
@@ -16,12 +17,14 @@ parser.add_argument("--output", default="smollm2-loop")
 parser.add_argument("--batch-size", type=int, default=2)
 parser.add_argument("--gradient-accumulation-steps", type=int, default=2)
 parser.add_argument("--max-steps", type=int, default=3)
+parser.add_argument("--seed", type=int, default=0)
 options = parser.parse_args()
 
 
 def main():
     """Train, and save the model."""
     accelerator = Accelerator(gradient_accumulation_steps=options.gradient_accumulation_steps)
+    set_seed(options.seed)
     if options.model:
         folder, source = options.model, {}
     else:
@@ -43,10 +46,11 @@ def main():
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
 
     model.train()
-    completed = 0
+    completed, losses = 0, []
     for batch in loader:
         with accelerator.accumulate(model):
             loss = model(**batch).loss
+            losses.append(accelerator.gather(loss.detach()).mean().item())
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), 1.0)
@@ -55,13 +59,14 @@ def main():
             optimizer.zero_grad()
         if accelerator.sync_gradients:
             completed += 1
-            accelerator.print(f"step {completed}: loss {accelerator.gather(loss.detach()).mean().item():.4f}")
+            accelerator.print(f"step {completed}: loss {sum(losses) / len(losses):.4f}")
+            losses = []
         if completed == options.max_steps:
             break
 
-    accelerator.wait_for_everyone()
+    weights = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
-        accelerator.unwrap_model(model).save_pretrained(options.output)
+        accelerator.unwrap_model(model).save_pretrained(options.output, state_dict=weights)
 
 
 if __name__ == "__main__":

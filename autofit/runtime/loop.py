@@ -1,17 +1,19 @@
-"""Follows a loop of the script's own that trains through accelerate: sets checkpointing, verifies, measures steps."""
+"""Follows a loop of the script's own that trains through accelerate: sets what is planned, verifies, measures steps."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+from autofit.runtime.loop_batches import Batches, set_accumulation
 from autofit.runtime.measure import NUM_STEPS_TOLD, Record, metering
-from autofit.runtime.model import switch_checkpointing
+from autofit.runtime.model import join_ranks, switch_checkpointing
 from autofit.runtime.probe import stop_when_done, stretched
 from autofit.runtime.session import Session
 from autofit.runtime.verify import Check, Training, check_all, check_first_batch, rows_per_rank
@@ -19,9 +21,22 @@ from autofit.runtime.watch import settle, shape_of, wait_for_device
 
 
 def hook_accelerator(session: Session, module: ModuleType) -> None:
-    """Watch what `Accelerator.prepare` is given, unless a Trainer calls it, and every step of a prepared optimizer."""
-    loop = _Loop(session=session)
-    prepare, step = module.Accelerator.prepare, module.AcceleratedOptimizer.step
+    """Watch what an Accelerator is given, unless a Trainer made it, and every step of a prepared optimizer."""
+    loop = _Loop(session=session, batches=Batches(session))
+    make, prepare, backward = module.Accelerator.__init__, module.Accelerator.prepare, module.Accelerator.backward
+    signature = inspect.signature(make)
+
+    @functools.wraps(make)
+    def make_as_planned(self: Any, *args: Any, **kwargs: Any) -> None:
+        if session.plan.inputs.job.script_loop is None or not session.sets_values:
+            make(self, *args, **kwargs)
+            return
+        if session.plan.configuration.uses_deepspeed:
+            join_ranks(session.plan)
+        given = signature.bind(self, *args, **kwargs)
+        set_precision(session, given.arguments)
+        make(*given.args, **given.kwargs)
+        set_accumulation(session, self)
 
     @functools.wraps(prepare)
     def prepare_watched(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -31,17 +46,54 @@ def hook_accelerator(session: Session, module: ModuleType) -> None:
         for each in args:
             if session.sets_values and _learns(each):
                 set_checkpointing(session, each)
-        prepared = prepare(self, *args, **kwargs)
-        loop.take(args, prepared if isinstance(prepared, (tuple, list)) else [prepared])
+        planned, own_loaders = loop.batches.planned(args)
+        prepared = prepare(self, *planned, **kwargs)
+        made = prepared if isinstance(prepared, (tuple, list)) else [prepared]
+        for place, own in own_loaders.items():
+            loop.batches.take(own, made[place], self)
+        loop.take(args, made)
         return prepared
+
+    @functools.wraps(backward)
+    def backward_watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if session.trainer is None and self.gradient_state.sync_gradients and _steps_in_backward(loop.engine):
+            loop.check_first_step()
+        return backward(self, *args, **kwargs)
+
+    module.Accelerator.__init__, module.Accelerator.prepare = make_as_planned, prepare_watched
+    module.Accelerator.backward = backward_watched
+    _hook_step(loop, module.AcceleratedOptimizer)
+    if (deepspeeds := getattr(module, "DeepSpeedOptimizerWrapper", None)) is not None:
+        _hook_step(loop, deepspeeds)
+
+
+def _hook_step(loop: _Loop, optimizer_class: Any) -> None:
+    """Follow the steps of a kind of prepared optimizer: DeepSpeed's has a `step` of its own, which does nothing."""
+    step = optimizer_class.step
 
     @functools.wraps(step)
     def step_watched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if session.trainer is not None or not self.gradient_state.sync_gradients:
+        if loop.session.trainer is not None or not self.gradient_state.sync_gradients:
             return step(self, *args, **kwargs)
         return loop.step(lambda: step(self, *args, **kwargs))
 
-    module.Accelerator.prepare, module.AcceleratedOptimizer.step = prepare_watched, step_watched
+    optimizer_class.step = step_watched
+
+
+def _steps_in_backward(engine: Any) -> bool:
+    """Tell an engine that takes the optimizer's step inside `Accelerator.backward`.
+
+    Source: accelerate 1.15 utils/deepspeed.py, `DeepSpeedEngineWrapper.backward`.
+    """
+    return hasattr(engine, "zero_optimization_stage")
+
+
+def set_precision(session: Session, given: dict[str, Any]) -> None:
+    """Let an Accelerator that is told a precision be told the planned one; otherwise it takes the launcher's."""
+    planned, own = session.plan.configuration.mixed_precision, given.get("mixed_precision")
+    if own is not None and str(getattr(own, "value", own)) != planned:
+        given["mixed_precision"] = planned
+        session.log.record("applied", to="Accelerator", changes={"mixed_precision": [str(own), planned]})
 
 
 def _learns(thing: Any) -> bool:
@@ -64,11 +116,13 @@ def set_checkpointing(session: Session, model: Any) -> None:
 @dataclass(slots=True, kw_only=True)
 class _Loop:
     session: Session
+    batches: Batches
     accelerator: Any = None
     model: Any = None
     engine: Any = None
     optimizer: Any = None
     num_micro_steps: int = 0
+    has_checked_step: bool = False
     measuring: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def begin(self, accelerator: Any) -> None:
@@ -100,7 +154,7 @@ class _Loop:
         self.num_micro_steps += 1
         if session.record.before_training_peak_bytes is None:
             session.record.begin_training()
-            settle(session, check_all(session.plan, self._training()))
+            settle(session, [*check_all(session.plan, self._training()), *self._check_num_steps()])
             if shape is not None:
                 session.log.record("batch", rows=shape[0], tokens=shape[1])
                 settle(session, check_first_batch(session.plan, *shape))
@@ -119,16 +173,28 @@ class _Loop:
             optimizer=self.optimizer,
             accelerator=self.accelerator,
             rows_per_rank=rows_per_rank(loader, self.accelerator, planned),
-            gradient_accumulation_steps=None,
+            gradient_accumulation_steps=self._accumulation(),
         )
+
+    def _accumulation(self) -> int | None:
+        """Return how many micro-steps accelerate accumulates; None: code of the script's own decides it."""
+        loop = self.session.plan.inputs.job.script_loop
+        return None if loop is None or loop.accumulates_by_hand else int(self.accelerator.gradient_accumulation_steps)
+
+    def _check_num_steps(self) -> list[Check]:
+        """Compare the optimizer steps of an epoch with those that the script's own batch and accumulation make."""
+        steps = self.batches.num_steps()
+        if steps is None:
+            return []
+        own, in_effect = map(str, steps)
+        return [Check(setting="optimizer steps of an epoch", planned=own, in_effect=in_effect)]
 
     def step(self, take: Callable[[], Any]) -> Any:
         """Take an optimizer step; before the first one compare how many micro-steps came before it."""
         session, record = self.session, self.session.record
         if record is None or record.before_training_peak_bytes is None:
             return take()
-        if not record.steps_seconds:
-            settle(session, self._check_accumulation())
+        self.check_first_step()
         out = take()
         wait_for_device(self.accelerator.device)
         told = record.end_step()
@@ -138,10 +204,14 @@ class _Loop:
         record.begin_step()
         return out
 
-    def _check_accumulation(self) -> list[Check]:
+    def check_first_step(self) -> None:
+        """Compare how many micro-steps came before the first optimizer step, once."""
+        if self.has_checked_step:
+            return
+        self.has_checked_step = True
         planned = self.session.plan.configuration.gradient_accumulation_steps
         name = "micro-steps before the first optimizer step"
-        return [Check(setting=name, planned=str(planned), in_effect=str(self.num_micro_steps))]
+        settle(self.session, [Check(setting=name, planned=str(planned), in_effect=str(self.num_micro_steps))])
 
     def _end(self) -> None:
         self.session.log.record("memory", **self.session.record.figures())

@@ -200,16 +200,24 @@ def announce_zero3(plan: Plan, run_folder: Path, keep_alive: list[Any]) -> None:
 
     if is_deepspeed_zero3_enabled():
         return
+    join_ranks(plan)
+    keep_alive.append(HfDeepSpeedConfig(str(run_folder / "deepspeed.json")))
+
+
+def join_ranks(plan: Plan) -> None:
+    """Let the ranks of a DeepSpeed run know each other, as accelerate does by itself where there are GPUs.
+
+    DeepSpeed asks its own communicator for the world size, and accelerate makes that one only for GPUs.
+    Source: accelerate 1.15 state.py, `PartialState.__init__`, `_prepare_backend`.
+    """
     import accelerate
     import deepspeed
 
     if plan.inputs.cluster.device.kind == "cpu":
-        # DeepSpeed asks its own communicator for the world size, and accelerate makes that one only for GPUs.
         accelerate.PartialState(cpu=True, backend="gloo")
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     else:
         accelerate.PartialState()
-    keep_alive.append(HfDeepSpeedConfig(str(run_folder / "deepspeed.json")))
 
 
 def with_adapter(session: Session, model: Any) -> Any:

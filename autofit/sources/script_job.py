@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from autofit.memory.optimizers import OPTIMIZERS
 from autofit.search.space import engines, values
 from autofit.sources.attention import usual_attention
 from autofit.sources.lengths import distribution
+from autofit.sources.script_loops import refuse_split, script_loop, unsharded_only
 from autofit.sources.script_words import found_words, said_at
 from autofit.spec.configuration import Attention, Dtype, Evaluation, Lora, Loss, Method, Optim, Sharding
 from autofit.spec.discovered import Discovered, FoundAdapter
@@ -32,8 +33,8 @@ class Overrides:
     global_batch_sequences: int | None = None
     restrictions: Restrictions = field(default_factory=Restrictions)
     frees_settings: bool = False
-    """Whether the planner is free in what the script says of precision, dtype, optimizer, attention and checkpointing;
-    its method, adapter and global batch stay."""
+    """Whether the planner is free in what the script says of precision, dtype, optimizer, attention and checkpointing,
+    and in how a loop of its own splits its global batch; its method, adapter and global batch stay."""
 
 
 def job_from_discovery(
@@ -55,7 +56,7 @@ def job_from_discovery(
     wishes = overrides or Overrides()
     if wishes.frees_settings:
         discovered = _freed(discovered)
-    restrictions = _restrictions(discovered, wishes.restrictions, cluster)
+    restrictions = _restrictions(discovered, wishes.restrictions, cluster, is_free=wishes.frees_settings)
     names = (each.name for each in fields(Restrictions))
     return Job(
         model=wishes.model or _model(discovered),
@@ -69,28 +70,25 @@ def job_from_discovery(
         script_decides=tuple(n for n in names if getattr(restrictions, n) != getattr(wishes.restrictions, n)),
         script=None if script is None else str(script),
         script_arguments=tuple(arguments),
-        found=found_words(discovered, cluster),
+        script_loop=script_loop(discovered),
+        found=found_words(discovered, cluster) | _loop_words(discovered, cluster),
     )
 
 
 def _freed(discovered: Discovered) -> Discovered:
     """Forget what the script says of settings that change no more than numerics, memory and speed.
 
-    Raises:
-        InputError: the script trains in a loop of its own, where nothing could set another value.
+    A loop of the script's own makes its optimizer itself, and keeps it.
     """
-    if discovered.is_loop:
-        raise InputError(
-            "the script trains in a loop of its own, whose settings are its own: --override cannot be put into effect.",
-            to_fix="leave --override out, or change the script",
-        )
-    freed = {"bf16": False, "fp16": False, "fixes_precision": False, "optim": None}
+    freed: dict[str, Any] = {"bf16": False, "fp16": False, "fixes_precision": False}
     unsaid = {"fixed_checkpointing": None, "gradient_checkpointing": None}
+    optim = {} if discovered.is_loop else {"optim": None}
     return replace(
         discovered,
         arguments=discovered.arguments | freed | unsaid,
         attention="auto",
         fixes_weights_dtype=False,
+        checkpoints=False if discovered.is_loop else None,
     )
 
 
@@ -146,8 +144,17 @@ def _lengths(discovered: Discovered, script: Path | None) -> LengthDistribution 
     )
 
 
-def _restrictions(discovered: Discovered, wishes: Restrictions, cluster: Cluster) -> Restrictions:
-    """Return the user's wishes, with the script's own choices where the user has none."""
+def _restrictions(
+    discovered: Discovered, wishes: Restrictions, cluster: Cluster, *, is_free: bool = False
+) -> Restrictions:
+    """Return the user's wishes, with the script's own choices where the user has none.
+
+    Args:
+        discovered: the script.
+        wishes: what the user says.
+        cluster: where it is to train.
+        is_free: whether a loop of the script's own may be split otherwise than it splits itself.
+    """
     said = discovered.arguments
     _refuse_unplanned(discovered)
     default = Restrictions()
@@ -164,7 +171,7 @@ def _restrictions(discovered: Discovered, wishes: Restrictions, cluster: Cluster
         image_tokens=wishes.image_tokens or (lengths.image_tokens if lengths else 0),
         loss=discovered.loss if wishes.loss == default.loss else _settable_loss(discovered, wishes),
         batchings=wishes.batchings or ((lengths.batching,) if lengths else ()),
-        micro_batch_sequences=_micro_batches(discovered, wishes),
+        micro_batch_sequences=_micro_batches(discovered, wishes, is_free=is_free),
         gradient_checkpointing=_checkpointing(discovered, wishes),
         keeps_outputs=wishes.keeps_outputs or discovered.is_loop,
         evaluation=_evaluation(discovered, wishes),
@@ -231,25 +238,25 @@ def _settable_loss(discovered: Discovered, wishes: Restrictions) -> Loss | tuple
     return wishes.loss
 
 
-def _micro_batches(discovered: Discovered, wishes: Restrictions) -> tuple[int, ...]:
-    """Return the micro-batches that are allowed: a loop of the script's own has one."""
+def _micro_batches(discovered: Discovered, wishes: Restrictions, *, is_free: bool) -> tuple[int, ...]:
+    """Return the micro-batches that are allowed: a loop of the script's own has one, unless it is to be split anew."""
     if not discovered.is_loop:
         return wishes.micro_batch_sequences
     own = int(discovered.arguments["per_device_train_batch_size"])
+    if is_free:
+        refuse_split(discovered, "--override")
+        return wishes.micro_batch_sequences
     if wishes.micro_batch_sequences not in {(), (own,)}:
+        refuse_split(discovered, "--micro-batch")
         raise InputError(
-            f"the script trains in a loop of its own on batches of {own}: --micro-batch cannot be put into effect.",
-            to_fix="leave --micro-batch out, or change the script's batch",
+            f"the script trains in a loop of its own on batches of {own}, which --micro-batch would change.",
+            to_fix="give --override beside it, or leave it out",
         )
     return (own,)
 
 
 def _shardings(discovered: Discovered, wishes: Restrictions, cluster: Cluster) -> tuple[Sharding, ...]:
-    """Return the shardings that are allowed: a loop of the script's own is planned as it would run without any.
-
-    DeepSpeed and FSDP would take clipping, and with it what is trained, out of the script's hands.
-    Source: accelerate/accelerator.py 1.15, `clip_grad_norm_`, `_prepare_deepspeed`.
-    """
+    """Return the shardings that are allowed: of those that are tried all under which a loop trains as by itself."""
     if not discovered.is_loop:
         return wishes.shardings or _modelled_shardings(discovered, wishes, cluster)
     if set(wishes.num_processes) - {cluster.num_devices}:
@@ -257,14 +264,25 @@ def _shardings(discovered: Discovered, wishes: Restrictions, cluster: Cluster) -
             "the script trains in a loop of its own, whose global batch follows from the number of devices.",
             to_fix=f"leave --num-processes out, or give {cluster.num_devices}",
         )
-    unsharded: Sharding = "ddp" if cluster.num_devices > 1 else "none"
-    if wishes.shardings and unsharded not in wishes.shardings:
-        raise InputError(
-            "the script trains in a loop of its own, which is planned for without sharding only: under DeepSpeed and "
-            "FSDP its own clipping of gradients would have no effect.",
-            to_fix="leave the sharding out, or train with a transformers Trainer",
-        )
-    return (unsharded,)
+    refused = unsharded_only(discovered)
+    tried = tuple(dict.fromkeys(engine.sharding for engine in engines(wishes, cluster)))
+    allowed = tuple(sharding for sharding in tried if sharding not in refused)
+    if allowed:
+        return allowed if len(allowed) < len(tried) else wishes.shardings
+    raise InputError(
+        f"the script trains in a loop of its own, which cannot be sharded as {tried[0]}: {refused[tried[0]]}.",
+        to_fix="leave the sharding out, or change the script",
+    )
+
+
+def _loop_words(discovered: Discovered, cluster: Cluster) -> dict[str, str]:
+    """Say of a loop under what it cannot be sharded on this cluster, and why."""
+    refused = unsharded_only(discovered)
+    if not refused or cluster.num_devices == 1:
+        return {}
+    reasons = {reason: [name for name, why in refused.items() if why == reason] for reason in refused.values()}
+    words = [f"not {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    return {"sharding": ("DDP only; " if "zero1" in refused and "fsdp2" in refused else "") + "; ".join(words)}
 
 
 def _modelled_shardings(discovered: Discovered, wishes: Restrictions, cluster: Cluster) -> tuple[Sharding, ...]:

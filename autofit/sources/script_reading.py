@@ -19,7 +19,7 @@ from autofit.errors import InputError
 from autofit.sources.attention import usual_attention
 from autofit.sources.script import NotRunError
 from autofit.spec.configuration import Batching, Loss
-from autofit.spec.discovered import Discovered, FoundAdapter, FoundLengths, FoundQuantization
+from autofit.spec.discovered import Discovered, FoundAdapter, FoundLengths, FoundLoop, FoundQuantization
 from autofit.spec.job import Model
 
 ARGUMENT_CLASSES = ("TrainingArguments", "Seq2SeqTrainingArguments", "SFTConfig", "DPOConfig")
@@ -127,7 +127,7 @@ def read_script(
         trainer="a loop of its own with accelerate.Accelerator" if reading.is_loop else trainer,
         loss=_loss(trainer, said),
         lengths=None if tokens is None else _lengths(tokens.value, said),
-        is_loop=reading.is_loop,
+        loop=_loop(reading),
         checkpoints="gradient_checkpointing_enable" in reading.calls if reading.is_loop else None,
         arguments={name: each.value for name, each in said.items()},
         where={
@@ -252,6 +252,10 @@ def _said_of_loop(reading: _Reading) -> dict[str, Said]:
     origin = reading.line_of(made) if made in reading.calls else _BY_DEFAULT
     said["optim"] = Said(LOOP_OPTIMIZERS.get(made, f"adamw_torch{fused}"), origin)
     return said
+
+
+def _loop(reading: _Reading) -> FoundLoop | None:
+    return FoundLoop(accumulates_by_hand="accumulate" not in reading.calls) if reading.is_loop else None
 
 
 def _by_default(values: Mapping[str, Any]) -> dict[str, Said]:

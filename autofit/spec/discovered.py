@@ -70,6 +70,35 @@ class FoundEvaluation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FoundLoop:
+    """What a loop of the script's own with accelerate does beside training, as far as it decides what can be planned.
+
+    Lines are `train.py:40`; empty where nothing of the kind was seen.
+    """
+
+    accumulates_by_hand: bool
+    """Whether code of the script's own decides when the optimizer steps, and not `Accelerator.accumulate`."""
+    max_grad_norm: float | None = None
+    """To which it clips the norm of the gradients through accelerate; None: it does not."""
+    train_loader: int | None = None
+    """Which of the DataLoaders that it prepares it trains on, counted from 0; None: none of them."""
+    keeps_batch: str = ""
+    """Why its DataLoader must keep its batch, in words."""
+    prepares_apart: bool = False
+    """Whether model and optimizer are prepared by different calls."""
+    schedules_apart: bool = False
+    """Whether its learning-rate schedule is prepared by another call than the model, or not at all."""
+    clips_itself: str = ""
+    """Where it clips gradients by other means than the norm through accelerate."""
+    reads_gradients: str = ""
+    """Where it looks at the gradients of parameters."""
+    reads_norm: str = ""
+    """Where it takes the norm that accelerate's clipping returns for a tensor."""
+    saves_its_share: str = ""
+    """Where it saves weights without gathering them from all ranks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Discovered:
     """A training script at the moment before its first step."""
 
@@ -92,9 +121,9 @@ class Discovered:
     """Class of the model's head and of the loop, for the user to read."""
     loss: Loss = "stock"
     """Which code computes the loss."""
-    is_loop: bool = False
-    """Whether the script trains in a loop of its own with `accelerate.Accelerator`, so that its DataLoader's batch and
-    its accumulation are its own as well."""
+    loop: FoundLoop | None = None
+    """The loop of the script's own with `accelerate.Accelerator`, whose DataLoader and optimizer are its own as well;
+    None: a Trainer trains."""
     reference_model: bool = False
     """Whether a second model of the same size is held beside the one that trains."""
     fixes_weights_dtype: bool = False
@@ -120,3 +149,8 @@ class Discovered:
     """The training arguments that matter to a plan, as the script set them."""
     where: dict[str, str] = field(default_factory=dict)
     """File and line of the script in which something was decided."""
+
+    @property
+    def is_loop(self) -> bool:
+        """Whether the script trains in a loop of its own."""
+        return self.loop is not None

@@ -167,6 +167,20 @@ class RunLength:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ScriptLoop:
+    """What a loop of the script's own with accelerate says by itself."""
+
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    accumulates_by_hand: bool = False
+    """Whether code of the script's own decides when the optimizer steps, which nothing outside can change."""
+    max_grad_norm: float | None = None
+    """To which it clips the norm of the gradients; None: it does not."""
+    train_loader: int | None = None
+    """Which of the DataLoaders that it prepares it trains on, counted from 0; None: none of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """One training job."""
 
@@ -184,5 +198,7 @@ class Job:
     """Fields of `restrictions` whose value is the script's own, and not the user's."""
     script_settings: dict[str, str] = field(default_factory=dict)
     """What the script does by itself, in a plan's words: `weights_dtype`, `attention`, `method`; empty: not known."""
+    script_loop: ScriptLoop | None = None
+    """The script's own loop; None: a Trainer trains, or there is no script."""
     found: dict[str, str] = field(default_factory=dict)
     """What discovery read from the script, and where: for the user to check."""

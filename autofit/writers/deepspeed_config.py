@@ -1,4 +1,4 @@
-"""deepspeed.json: every value decided; only the clipping norm is left to the script's own arguments."""
+"""deepspeed.json: every value decided; only the clipping norm is left to the arguments of the script's Trainer."""
 
 from __future__ import annotations
 
@@ -27,13 +27,23 @@ def deepspeed_config(plan: Plan) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": configuration.per_device_train_batch_size,
         "gradient_accumulation_steps": configuration.gradient_accumulation_steps,
         "train_batch_size": configuration.global_batch_sequences,
-        "gradient_clipping": "auto",
+        "gradient_clipping": clipping_norm(plan),
         "bf16": {"enabled": configuration.mixed_precision == "bf16"},
         "fp16": _fp16_block(enabled=configuration.mixed_precision == "fp16"),
         "zero_allow_untested_optimizer": True,
         "zero_optimization": zero_block(configuration, hidden, device.kind),
         "wall_clock_breakdown": False,
     }
+
+
+def clipping_norm(plan: Plan) -> float | str:
+    """Return what DeepSpeed clips the gradients to: what a loop clips to by itself, 0 being nothing.
+
+    A Trainer's `max_grad_norm` is filled in for `auto` by transformers; of a loop accelerate would take 1, whatever it
+    does. Source: accelerate 1.15 accelerator.py, `_prepare_deepspeed`.
+    """
+    loop = plan.inputs.job.script_loop
+    return "auto" if loop is None else loop.max_grad_norm or 0.0
 
 
 def _fp16_block(*, enabled: bool) -> dict[str, Any]:

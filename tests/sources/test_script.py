@@ -14,7 +14,14 @@ from autofit.sources.hardware import parse_cluster
 from autofit.sources.script import child_environment, discover
 from autofit.sources.script_job import Overrides, job_from_discovery
 from autofit.spec.configuration import Evaluation, Lora
-from autofit.spec.discovered import Discovered, FoundAdapter, FoundEvaluation, FoundLengths, FoundQuantization
+from autofit.spec.discovered import (
+    Discovered,
+    FoundAdapter,
+    FoundEvaluation,
+    FoundLengths,
+    FoundLoop,
+    FoundQuantization,
+)
 from autofit.spec.job import Restrictions
 
 # Nearly every test runs a script that imports torch and transformers.
@@ -404,7 +411,7 @@ def test_a_loss_is_changed_only_where_an_argument_changes_it(full):
 
     assert planned(full, ("stock", "liger")) == ("stock", "liger")
     assert planned(_like(full, loss="liger"), "stock") == "liger"
-    fused, loop = _like(full, loss="chunked"), _like(full, is_loop=True)
+    fused, loop = _like(full, loss="chunked"), _like(full, loop=FoundLoop(accumulates_by_hand=False))
     for found, loss in ((full, "chunked"), (fused, "liger"), (loop, "liger")):
         with pytest.raises(InputError, match=f"--loss {loss} cannot be put into effect"):
             planned(found, loss)

@@ -27,6 +27,10 @@ import torch.distributed as dist
 dist.init_process_group("gloo")
 model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))
 """
+WRAPS_DDP = """
+import torch
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))
+"""
 FORKS = TRAIN + "\nimport os\nif os.fork():\n    os._exit(0)\ntrain()\n"
 SPAWNS = (
     """
@@ -49,6 +53,7 @@ worker.join()
         ("answer = input('Really? ')", "reads standard input"),
         ("import sys; sys.stdin.readline() or sys.exit('no answer')", "no answer"),
         (OWN_DDP, "starts its own process group (train.py:4)"),
+        (WRAPS_DDP, "wraps its model in DistributedDataParallel itself (train.py:3)"),
         ("while True: pass", "within 4 s"),
         ("try:\n    while True: pass\nexcept BaseException: pass", "within 4 s"),
         ("import socket; socket.create_connection(('example.com', 80))", "--allow-hub"),
@@ -71,7 +76,9 @@ def test_what_is_in_the_way_is_said(tmp_path, body, says):
             read_instead(refusal.value, script, find_model=resolve_model)
         assert again.value is refusal.value
     else:
-        assert body in {"exit()", OWN_DDP}, "what ran to its end, and what says that it cannot be planned for"
+        assert body in {"exit()", OWN_DDP, WRAPS_DDP}, (
+            "what ran to its end, and what says that it cannot be planned for"
+        )
 
 
 @pytest.mark.parametrize("body", [TRAIN + "train()\n", FORKS, SPAWNS])

@@ -14,7 +14,13 @@ from types import ModuleType
 
 from autofit.runtime.discover.adapters import hook_kbit
 from autofit.runtime.discover.arguments import hook_training_arguments
-from autofit.runtime.discover.loops import hook_accelerator, hook_backward, hook_dataloader
+from autofit.runtime.discover.loops import (
+    hook_accelerator,
+    hook_backward,
+    hook_clipping,
+    hook_dataloader,
+    hook_own_ddp,
+)
 from autofit.runtime.discover.models import hook_models
 from autofit.runtime.discover.observed import Observed
 from autofit.runtime.discover.side_effects import (
@@ -36,6 +42,9 @@ HOOKS: dict[str, Callable[[Observed, ModuleType], None]] = {
     "peft.utils.other": hook_kbit,
     "torch._tensor": hook_backward,
     "torch.distributed.distributed_c10d": hook_process_groups,
+    "torch.nn.parallel.distributed": hook_own_ddp,
+    "torch.nn.utils": hook_clipping,
+    "torch.nn.utils.clip_grad": hook_clipping,
     "torch.utils.data.dataloader": hook_dataloader,
     "transformers.modeling_utils": hook_models,
     "transformers.tokenization_utils_base": hook_tokenizers,
