@@ -152,8 +152,8 @@ def launch(
         bool,
         typer.Option(
             "--override",
-            help="Plan freely what the script says of precision, dtype, optimizer, attention and checkpointing, and how "
-            "a loop of its own splits its batch.",
+            help="Plan freely what the script says of precision, dtype, optimizer, attention and checkpointing, and "
+            "how a loop of its own splits its batch.",
         ),
     ] = False,
     discovers: Annotated[

@@ -85,7 +85,7 @@ def _freed(discovered: Discovered) -> Discovered:
     optim = {} if discovered.is_loop else {"optim": None}
     return replace(
         discovered,
-        arguments=discovered.arguments | freed | unsaid,
+        arguments=discovered.arguments | freed | unsaid | optim,
         attention="auto",
         fixes_weights_dtype=False,
         checkpoints=False if discovered.is_loop else None,
