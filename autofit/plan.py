@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,16 @@ import msgspec
 from autofit.errors import InputError
 from autofit.spec.calibration import Uncalibrated
 from autofit.spec.configuration import Configuration
-from autofit.spec.estimate import CostEstimate, EpochEstimate, MemoryEstimate, RunCost, TimeEstimate, Truncation
+from autofit.spec.estimate import (
+    STAGES,
+    CostEstimate,
+    EpochEstimate,
+    MemoryEstimate,
+    RunCost,
+    Stages,
+    TimeEstimate,
+    Truncation,
+)
 from autofit.spec.hardware import Cluster
 from autofit.spec.job import Job
 
@@ -83,6 +92,31 @@ def planned_rows(plan: Plan) -> tuple[int, int]:
         return 1, sequences * workload.sequence_tokens
     num_rows = workload.num_rows_per_sequence
     return sequences * num_rows, workload.sequence_tokens // num_rows
+
+
+def planned_batches(plan: Plan) -> dict[str, tuple[int, int]]:
+    """Return rows and tokens of a row of the longest planned micro-batch of each phase that has one, by its name."""
+    evaluated = plan.configuration.per_device_eval_batch_size
+    evaluates = replace(plan, configuration=replace(plan.configuration, per_device_train_batch_size=evaluated))
+    trained = planned_rows(plan)
+    return {"first_step": trained, "longest_batch": trained, "evaluation": planned_rows(evaluates)}
+
+
+def predicted_phases(plan: Plan, *, calibrated: bool = True) -> dict[str, int]:
+    """Return the bytes that a phase is predicted to hold, by its `MeasuredPhaseName`; one that is not is absent.
+
+    A CPU rank's device is the host: what is offloaded is there too.
+
+    Args:
+        plan: what is run.
+        calibrated: whether with what a calibration of the plan has moved.
+    """
+    memory, plain = plan.memory, None if calibrated else plan.uncalibrated
+    stages = (memory.stages if plain is None else plain.stages) or Stages()
+    found = {name: stage.device_bytes for name in STAGES if (stage := getattr(stages, name)) is not None}
+    cluster = plan.inputs.cluster
+    on_host = (memory.host_bytes or 0) // cluster.num_devices_per_node if cluster.device.kind == "cpu" else 0
+    return found | {"longest_batch": (plain or memory).peak_allocated_bytes + on_host}
 
 
 def adaptation(plan: Plan) -> str | None:

@@ -6,17 +6,17 @@ Of a model the class of its architecture is kept, and its name only where it is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
 from autofit.errors import InputError
-from autofit.plan import Plan, planned_rows
+from autofit.plan import Plan, planned_batches, planned_rows, predicted_phases
 from autofit.search.calibrated import token_bytes
 from autofit.spec.calibration import calibrated_device_name, plain_versions
 from autofit.spec.configuration import Configuration
-from autofit.spec.event import Event
+from autofit.spec.event import Event, MeasuredPhaseName
 
 RECORD_SCHEMA_VERSION = 1
 MAX_TEXT = 200
@@ -39,6 +39,26 @@ class PredictedRun:
     phases_bytes: dict[Text, Bytes]
     """The peak of each stretch of a step."""
     step_seconds: Seconds | None
+    run_phases_bytes: dict[Text, Bytes] = field(default_factory=dict)
+    """What is allocated in each phase of a run, by the names of those that ranks measure; one that is not predicted is
+    absent."""
+    batches: dict[Text, tuple[Count, Count]] = field(default_factory=dict)
+    """Rows, and tokens of a row, of the longest micro-batch of each phase that has one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredPhase:
+    """The most that a rank held in one phase of its run. None: not measured."""
+
+    allocated_bytes: Bytes | None = None
+    reserved_bytes: Bytes | None = None
+    """By the caching allocator; a CPU rank has none."""
+    process_bytes: Bytes | None = None
+    """Of a CPU rank the most that its process had meanwhile, libraries included; of a GPU what all processes had of it
+    when the phase ended."""
+    rows: Count | None = None
+    row_tokens: Count | None = None
+    """Of the longest micro-batch that the model was given meanwhile; None: it was given none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +83,8 @@ class MeasuredRank:
     num_steps: Count
     longest_batch_tokens: Count | None
     """Tokens of a row of the longest micro-batch that the model was given."""
+    phases: dict[Text, MeasuredPhase] = field(default_factory=dict)
+    """By their names; one that the run did not have is absent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,9 +123,69 @@ class RunRecord:
         return max((r.peak_allocated_bytes for r in self.ranks if r.peak_allocated_bytes is not None), default=None)
 
     @property
+    def phases(self) -> tuple[PhaseOutcome, ...]:
+        """Predicted beside measured, phase by phase; nothing in a record that is older than that was kept."""
+        return phase_outcomes(self.predicted.run_phases_bytes, self.ranks, self.predicted.batches)
+
+    @property
     def step_seconds(self) -> float | None:
         """Of the slowest rank."""
         return max((rank.step_seconds for rank in self.ranks if rank.step_seconds is not None), default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseOutcome:
+    """One phase of a run: what was predicted to be allocated beside what was, on the rank that held most."""
+
+    phase: str
+    predicted_bytes: int | None
+    measured_bytes: int | None
+    rows: int | None
+    row_tokens: int | None
+    """Of the longest micro-batch; None: the model was given none."""
+    is_comparable: bool
+    """Whether both are known, and of the same micro-batch."""
+
+    @property
+    def error_fraction(self) -> float | None:
+        """How far off the prediction is; None where the two do not compare."""
+        if not self.is_comparable or not self.predicted_bytes or not self.measured_bytes:
+            return None
+        return self.predicted_bytes / self.measured_bytes - 1
+
+
+def phase_outcomes(
+    predicted: Mapping[str, int], ranks: Sequence[MeasuredRank], planned: Mapping[str, tuple[int, int]]
+) -> tuple[PhaseOutcome, ...]:
+    """Put what was predicted of each phase beside what was measured, in the order in which a run has them.
+
+    A phase that no rank had is left out, and so is what is between steps, which nothing predicts.
+
+    Args:
+        predicted: allocated bytes by the names of phases.
+        ranks: what each measured.
+        planned: rows, and tokens of a row, of the micro-batch that a prediction is for, by the name of the phase.
+    """
+    return tuple(
+        _outcome(name, predicted.get(name), had, planned.get(name))
+        for name in get_args(MeasuredPhaseName)
+        if (had := [rank.phases[name] for rank in ranks if name in rank.phases]) and name != "between_steps"
+    )
+
+
+def _outcome(
+    name: str, predicted: int | None, had: Sequence[MeasuredPhase], planned: tuple[int, int] | None
+) -> PhaseOutcome:
+    most = max(had, key=lambda phase: phase.allocated_bytes or 0)
+    batch = None if most.rows is None or most.row_tokens is None else (most.rows, most.row_tokens)
+    return PhaseOutcome(
+        phase=name,
+        predicted_bytes=predicted,
+        measured_bytes=most.allocated_bytes,
+        rows=most.rows,
+        row_tokens=most.row_tokens,
+        is_comparable=predicted is not None and batch in {None, planned},
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +221,7 @@ def record_of(
         failure=ending.failure,
         in_effect=ending.in_effect,
         predicted=_predicted(plan, ending.rung),
-        ranks=tuple(_rank(rank, detail) for rank, detail in sorted(_last_memory(events).items())),
+        ranks=measured_ranks(events),
     )
 
 
@@ -157,11 +239,15 @@ def _predicted(plan: Plan, rung: int) -> PredictedRun:
         process_bytes=memory.process_bytes if plain is None else None,
         phases_bytes={phase.name: phase.bytes for phase in memory.phases} if plain is None else {},
         step_seconds=(plain or plan.time).step_seconds if is_known else None,
+        run_phases_bytes=predicted_phases(plan, calibrated=False) if is_known else {},
+        batches=planned_batches(plan),
     )
 
 
-def _last_memory(events: Iterable[Event]) -> dict[int, Mapping[str, Any]]:
-    return {event.rank: event.detail for event in events if event.kind == "memory"}
+def measured_ranks(events: Iterable[Event]) -> tuple[MeasuredRank, ...]:
+    """Return what each rank measured, as it said it last."""
+    last = {event.rank: event.detail for event in events if event.kind == "memory"}
+    return tuple(_rank(rank, detail) for rank, detail in sorted(last.items()))
 
 
 def _rank(rank: int, detail: Mapping[str, Any]) -> MeasuredRank:
@@ -177,6 +263,7 @@ def _rank(rank: int, detail: Mapping[str, Any]) -> MeasuredRank:
         step_seconds=detail.get("step_seconds"),
         num_steps=detail.get("num_steps") or 0,
         longest_batch_tokens=detail.get("longest_batch_tokens"),
+        phases=msgspec.convert(detail.get("phases", {}), dict[str, MeasuredPhase]),
     )
 
 

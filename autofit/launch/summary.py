@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from autofit.calibrate.records import measured_ranks, phase_outcomes
 from autofit.launch.evidence import LOG_FILE
 from autofit.launch.ladder import probe_folder, rung_folder
 from autofit.launch.supervise import Attempt
-from autofit.plan import Plan, adaptation
+from autofit.plan import Plan, adaptation, planned_batches, predicted_phases
 from autofit.spec.event import Event
 
 SUMMARY_FILE = "summary.json"
@@ -64,6 +66,10 @@ def memory_summary(plan: Plan, events: Sequence[Event]) -> dict[str, Any]:
         "predicted_after_step_allocated_bytes": plan.memory.after_step_allocated_bytes,
         "budget_bytes": plan.memory.budget_bytes,
         "ranks": [{"rank": rank, **detail} for rank, detail in sorted(ranks.items())],
+        "phases": [
+            {**asdict(outcome), "error_fraction": outcome.error_fraction}
+            for outcome in phase_outcomes(predicted_phases(plan), measured_ranks(events), planned_batches(plan))
+        ],
     }
 
 

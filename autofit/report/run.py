@@ -22,6 +22,7 @@ def run_report(summary: Mapping[str, Any], summary_file: Path) -> Group:
         Text(f"\n{_ending(summary)}", style="bold"),
         facts_grid(_lines(summary)),
         ranks_table(summary["memory"]),
+        phases_table(summary["memory"].get("phases", ())),
         bullets("Trained", _trained(summary["trained"])),
         bullets("Files", by_folder([*map(Path, summary["files"].values()), summary_file])),
     )
@@ -88,6 +89,27 @@ def ranks_table(memory: Mapping[str, Any]) -> RenderableType:
             error,
         )
     return Group("", table) if memory["ranks"] else Group()
+
+
+def phases_table(phases: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """List each phase that the run had, on the rank that held most in it, with the micro-batch that it was on."""
+    table = Table(box=None, padding=(0, 2, 0, 2))
+    for title in ("phase", "predicted GiB", "measured GiB", "error", "longest batch"):
+        table.add_column(title, justify="left" if title == "phase" else "right", header_style="dim")
+    for each in phases:
+        error, rows = each["error_fraction"], each["rows"]
+        table.add_row(
+            each["phase"].replace("_", " "),
+            _gib(each["predicted_bytes"]),
+            _gib(each["measured_bytes"]),
+            "" if error is None else f"{error:+.1%}",
+            "" if rows is None else f"{rows} x {each['row_tokens']}",
+        )
+    return Group("", table) if phases else Group()
+
+
+def _gib(num_bytes: int | None) -> str:
+    return "" if num_bytes is None else f"{num_bytes / GIB:.3f}"
 
 
 def _trained(folders: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from autofit.calibrate.fit import Fitted
-from autofit.calibrate.records import RunRecord
+from autofit.calibrate.records import PhaseOutcome, RunRecord
 from autofit.calibrate.store import Stored
 from autofit.report.plan import bullets, plain_table
 from autofit.spec.calibration import Correction
@@ -36,7 +36,33 @@ def runs_report(stored: Stored) -> RenderableType:
     )
     for record in stored.records:
         table.add_row(*_cells(record))
-    return Group(table, Text(f"\n{len(stored.records)} runs in {stored.path}", style="dim"))
+    return Group(table, *_phases(stored.records), Text(f"\n{len(stored.records)} runs in {stored.path}", style="dim"))
+
+
+def _phases(records: Sequence[RunRecord]) -> Iterable[RenderableType]:
+    """List what each run held in each phase that it had, predicted beside measured."""
+    names = ("loading", "preparing", "first_step", "longest_batch", "evaluation", "saving")
+    titles = (name.replace("_", " ") for name in names)
+    table = plain_table(
+        "Phases, predicted / measured GiB; * on another micro-batch", "ended", "model", "setup", *titles
+    )
+    for record in records:
+        had = {outcome.phase: outcome for outcome in record.phases}
+        if had:
+            when, _, model, setup, *_ = _cells(record)
+            table.add_row(when, model, setup, *(_phase_cell(had.get(name)) for name in names))
+    if table.row_count:
+        yield Text()
+        yield table
+
+
+def _phase_cell(outcome: PhaseOutcome | None) -> str:
+    if outcome is None:
+        return ""
+    if outcome.predicted_bytes is None:
+        return f"- / {_gib(outcome.measured_bytes)}"
+    mark = "" if outcome.is_comparable else "*"
+    return f"{_gib(outcome.predicted_bytes)} / {_gib(outcome.measured_bytes)}{mark}"
 
 
 def _cells(record: RunRecord) -> Iterable[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +15,7 @@ from autofit.runtime.loop import hook_accelerator
 from autofit.runtime.model import build_as_planned, load_as_planned, with_adapter
 from autofit.runtime.probe import quiet_arguments, stretching
 from autofit.runtime.session import Session
-from autofit.runtime.watch import measured_training, watch_trainer
+from autofit.runtime.watch import measured_loading, measured_phase, measured_training, watch_trainer
 
 
 def install_hooks(session: Session) -> None:
@@ -24,7 +25,7 @@ def install_hooks(session: Session) -> None:
             "transformers.training_args": functools.partial(_hook_training_arguments, session),
             "transformers.modeling_utils": functools.partial(_hook_from_pretrained, session),
             "transformers.trainer": functools.partial(_hook_trainer, session),
-            "accelerate.accelerator": functools.partial(hook_accelerator, session),
+            "accelerate.accelerator": functools.partial(_hook_accelerator, session),
         }
     )
 
@@ -78,9 +79,10 @@ def _plain(value: object) -> str:
 
 
 def _hook_from_pretrained(session: Session, module: ModuleType) -> None:
+    original = _within(measured_loading, session, module.PreTrainedModel.from_pretrained.__func__)
     if not session.sets_values:
+        module.PreTrainedModel.from_pretrained = classmethod(original)
         return
-    original = module.PreTrainedModel.from_pretrained.__func__
 
     @functools.wraps(original)
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -99,8 +101,18 @@ def _hook_trainer(session: Session, module: ModuleType) -> None:
     module.Trainer.__init__ = _with_planned_model(session, module.Trainer.__init__)
     if session.is_probe:
         module.Trainer.training_step = stretching(session, module.Trainer.training_step)
-    module.Trainer.train = _measured(session, module.Trainer.train)
-    module.Trainer.save_model = _recorded(session, module.Trainer.save_model)
+    trainer = module.Trainer
+    trainer.train = _within(measured_training, session, trainer.train)
+    trainer.evaluate = _within(measured_phase, session, trainer.evaluate, "evaluation")
+    trainer.save_model = _within(measured_phase, session, _recorded(session, trainer.save_model), "saving")
+    # A checkpoint is more than `save_model`: the optimizer's state is written after it.
+    trainer._save_checkpoint = _within(measured_phase, session, trainer._save_checkpoint, "saving")
+
+
+def _hook_accelerator(session: Session, module: ModuleType) -> None:
+    hook_accelerator(session, module)
+    for name in ("save_state", "save_model"):
+        setattr(module.Accelerator, name, _within(measured_phase, session, getattr(module.Accelerator, name), "saving"))
 
 
 def _with_planned_model(session: Session, original: Callable[..., None]) -> Callable[..., None]:
@@ -117,13 +129,17 @@ def _with_planned_model(session: Session, original: Callable[..., None]) -> Call
     return __init__
 
 
-def _measured(session: Session, original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with measured_training(session):
-            return original(self, *args, **kwargs)
+def _within(
+    block: Callable[..., AbstractContextManager[None]], session: Session, original: Callable[..., Any], *words: str
+) -> Callable[..., Any]:
+    """Wrap a function so that it runs within a block, which is made of the session and some words."""
 
-    return train
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with block(session, *words):
+            return original(*args, **kwargs)
+
+    return wrapped
 
 
 def _recorded(session: Session, original: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,12 +12,12 @@ from types import ModuleType
 from typing import Any
 
 from autofit.runtime.loop_batches import Batches, set_accumulation
-from autofit.runtime.measure import NUM_STEPS_TOLD, Record, metering
+from autofit.runtime.measure import NUM_STEPS_TOLD, metering
 from autofit.runtime.model import join_ranks, switch_checkpointing
 from autofit.runtime.probe import stop_when_done, stretched
 from autofit.runtime.session import Session
 from autofit.runtime.verify import Check, Training, check_all, check_first_batch, rows_per_rank
-from autofit.runtime.watch import settle, shape_of, wait_for_device
+from autofit.runtime.watch import begin_record, is_on_cpu, settle, shape_of, wait_for_device
 
 
 def hook_accelerator(session: Session, module: ModuleType) -> None:
@@ -130,9 +130,9 @@ class _Loop:
         if self.accelerator is not None:
             return
         self.accelerator, plan = accelerator, self.session.plan
-        on_cpu = plan.inputs.cluster.device.kind == "cpu"
-        meter = self.measuring.enter_context(metering(on_cpu=on_cpu, limit_bytes=plan.memory.budget_bytes))
-        self.session.record = Record(meter=meter)
+        limit_bytes = plan.memory.budget_bytes
+        meter = self.measuring.enter_context(metering(on_cpu=is_on_cpu(self.session), limit_bytes=limit_bytes))
+        begin_record(self.session, meter)
         atexit.register(self._end)
 
     def take(self, given: Any, prepared: Any) -> None:
@@ -148,20 +148,21 @@ class _Loop:
 
     def _look(self, module: Any, args: Any, kwargs: Any) -> Any:
         """Count a micro-step and note its length; before the first one verify what is about to train."""
-        if not module.training:
-            return None
         session, shape = self.session, shape_of(kwargs)
+        if not module.training:
+            session.record.evaluates(shape)
+            return None
         self.num_micro_steps += 1
-        if session.record.before_training_peak_bytes is None:
+        if not session.record.has_begun:
             session.record.begin_training()
             settle(session, [*check_all(session.plan, self._training()), *self._check_num_steps()])
             if shape is not None:
                 session.log.record("batch", rows=shape[0], tokens=shape[1])
                 settle(session, check_first_batch(session.plan, *shape))
-            session.record.begin_step()
+        session.record.begin_step()
         given = stretched(kwargs, session.planned_row_tokens) if session.is_probe else kwargs
         if (seen := shape_of(given)) is not None:
-            session.record.saw_batch(seen[1])
+            session.record.saw_batch(*seen)
         return (args, given) if session.is_probe else None
 
     def _training(self) -> Training:
@@ -192,7 +193,7 @@ class _Loop:
     def step(self, take: Callable[[], Any]) -> Any:
         """Take an optimizer step; before the first one compare how many micro-steps came before it."""
         session, record = self.session, self.session.record
-        if record is None or record.before_training_peak_bytes is None:
+        if record is None or not record.has_begun:
             return take()
         self.check_first_step()
         out = take()
@@ -201,7 +202,6 @@ class _Loop:
         if told["step"] <= NUM_STEPS_TOLD:
             session.log.record("step", **told)
         stop_when_done(session)
-        record.begin_step()
         return out
 
     def check_first_step(self) -> None:

@@ -34,7 +34,11 @@ class Session:
     trainer: Any = None
     """The Trainer that the script made last."""
     record: Any = None
-    """What is measured of the training that runs now, a `runtime.measure.Record`."""
+    """What is measured of the training, a `runtime.measure.Record`; None: none has begun."""
+    loading: Any = None
+    """The peak of what was loaded so far, a `runtime.measure.Peak`."""
+    is_measuring: bool = False
+    """Whether memory is counted now: while a Trainer trains, or a loop has begun to."""
     batch_hook: Any = None
     """The handle of the hook that looks at batches; on the model only while it trains, which may be pickled later."""
     keep_alive: list[Any] = field(default_factory=list)

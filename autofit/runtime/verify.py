@@ -340,6 +340,23 @@ def _check_checkpointing(configuration: Configuration, model: Any) -> Iterator[C
         function = modules[0]._gradient_checkpointing_func
         in_effect = getattr(function, "keywords", {}).get("use_reentrant")
         yield _check("use_reentrant", configuration.use_reentrant, in_effect)
+    if configuration.gradient_checkpointing and configuration.checkpoint_every_n_layers == 1:
+        yield from _check_layers(model)
+
+
+def _check_layers(model: Any) -> Iterator[Check]:
+    """Compare how many layers checkpoint, where each has a switch of its own; older releases have one for all.
+
+    Source: transformers/modeling_layers.py 5.23, GradientCheckpointingLayer.
+    """
+    names = frozenset(getattr(model, "_no_split_modules", None) or ())
+    layers = [each for each in model.modules() if type(each).__name__ in names and hasattr(each, _SWITCH)]
+    if layers:
+        switched = sum(1 for layer in layers if getattr(layer, _SWITCH))
+        yield _check("layers that checkpoint", len(layers), switched)
+
+
+_SWITCH = "gradient_checkpointing"
 
 
 _SAME_OPTIMIZERS = {"rmsprop_bnb": "rmsprop_bnb_32bit", "ademamix": "ademamix_32bit"}

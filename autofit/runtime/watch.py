@@ -7,11 +7,11 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from autofit.runtime.measure import NUM_STEPS_TOLD, Record, metering
+from autofit.runtime.measure import NUM_STEPS_TOLD, Meter, Peak, Record, loading_peak, metering, metering_again
 from autofit.runtime.probe import stop_when_done
 from autofit.runtime.session import Session
 from autofit.runtime.verify import Check, check_all, check_first_batch, check_steps, table, training_of
-from autofit.spec.event import MISMATCH_EXIT_CODE
+from autofit.spec.event import MISMATCH_EXIT_CODE, MeasuredPhaseName
 
 
 def watch_trainer(session: Session, trainer: Any) -> None:
@@ -23,15 +23,77 @@ def watch_trainer(session: Session, trainer: Any) -> None:
 @contextlib.contextmanager
 def measured_training(session: Session) -> Iterator[None]:
     """Measure `Trainer.train` from its first line, so that buffers made while preparing are seen."""
-    on_cpu = session.plan.inputs.cluster.device.kind == "cpu"
-    with metering(on_cpu=on_cpu, limit_bytes=session.plan.memory.budget_bytes) as meter:
-        session.record = Record(meter=meter)
+    with metering(on_cpu=is_on_cpu(session), limit_bytes=session.plan.memory.budget_bytes) as meter:
+        begin_record(session, meter)
         try:
             yield
         finally:
             if session.batch_hook is not None:
                 session.batch_hook.remove()
+            session.is_measuring = False
             session.log.record("memory", **session.record.figures())
+
+
+def is_on_cpu(session: Session) -> bool:
+    """Tell whether ranks are CPU ranks."""
+    return session.plan.inputs.cluster.device.kind == "cpu"
+
+
+def begin_record(session: Session, meter: Meter) -> None:
+    """Begin to measure where the engine is about to be made: what was loaded is there."""
+    session.record = Record(meter=meter, planned_row_tokens=session.planned_row_tokens)
+    session.record.begin_preparing(session.loading or Peak())
+    session.is_measuring = True
+
+
+@contextlib.contextmanager
+def measured_loading(session: Session) -> Iterator[None]:
+    """Measure a `from_pretrained` before the training."""
+    if session.record is not None:
+        yield
+        return
+    with loading_peak(is_on_cpu(session)) as peak:
+        yield
+    session.loading = session.loading or Peak()
+    session.loading.merge(peak)
+
+
+@contextlib.contextmanager
+def measured_phase(session: Session, phase: MeasuredPhaseName) -> Iterator[None]:
+    """Measure an evaluation or the saving of a checkpoint, while a training runs or after it; before it, nothing is."""
+    record = session.record
+    if record is None or not record.has_begun:
+        yield
+        return
+    if session.is_measuring:
+        with record.during(phase):
+            yield
+        return
+    with metering_again(record.meter), _seeing_batches(session), record.during(phase):
+        session.is_measuring = True
+        try:
+            yield
+        finally:
+            session.is_measuring = False
+    session.log.record("memory", **record.figures())
+
+
+@contextlib.contextmanager
+def _seeing_batches(session: Session) -> Iterator[None]:
+    """Note the batches of an evaluation after the training."""
+
+    def look(module: Any, args: Any, kwargs: Any) -> None:
+        if (shape := shape_of(kwargs)) is not None:
+            session.record.saw_batch(*shape, trains=False)
+
+    if session.trainer is None:
+        yield
+        return
+    hook = session.trainer.model.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _callback(session: Session) -> Any:
@@ -78,10 +140,12 @@ def look_at_batches(session: Session) -> None:
     def look(module: Any, args: Any, kwargs: Any) -> None:
         nonlocal is_first
         shape = shape_of(kwargs)
-        if not module.training or shape is None:  # an evaluation has batches of its own
+        if shape is None:
+            return
+        session.record.saw_batch(*shape, trains=module.training)
+        if not module.training:  # an evaluation has batches of its own
             return
         rows, tokens = shape
-        session.record.saw_batch(tokens)
         if is_first:
             is_first = False
             session.log.record("batch", rows=rows, tokens=tokens)

@@ -110,4 +110,5 @@ def uncalibrated(memory: MemoryEstimate, time: TimeEstimate) -> Uncalibrated:
         token_bytes=token_bytes(memory),
         needed_bytes=memory.needed_bytes,
         step_seconds=time.step_seconds,
+        stages=memory.stages,
     )

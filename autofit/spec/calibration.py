@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from autofit.spec.estimate import Stages
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Correction:
@@ -52,6 +54,8 @@ class Uncalibrated:
     """What of the peak grows with the tokens of a micro-batch."""
     needed_bytes: int
     step_seconds: float | None
+    stages: Stages | None = None
+    """What the run needs outside its steady steps; None: not known."""
 
 
 def plain_versions(versions: dict[str, str]) -> dict[str, str]:

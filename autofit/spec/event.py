@@ -20,6 +20,19 @@ EventKind = Literal[
     "finished",
 ]
 
+MeasuredPhaseName = Literal[
+    "loading",
+    "preparing",
+    "first_step",
+    "steady_steps",
+    "longest_batch",
+    "between_steps",
+    "evaluation",
+    "saving",
+]
+"""Phases of a run that a rank measures: `steady_steps` are all but the first, `longest_batch` those of them on a
+micro-batch of the planned length, and `between_steps` what is neither evaluation nor saving."""
+
 RUN_FOLDER_VARIABLE = "AUTOFIT_RUN_FOLDER"
 """Environment variable that tells a rank where its plan is and where its events go."""
 NO_STRICT_VARIABLE = "AUTOFIT_NO_STRICT"

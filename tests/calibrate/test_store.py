@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,7 +10,16 @@ import sys
 import msgspec
 import pytest
 
-from autofit.calibrate.records import Ending, decode, encode, export_text, import_text, record_of
+from autofit.calibrate.records import (
+    Ending,
+    MeasuredPhase,
+    decode,
+    encode,
+    export_text,
+    import_text,
+    phase_outcomes,
+    record_of,
+)
 from autofit.calibrate.store import append, calibration_of, new_ones, read
 from autofit.errors import InputError
 from autofit.spec.calibration import Calibration, Correction
@@ -37,6 +47,47 @@ def test_broken_lines_hide_nothing_and_are_named(tmp_path):
     stored = read(path)
     assert stored.records == (a_record(1), a_record(3))
     assert [line.number for line in stored.broken] == [2, 3, 4]
+
+
+def test_a_record_from_before_phases_were_kept_is_read(tmp_path):
+    """It has no phase; every figure that it has is as it was."""
+    line = json.loads(encode(a_record(1)))
+    del line["in_effect"], line["predicted"]["run_phases_bytes"], line["predicted"]["batches"]
+    del line["ranks"][0]["phases"]
+    path = tmp_path / "runs.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    (record,) = read(path).records
+    assert record == a_record(1)
+    assert (record.phases, record.in_effect) == ((), True)
+
+
+def test_phases_compare_where_they_are_of_the_same_batch():
+    """Of the rank that held most; a phase no rank had is left out, one on another batch has no error, nor has one that
+    was not predicted, and what lies between steps is not shown.
+    """
+    ranks = [
+        dataclasses.replace(a_record(1).ranks[0], rank=rank, phases=phases)
+        for rank, phases in enumerate(
+            [
+                {"loading": MeasuredPhase(allocated_bytes=100), "between_steps": MeasuredPhase(allocated_bytes=1)},
+                {
+                    "loading": MeasuredPhase(allocated_bytes=90),
+                    "evaluation": MeasuredPhase(allocated_bytes=50, rows=8, row_tokens=64),
+                    "first_step": MeasuredPhase(allocated_bytes=80, rows=2, row_tokens=64),
+                    "steady_steps": MeasuredPhase(allocated_bytes=80, rows=2, row_tokens=64),
+                },
+            ]
+        )
+    ]
+    predicted = {"loading": 101, "first_step": 88, "evaluation": 40, "saving": 70}
+    found = {
+        each.phase: each
+        for each in phase_outcomes(predicted, ranks, dict.fromkeys(("first_step", "evaluation"), (2, 64)))
+    }
+    assert list(found) == ["loading", "first_step", "steady_steps", "evaluation"]
+    assert found["loading"].error_fraction == pytest.approx(0.01)
+    assert found["first_step"].error_fraction == pytest.approx(0.1)
+    assert (found["evaluation"].error_fraction, found["steady_steps"].error_fraction) == (None, None)
 
 
 WRITER = """

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -18,9 +21,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from autofit.runtime.verify import check_adapter, check_steps
+from autofit.plan import Plan
+from autofit.runtime.verify import Training, check_adapter, check_all, check_steps
 from autofit.spec.configuration import Configuration
-from tests.plans import a_configuration, a_plan
+from autofit.spec.deepspeed import bucket_settings
+from tests.plans import TINY_LLAMA, a_configuration, a_plan
 
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 MODELS: dict[str, Any] = {
@@ -93,3 +98,139 @@ def test_the_steps_of_data_without_a_length_are_not_compared(tmp_path: Any) -> N
     """A stream has no number of steps to compare, unless max_steps says it."""
     arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
     assert check_steps(a_plan(), SimpleNamespace(args=arguments, train_dataset=iter(())), 9) == []
+
+
+def training(**changes: Any) -> Training:
+    """Return what would train `a_plan()` on two ranks of an unsharded tiny Llama, with what is given changed."""
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**TINY_LLAMA), attn_implementation="sdpa")
+    in_effect = {
+        "model": model,
+        "engine": type("DistributedDataParallel", (), {})(),
+        "optimizer": torch.optim.AdamW(model.parameters(), fused=True),
+        "accelerator": SimpleNamespace(num_processes=2, mixed_precision="bf16"),
+        "rows_per_rank": 2,
+        "gradient_accumulation_steps": 2,
+        "uses_liger_kernel": False,
+    }
+    return Training(**in_effect | changes)
+
+
+def zero_engine(stage: int) -> Any:
+    """Return what DeepSpeed's engine says of itself; no process group is needed to say it."""
+    nowhere = SimpleNamespace(device="none")
+    buckets = SimpleNamespace(
+        **asdict(bucket_settings(a_configuration(sharding=f"zero{stage}"), 64)) | {"stage": stage}
+    )
+    return SimpleNamespace(
+        zero_optimization_stage=lambda: stage,
+        zero_offload_optimizer=lambda: nowhere,
+        zero_offload_param=lambda: nowhere,
+        gradient_accumulation_steps=lambda: 2,
+        bfloat16_enabled=lambda: True,
+        fp16_enabled=lambda: False,
+        _config=SimpleNamespace(zero_config=buckets),
+    )
+
+
+def failing(plan: Plan, in_effect: Training) -> dict[str, tuple[str, str]]:
+    """Return the settings that differ: their planned values, and those in effect."""
+    return {c.setting: (c.planned, c.in_effect) for c in check_all(plan, in_effect) if not c.holds}
+
+
+def frozen_but_one() -> Training:
+    """Train a single parameter."""
+    made = training()
+    for number, parameter in enumerate(made.model.parameters()):
+        parameter.requires_grad = number == 0
+    return made
+
+
+def checkpointing(*, in_all: bool) -> Training:
+    """Switch checkpointing on, in all layers or in all but the last."""
+    made = training()
+    made.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    made.model.model.layers[-1].gradient_checkpointing = in_all
+    return made
+
+
+DIFFERENCES: dict[str, tuple[Configuration, Callable[[], Training], dict[str, tuple[str, str]]]] = {
+    "micro-batch": (
+        a_configuration(),
+        lambda: training(rows_per_rank=3),
+        {"per_device_train_batch_size": ("2", "3"), "global batch (sequences)": ("8", "12")},
+    ),
+    "accumulation": (
+        a_configuration(),
+        lambda: training(gradient_accumulation_steps=1),
+        {"gradient_accumulation_steps": ("2", "1"), "global batch (sequences)": ("8", "4")},
+    ),
+    "world size": (
+        a_configuration(),
+        lambda: training(accelerator=SimpleNamespace(num_processes=4, mixed_precision="bf16")),
+        {"num_processes": ("2", "4"), "global batch (sequences)": ("8", "16")},
+    ),
+    "ZeRO instead of DDP": (a_configuration(), lambda: training(engine=zero_engine(2)), {"sharding": ("ddp", "zero2")}),
+    "precision": (
+        a_configuration(),
+        lambda: training(accelerator=SimpleNamespace(num_processes=2, mixed_precision="no")),
+        {"mixed_precision": ("bf16", "no")},
+    ),
+    "dtype": (
+        a_configuration(weights_dtype="bfloat16"),
+        training,
+        {"dtype of the weights": ("bfloat16", "float32")},
+    ),
+    "trained parameters": (
+        a_configuration(),
+        frozen_but_one,
+        {"trained parameters": ("all", "1 of 21, for instance model.embed_tokens.weight")},
+    ),
+    "quantised modules": (
+        a_configuration(method="qlora"),
+        training,
+        {
+            "quantised linear layers": ("14 of 14", "0 of 14"),
+            "trained parameters": ("only the adapter's", "all"),
+            "adapter": ("lora", "none"),
+            "dtype of the weights": ("bfloat16", "float32"),
+        },
+    ),
+    "checkpointing": (
+        a_configuration(gradient_checkpointing=True),
+        training,
+        {"gradient_checkpointing": ("True", "False"), "layers that checkpoint": ("2", "0")},
+    ),
+    "checkpointing of some layers": (
+        a_configuration(gradient_checkpointing=True),
+        lambda: checkpointing(in_all=False),
+        {"layers that checkpoint": ("2", "1")},
+    ),
+    "checkpointing unplanned": (
+        a_configuration(),
+        lambda: checkpointing(in_all=True),
+        {"gradient_checkpointing": ("False", "True")},
+    ),
+    "attention": (a_configuration(attention="eager"), training, {"attention": ("eager", "sdpa")}),
+    "loss": (a_configuration(), lambda: training(uses_liger_kernel=True), {"use_liger_kernel": ("False", "True")}),
+    "optimizer": (
+        a_configuration(optim="adamw_8bit"),
+        training,
+        {"optim": ("adamw_8bit", "adamw_torch_fused")},
+    ),
+}
+
+
+def test_what_is_planned_is_found_in_effect() -> None:
+    """Nothing is reported of a training that is as planned, with and without ZeRO and checkpointing."""
+    assert not failing(a_plan(), training())
+    assert not failing(a_plan(a_configuration(gradient_checkpointing=True)), checkpointing(in_all=True))
+    sharded = a_configuration(sharding="zero2", weights_dtype="float32", mixed_precision="bf16")
+    found = failing(a_plan(sharded), training(engine=zero_engine(2)))
+    assert found == {"dtype of the weights": ("bfloat16", "float32")}  # which DeepSpeed itself would have converted
+
+
+@pytest.mark.parametrize("difference", DIFFERENCES)
+def test_each_difference_is_named_and_nothing_else(difference: str) -> None:
+    """Whatever of a training is not as planned is reported, with both values, and all else holds."""
+    planned, in_effect, expected = DIFFERENCES[difference]
+    assert failing(a_plan(planned), in_effect()) == expected
