@@ -18,7 +18,7 @@ from autofit.memory.inputs import TOKEN_ID_BYTES, later_inputs, untraced_bytes
 from autofit.memory.limits import refuse_absurd_numbers, refuse_unmodelled
 from autofit.memory.overheads import context_bytes, workspace_bytes, workspace_sizes
 from autofit.memory.phases import Run, stages
-from autofit.memory.replay import MAX_MICRO_STEPS, Replayed, Replayer
+from autofit.memory.replay import MAX_MICRO_STEPS, Replayed, Replayer, holds_whole_tensors
 from autofit.memory.static import OptimizerBytes, Update, static_bytes
 from autofit.memory.tape import (
     Bytes,
@@ -140,7 +140,7 @@ class MemoryModel:
             needed_reserved_bytes=replayed.needed_bytes if replayed else None,
             **(self._intervals(peak, replayed, context, configuration) if replays else {}),
             after_step_allocated_bytes=self._between_steps(plan, configuration, cluster.device)
-            + (replayed.left_over_bytes if replayed else 0),
+            + (replayed.left_over_bytes if replayed and holds_whole_tensors(configuration) else 0),
             host_bytes=host * cluster.num_devices_per_node or None,
             budget_bytes=cluster.device.memory_bytes,
             phases=phases,
