@@ -63,6 +63,7 @@ def from_real_stack(results: Sequence[Row]) -> Iterator[Row]:
     """Turn cells of the real stack into residuals of what is allocated."""
     for result in results:
         method, sharding = result["cell"].split("-")[:2]
+        method = "qlora" if method.startswith(("qlora", "int8")) else method
         yield {
             "id": result["cell"],
             "source": "benchmarks/real_stack.py: the real engines on CPU ranks",
