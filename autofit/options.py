@@ -11,6 +11,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
@@ -771,12 +772,18 @@ class SectionedCommand(TyperCommand):
                 formatter.write_dl(records)
 
 
+@cache
+def _hints(kind: type[Wishes]) -> dict[str, Any]:
+    """Evaluate the annotations of options, which several commands share."""
+    return get_type_hints(kind, include_extras=True)
+
+
 def takes_wishes(kind: type[AnyWishes]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command one option for each field of `kind`, and pass them to it as its argument `wishes`.
 
     typer reads a function's signature; this writes the fields into it, so that no command repeats them.
     """
-    hints = get_type_hints(kind, include_extras=True)
+    hints = _hints(kind)  # type: ignore[arg-type]  # a class is hashable
     shared = [
         inspect.Parameter(
             field.name,
@@ -812,7 +819,7 @@ def wishes_of(kind: type[AnyWishes], given: Mapping[str, Any]) -> AnyWishes:
     Raises:
         InputError: an argument is not known, or its value is of the wrong kind or out of bounds.
     """
-    hints = get_type_hints(kind, include_extras=True)
+    hints = _hints(kind)  # type: ignore[arg-type]  # a class is hashable
     if unknown := [name for name in given if name not in hints]:
         raise InputError(f"{unknown[0]!r} is no option.", to_fix=f"the nearest are {nearest(unknown[0], hints)}")
     return kind(**{name: _read(name, value, hints[name]) for name, value in given.items()})
@@ -864,7 +871,7 @@ def with_option(restrictions_now: Restrictions, text: str) -> Restrictions:
     if not equals or not value.strip():
         raise InputError(f"{text!r} is not NAME=VALUE.", to_fix="write for instance zero_stage=3 or method=full")
     of_run = {field.name for field in fields(RunWish)}
-    every = get_type_hints(SearchWish, include_extras=True)
+    every = _hints(SearchWish)
     hints = {known: hint for known, hint in every.items() if known not in of_run}
     if name not in hints:
         raise InputError(f"{name!r} is no option of plan.", to_fix=f"the nearest are {nearest(name, hints)}")

@@ -12,7 +12,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
+from contextlib import suppress
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from autofit.search.solve import required_regimes
 from autofit.spec.hardware import Cluster
 from autofit.spec.job import Job, Model
 from autofit.spec.libraries import installed_versions
-from autofit.spec.profile import PROFILE_SCHEMA_VERSION, ProfileSet, Regime, RegimeProfile
+from autofit.spec.profile import PROFILE_SCHEMA_VERSION, ProfileHead, ProfileSet, Regime, RegimeProfile, holds_for
 
 SHIPPED_FOLDER = Path(__file__).parent / "data" / "profiles"
 IRRELEVANT_KEYS = frozenset({"_name_or_path", "transformers_version", "torch_dtype", "dtype"})
@@ -55,15 +56,32 @@ def pack_name(config: dict[str, Any], versions: dict[str, str]) -> str:
 def read_pack(path: Path) -> Pack:
     """Read a file of profiles; a missing or unreadable one holds none (it is a cache, and is traced anew)."""
     try:
-        return _decoded(path, path.stat().st_mtime_ns)
+        return tuple(read() for _, read in _stored(path))
+    except msgspec.DecodeError:
+        return ()
+
+
+Stored = tuple[ProfileHead, Callable[[], RegimeProfile]]
+"""A stored profile by its head; the rest is decoded when it is asked for, which takes ten times as long."""
+
+
+def _stored(path: Path) -> tuple[Stored, ...]:
+    """List what a file holds; nothing where it is missing or unreadable."""
+    try:
+        return _listed(path, path.stat().st_mtime_ns)
     except (OSError, EOFError, gzip.BadGzipFile, msgspec.DecodeError):
         return ()
 
 
 @lru_cache(maxsize=16)
-def _decoded(path: Path, _written_at: int) -> Pack:
-    profiles = msgspec.json.decode(gzip.decompress(path.read_bytes()), type=Pack)
-    return tuple(profile for profile in profiles if profile.schema_version == PROFILE_SCHEMA_VERSION)
+def _listed(path: Path, _written_at: int) -> tuple[Stored, ...]:
+    texts = msgspec.json.decode(gzip.decompress(path.read_bytes()), type=tuple[msgspec.Raw, ...])
+    heads = map(msgspec.json.Decoder(ProfileHead).decode, texts)
+    return tuple(
+        (head, cache(partial(msgspec.json.decode, text, type=RegimeProfile)))
+        for head, text in zip(heads, texts, strict=True)
+        if head.schema_version == PROFILE_SCHEMA_VERSION
+    )
 
 
 def write_pack(path: Path, profiles: Pack) -> None:
@@ -95,14 +113,15 @@ def stored_profiles(model: Model, regimes: Sequence[Regime], sequence_tokens: in
     holds for, and so does the plan.
     """
     name = pack_name(model.config, installed_versions())
-    packs = [read_pack(cache_folder() / name), read_pack(SHIPPED_FOLDER / name)]
+    packs = [_stored(cache_folder() / name), _stored(SHIPPED_FOLDER / name)]
     if not can_trace():
-        packs += map(read_pack, sorted(SHIPPED_FOLDER.glob(f"{architecture_key(model.config)}-*.json.gz")))
-    found: ProfileSet = {}
-    for profile in sorted(itertools.chain.from_iterable(packs), key=lambda profile: -profile.multiple_tokens):
-        if profile.holds_for(sequence_tokens):
-            found.setdefault(profile.regime, profile)
-    return {regime: found[regime] for regime in regimes if regime in found}
+        packs += map(_stored, sorted(SHIPPED_FOLDER.glob(f"{architecture_key(model.config)}-*.json.gz")))
+    wanted, found = dict.fromkeys(regimes), {}
+    for head, read in sorted(itertools.chain.from_iterable(packs), key=lambda each: -each[0].multiple_tokens):
+        if head.regime in wanted and head.regime not in found and holds_for(head, sequence_tokens):
+            with suppress(msgspec.DecodeError):
+                found[head.regime] = read()
+    return {regime: found[regime] for regime in wanted if regime in found}
 
 
 def can_trace() -> bool:

@@ -136,6 +136,17 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileHead:
+    """What says whether a stored profile is the one that is looked for."""
+
+    schema_version: int
+    regime: Regime
+    max_sequence_tokens: int | None = None
+    min_sequence_tokens: int = 1
+    multiple_tokens: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RegimeProfile:
     """One traced step of one architecture under one regime."""
 
@@ -167,9 +178,7 @@ class RegimeProfile:
 
     def holds_for(self, sequence_tokens: int) -> bool:
         """Whether sequences of that length take the code path that was traced."""
-        longest = self.max_sequence_tokens
-        in_range = self.min_sequence_tokens <= sequence_tokens and (longest is None or sequence_tokens <= longest)
-        return in_range and not sequence_tokens % self.multiple_tokens
+        return holds_for(self, sequence_tokens)
 
     @property
     def only_length(self) -> int | None:
@@ -195,6 +204,13 @@ class RegimeProfile:
             for tensor in self.tensors
             if tensor.kind != "buffer" and (trains is None or tensor.trains == trains)
         )
+
+
+def holds_for(profile: ProfileHead | RegimeProfile, sequence_tokens: int) -> bool:
+    """Tell whether sequences of a length take the code path that was traced."""
+    longest = profile.max_sequence_tokens
+    in_range = profile.min_sequence_tokens <= sequence_tokens and (longest is None or sequence_tokens <= longest)
+    return in_range and not sequence_tokens % profile.multiple_tokens
 
 
 ProfileSet = dict[Regime, RegimeProfile]
