@@ -8,6 +8,7 @@ Configs are each config class's defaults with a few layers: fake tensors have no
 and experts stay what they are. A type is traced where a training step (full fine-tuning in bf16 on a GPU) runs and has
 the same operators at two lengths, or, where it has not, for two batches of one length. Attention is sdpa, or eager
 where the class has no sdpa; weights are bf16, or fp32 under autocast where transformers' own step fails otherwise.
+Vision-language types are tried with an image in each sequence, and with text alone where that is not traced.
 """  # noqa: INP001 - a script, not a module
 
 from __future__ import annotations
@@ -19,26 +20,34 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PretrainedConfig
 from transformers.models.auto import modeling_auto
 
 from autofit.errors import InputError
+from autofit.profile.fakes import fill_with_fakes
 from autofit.profile.fit import StructureDiffersError
+from autofit.profile.image_rows import images_attended_at_once
+from autofit.profile.images import usual_image_tokens
+from autofit.profile.known import KnownValues
 from autofit.profile.loops import MAX_OPERATORS_OF_SEVERAL, SHORT_LENGTHS, Growth, TooManyOperatorsError
-from autofit.profile.models import build, choose_depth, load_config, text_config
+from autofit.profile.models import build, choose_depth, load_config, set_depth, text_config, width
+from autofit.profile.refusals import ValuesNeededError
 from autofit.profile.tasks import MAPPINGS, Head
-from autofit.profile.trace import trace_model, trace_points
+from autofit.profile.trace import environment, trace_model, trace_points
 from autofit.profile.windows import lengths_to_trace
 from autofit.spec.profile import Regime
 
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
 BEGIN, END = "<!-- walk: begin -->", "<!-- walk: end -->"
+VISION: Head = "image-text-to-text"
 NUM_LAYERS = 2
 MANY_TOKENS = 100_000
 MISSING: dict[str, dict[str, Any]] = {
@@ -53,6 +62,7 @@ MISSING: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "reformer": {"is_decoder": True},
     "xmod": {"default_language": "en_XX"},
+    "gemma3": {"vision_config": {"image_size": 896}},
 }
 """What the defaults of a config class leave out or cannot be run with, and published configs or scripts give."""
 ONLY_LENGTHS = {"reformer": 4096}
@@ -76,6 +86,10 @@ class Row:
     """Why it is not traced; empty where it is."""
     refused_by: str
     """transformers, where its own run would end so; else autofit."""
+    image_tokens: int = 0
+    """What of each sequence was images'; 0: it was text alone."""
+    why_text_alone: str = ""
+    """Why a step with images is not traced, of a type that has them."""
 
     @property
     def traced(self) -> bool:
@@ -95,10 +109,43 @@ def walk(head: Head, model_types: Iterable[str]) -> Iterator[Row]:
 
 
 def _attempt(head: Head, model_type: str) -> Row:
+    """Trace one type, with images where it takes them, else with text alone."""
+    if head != VISION:
+        return _attempt_with(head, model_type, 0)
+    try:
+        image_tokens, why = _usual_image_tokens(model_type), "it is not known how its images are made"
+    except Exception as error:  # noqa: BLE001 - what a library raises is the answer
+        image_tokens, why = None, _one_line(error)
+    if image_tokens:
+        row = _attempt_with(head, model_type, image_tokens)
+        if row.traced:
+            return row
+        why = row.reason
+    return replace(_attempt_with(head, model_type, 0), why_text_alone=why)
+
+
+def _usual_image_tokens(model_type: str) -> int | None:
+    """Return how many tokens an image of the type becomes; None where it is not known how one is made."""
+    regime = _regime(VISION, "sdpa", "bfloat16", "no")
+    try:
+        model = build(_small(model_type, regime), regime)
+    except Exception as error:
+        if "--attention eager" not in str(error):
+            raise
+        regime = replace(regime, attention="eager")
+        model = build(_small(model_type, regime), regime)
+    known = KnownValues()
+    with FakeTensorMode(allow_non_fake_inputs=True), environment(regime):
+        fill_with_fakes(model)
+        with known, images_attended_at_once(model, regime):
+            return usual_image_tokens(model, known)
+
+
+def _attempt_with(head: Head, model_type: str, image_tokens: int) -> Row:
     """Trace one type with the attention and the precision that it has."""
     for dtype, autocast in (("bfloat16", "no"), ("float32", "bf16")):
         for attention in ("sdpa", "eager"):
-            regime = _regime(head, attention, dtype, autocast)
+            regime = replace(_regime(head, attention, dtype, autocast), image_tokens=image_tokens)
             growth, longest_tokens, error = _traced(model_type, regime)
             if "--attention eager" not in str(error):
                 break
@@ -115,6 +162,7 @@ def _attempt(head: Head, model_type: str) -> Row:
         longest_tokens=longest_tokens,
         reason=reason,
         refused_by="" if not reason else "autofit" if by_us else "transformers",
+        image_tokens=image_tokens,
     )
 
 
@@ -144,17 +192,10 @@ def _traced(model_type: str, regime: Regime) -> tuple[Growth | None, int | None,
     Returns how its operators grow and up to which length they are traced, where they grow; and why it cannot be traced,
     where it cannot. Of a type that loops the class's own depth has to be buildable: two layers may be of one kind.
     """
-    config = _config(model_type, regime)
     try:
-        try:
-            small = load_config(config, NUM_LAYERS, regime)
-            build(small, regime)
-        except Exception as error:
-            if "--attention eager" in str(error):
-                raise
-            small = load_config(config, None, regime)
+        small = _small(model_type, regime)
         only = ONLY_LENGTHS.get(model_type)
-        lengths = lengths_to_trace(text_config(small), only).traced[:2]
+        lengths = lengths_to_trace(text_config(small), only, image_tokens=regime.image_tokens).traced[:2]
         growth = None if only else _growth(small, regime, lengths)
         if only or growth:
             _run(small, regime, trace_points([only or lengths[0]]))
@@ -162,6 +203,33 @@ def _traced(model_type: str, regime: Regime) -> tuple[Growth | None, int | None,
     except Exception as error:  # noqa: BLE001 - what a library raises is the answer
         return None, None, error
     return growth, longest_tokens, None
+
+
+def _small(model_type: str, regime: Regime) -> Any:
+    """Load a config with a few layers, also in a vision tower; with its own where it cannot be built so.
+
+    A tower's features become as wide as the language model, which defaults of Qwen's classes are not.
+
+    Raises:
+        Exception: what the library raises where it cannot be built with its own either, or not with this attention.
+    """
+    config = _config(model_type, regime)
+    for num_layers, shortens_towers in ((NUM_LAYERS, True), (NUM_LAYERS, False)):
+        try:
+            small = load_config(config, num_layers, regime)
+            for part in list(vars(small).values()) if shortens_towers else ():
+                if isinstance(part, PretrainedConfig) and part is not text_config(small):
+                    set_depth(part, num_layers)
+                    for name, value in (("depth", num_layers), ("out_hidden_size", width(small))):
+                        if isinstance(getattr(part, name, None), int):
+                            setattr(part, name, value)
+            build(small, regime)
+        except Exception as error:
+            if "--attention eager" in str(error):
+                raise
+        else:
+            return small
+    return load_config(config, None, regime)
 
 
 def _growth(config: Any, regime: Regime, lengths: Sequence[int]) -> Growth | None:
@@ -176,7 +244,10 @@ def _growth(config: Any, regime: Regime, lengths: Sequence[int]) -> Growth | Non
 
 
 def _run(config: Any, regime: Regime, points: Sequence[tuple[int, int]], **options: Any) -> None:
-    trace_model(build(config, regime), regime, points, lambda _done, _total: None, **options)
+    try:
+        trace_model(build(config, regime), regime, points, lambda _done, _total: None, **options)
+    except ValuesNeededError:
+        trace_model(build(config, regime), regime, points, lambda _done, _total: None, knows_values=True, **options)
 
 
 def _longest_tokens(model_type: str, regime: Regime, growth: Growth) -> int:

@@ -58,12 +58,15 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _left_out(model: nn.Module, quantization: Quantization) -> list[str]:
-    """Modules that stay as they are: those named, or else head, last module and tied ones.
+    """Modules that stay as they are: those named, or else head, last module and tied ones; and T5's `wo`.
 
-    Source: transformers/quantizers/base.py, HfQuantizer.get_modules_to_not_convert.
+    A class names what fp16 is too narrow for, and that is not quantised either, whatever the dtype.
+    Source: transformers/quantizers/base.py, HfQuantizer.get_modules_to_not_convert; quantizer_bnb_4bit.py,
+    _process_model_before_weight_loading (`_keep_in_fp32_modules`).
     """
+    kept = sorted(getattr(model, "_keep_in_fp32_modules", None) or [])
     if not quantization.skip_modules:
-        return _keys_not_converted()(model)  # type: ignore[no-any-return]
+        return [*_keys_not_converted()(model), *kept]
     names = [name for name, _ in model.named_modules()]
     for pattern in quantization.skip_modules:
         if not any(_matches(name, [pattern]) for name in names):
@@ -72,7 +75,7 @@ def _left_out(model: nn.Module, quantization: Quantization) -> list[str]:
                 to_fix="name modules that the model has (llm_int8_skip_modules)",
             )
     _refuse_tied_head(model, list(quantization.skip_modules))
-    return list(quantization.skip_modules)
+    return [*quantization.skip_modules, *kept]
 
 
 def _refuse_tied_head(model: nn.Module, left_out: list[str]) -> None:

@@ -16,9 +16,17 @@ from autofit.profile.loops import Growth
 from autofit.profile.recorder import RawSegment, num_operators
 
 
+class ValuesNeededError(InputError):
+    """A step depends on what tensors hold."""
+
+
 @contextmanager
 def values_refused(model: nn.Module) -> Iterator[None]:
-    """Refuse a step whose memory or path depends on what tensors hold, naming the operator and the line."""
+    """Refuse a step whose memory or path depends on what tensors hold, naming the operator and the line.
+
+    Raises:
+        ValuesNeededError: it does.
+    """
     try:
         yield
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -26,7 +34,7 @@ def values_refused(model: nn.Module) -> Iterator[None]:
             frame for frame in traceback.extract_tb(error.__traceback__) if "transformers/models" in frame.filename
         ]
         where = f" ({frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno})" if frames else ""
-        raise InputError(
+        raise ValuesNeededError(
             f"a step of {type(model).__name__} depends on values and not only on shapes: {error.func}{where}",
             to_fix="choose another model or attention; what its memory is cannot be known before it runs",
         ) from error

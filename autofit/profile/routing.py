@@ -13,7 +13,6 @@ and models/jetmoe/modeling_jetmoe.py (`JetMoeTopKGating`).
 from __future__ import annotations
 
 import weakref
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -36,13 +35,17 @@ class EvenRouting(TorchDispatchMode):
         super().__init__()
         self._num_experts = num_experts
         self._num_assigned = 0
+        self.was_asked = False
+        """Whether anything about the routing was read, as a loop over experts does and a grouped product does not."""
         self._numbers: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         """Storages that hold the numbers of all experts in order."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten.nonzero.default:
+            self.was_asked = True
             return self._nonzero(args[0])
         if func is aten._local_scalar_dense.default and (value := self._scalar(args[0])) is not None:
+            self.was_asked = True
             return value
         out = func(*args, **(kwargs or {}))
         if func is aten.topk.default and self._may_stand_for_experts(args[0].shape[-1]):
@@ -79,6 +82,6 @@ class EvenRouting(TorchDispatchMode):
         return -(-num_assigned // self._num_experts)
 
 
-def even_routing(num_experts: int | None) -> AbstractContextManager[Any]:
+def even_routing(num_experts: int | None) -> EvenRouting | None:
     """Route tokens evenly over so many experts, None for a model without."""
-    return nullcontext() if num_experts is None else EvenRouting(num_experts)
+    return None if num_experts is None else EvenRouting(num_experts)

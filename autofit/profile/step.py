@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from autofit.errors import InputError
 from autofit.profile.batching import arrange, branches_of
 from autofit.profile.fit import Point
-from autofit.profile.inputs import ImageFeed, a_batch
+from autofit.profile.inputs import Feed, a_batch
 from autofit.profile.losses import loss_of
 from autofit.profile.recorder import Recorder
 from autofit.profile.sequence_parallel import shared_batch, ulysses_of
@@ -90,7 +90,7 @@ def _hooked(function: Callable[..., Any], pack: Callable[[torch.Tensor], torch.T
     return run
 
 
-def run_step(model: nn.Module, recorder: Recorder, regime: Regime, point: Point, feed: ImageFeed | None = None) -> None:
+def run_step(model: nn.Module, recorder: Recorder, regime: Regime, point: Point, feed: Feed | None = None) -> None:
     """One forward and backward with the lifetimes of transformers' Trainer (compute_loss, training_step).
 
     Inputs that the trace alone would not hold on to are held to the end, as those of all micro-steps are.
@@ -116,7 +116,7 @@ def run_step(model: nn.Module, recorder: Recorder, regime: Regime, point: Point,
         parameter.grad = None
 
 
-def _evaluate(model: nn.Module, recorder: Recorder, regime: Regime, point: Point, feed: ImageFeed | None) -> None:
+def _evaluate(model: nn.Module, recorder: Recorder, regime: Regime, point: Point, feed: Feed | None) -> None:
     """One batch of an evaluation; what is alive when its last segment begins are the predictions, which may be kept.
 
     Source: transformers/trainer.py 5.23, prediction_step.

@@ -6,7 +6,7 @@ import gc
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -27,7 +27,7 @@ from autofit.profile.fakes import (
     sets_sorted,
 )
 from autofit.profile.fit import Point, StructureDiffersError, by_tokens, fit, inverse
-from autofit.profile.inputs import a_batch, feeding_images, input_bytes
+from autofit.profile.inputs import a_batch, feeding, input_bytes
 from autofit.profile.layers import Depth, watch_layers
 from autofit.profile.loops import (
     MAX_OPERATORS,
@@ -42,7 +42,7 @@ from autofit.profile.parameters import fold_layers, static_tensors
 from autofit.profile.parts import text_config
 from autofit.profile.quantized import unpacking_as_an_operator
 from autofit.profile.recorder import RawSegment, Recorder
-from autofit.profile.refusals import check_structure, values_refused
+from autofit.profile.refusals import ValuesNeededError, check_structure, values_refused
 from autofit.profile.routing import even_routing
 from autofit.profile.sequence_parallel import import_ulysses, shared_lengths
 from autofit.profile.step import checkpoint, run_step
@@ -121,6 +121,7 @@ def trace(
         min_sequence_tokens=lengths.min_sequence_tokens,
         max_sequence_tokens=lengths.max_sequence_tokens,
         attends_causally=tape.attends_causally,
+        routes_evenly=tape.routes_evenly,
         multiple_tokens=tape.multiple_tokens,
         versions=installed_versions(),
     )
@@ -256,8 +257,15 @@ def _refuse_rows(subject: _Subject) -> InputError:
 
 
 def _tape(subject: _Subject, points: Sequence[Point], progress: Progress, **options: Any) -> _Tape:
-    """Trace as few layers as stand for all, or every one; for the options see `trace_model`."""
-    return _shallow_tape(subject, points, progress, options) or _whole_tape(subject, points, progress, options)
+    """Trace as few layers as stand for all, or every one; for the options see `trace_model`.
+
+    A model that decides by the values of its batch is given some: a text without padding, whose last token ends it.
+    """
+    try:
+        return _shallow_tape(subject, points, progress, options) or _whole_tape(subject, points, progress, options)
+    except ValuesNeededError:
+        options["knows_values"] = True
+        return _shallow_tape(subject, points, progress, options) or _whole_tape(subject, points, progress, options)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,6 +278,7 @@ class _Tape:
     sizes: tuple[Polynomial, ...]
     segments: tuple[Segment, ...]
     attends_causally: bool
+    routes_evenly: bool
     input_bytes: Polynomial | None
     multiple_tokens: int
 
@@ -286,6 +295,7 @@ def _whole_tape(subject: _Subject, points: Sequence[Point], progress: Progress, 
         sizes=sizes,
         segments=segments,
         attends_causally=traced.attends_causally,
+        routes_evenly=traced.routes_evenly,
         input_bytes=traced.input_bytes,
         multiple_tokens=traced.multiple_tokens,
     )
@@ -315,6 +325,7 @@ def _shallow_tape(
             sizes=sizes,
             segments=segments,
             attends_causally=traced.attends_causally,
+            routes_evenly=traced.routes_evenly,
             input_bytes=traced.input_bytes,
             multiple_tokens=traced.multiple_tokens,
         )
@@ -326,6 +337,7 @@ def _shallow_tape(
         sizes=sizes,
         segments=deep,
         attends_causally=traced.attends_causally,
+        routes_evenly=traced.routes_evenly,
         input_bytes=traced.input_bytes,
         multiple_tokens=traced.multiple_tokens,
     )
@@ -342,6 +354,7 @@ class Traced:
     first_indices: dict[str, int]
     """By dotted name of a stack that ran: the index of its first layer."""
     attends_causally: bool
+    routes_evenly: bool
     multiple_tokens: int = 1
     """For multiples of how many tokens the polynomials through the points hold; 1 where that was not asked."""
 
@@ -367,6 +380,7 @@ def trace_model(
     between: Mapping[int, int] = MappingProxyType({}),
     warm_up_tokens: int | None = None,
     max_operators: int = MAX_OPERATORS,
+    knows_values: bool = False,
 ) -> Traced:
     """Run micro-steps of a model that was built on the meta device.
 
@@ -381,9 +395,10 @@ def trace_model(
             which they do if they do there; the first that does is taken, or what all points are multiples of.
         warm_up_tokens: length of the step that is not kept; by default the first of `between`, or of the points.
         max_operators: of a step.
+        knows_values: whether the batch's integers have values, and what is computed from them alone.
 
     Raises:
-        InputError: the step needs the values of tensors.
+        ValuesNeededError: the step needs the values of tensors.
         StructureDiffersError: it is not the same at every size.
         TooManyOperatorsError: it has more operators than are traced.
     """
@@ -392,11 +407,12 @@ def trace_model(
     first = (num_sequences, warm_up_tokens or next(iter(between), tokens))
     evenly = even_routing(num_experts(model.config))
     with ExitStack() as stack:
-        for each in (FakeTensorMode(allow_non_fake_inputs=True), environment(regime), evenly, sets_sorted(model)):
+        routing = evenly or nullcontext()
+        for each in (FakeTensorMode(allow_non_fake_inputs=True), environment(regime), routing, sets_sorted(model)):
             stack.enter_context(each)
         fill_with_fakes(model)
         model.train()
-        feed = stack.enter_context(feeding_images(model, regime))
+        feed = stack.enter_context(feeding(model, regime, knows_values=knows_values))
         temporaries, substitutes = kernels.temporaries(regime), kernels.substitutes(regime)
         recorder = Recorder(temporaries, substitutes, max_operators=max_operators)
         if regime.gradient_checkpointing:
@@ -424,12 +440,14 @@ def trace_model(
                 or holds_at(step_at(point), point, steps, points)
             )
             multiple_tokens = next(holding, math.gcd(*(length for _, length in points)) if between else 1)
-        inputs = arrange(a_batch(points[0], model, regime, feed), regime) if feed is not None else None
+        has_images = feed is not None and feed.images is not None
+        inputs = arrange(a_batch(points[0], model, regime, feed), regime) if has_images else None
         return Traced(
             steps=steps,
             tensors=static_tensors(model),
             first_indices=watch.first_indices(),
             attends_causally=recorder.attends_causally,
+            routes_evenly=evenly is not None and evenly.was_asked,
             input_bytes=None if inputs is None else input_bytes(inputs, points[0]),
             multiple_tokens=multiple_tokens,
         )

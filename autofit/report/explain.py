@@ -10,7 +10,7 @@ from rich.text import Text
 
 from autofit.memory.explain import ExplainedPhase, ExplainedTerm, HeldTensors, Symbols
 from autofit.plan import Plan
-from autofit.report.plan import facts_grid, headline, memory_table, plain_table
+from autofit.report.plan import bullets, facts_grid, headline, memory_table, plain_table
 from autofit.report.words import SHARDING_WORDS
 from autofit.units import GIB, MIB, format_bytes
 
@@ -46,6 +46,8 @@ def explanation_report(
     parts += [memory_table(plan.memory, width=width), *definitions(symbols, phases)]
     peak = max(phases, key=lambda phase: phase.bytes)
     parts += [tensors_table(phase, is_peak=phase is peak) for phase in phases if shows_tensors(phase, peak)]
+    routing = [reason for reason in plan.reasons if reason.startswith("routing")]
+    parts += [bullets("Of", routing)] if routing else []
     return Group(*parts)
 
 

@@ -30,6 +30,7 @@ from autofit.search.words import (
     no_time_reason,
     objective_reason,
     precision_reason,
+    routing_reasons,
     stage_words,
 )
 from autofit.spec.configuration import Configuration
@@ -113,6 +114,7 @@ def solve(job: Job, cluster: Cluster, profiles: ProfileSet, *, estimate_memory: 
             *knob_reasons(chosen.row, table, ranking, evaluator),
             precision_reason(job, chosen.configuration, cluster),
             *attention_reasons(job, chosen.configuration, evaluator.versions(chosen.configuration)),
+            *routing_reasons(job, evaluator.profile(chosen.configuration)),
             *allocator_reasons(job, chosen.configuration, evaluator),
             *evaluation_reasons(chosen.configuration, evaluator),
         ),
@@ -147,7 +149,8 @@ def estimate(
     attention = attention_reasons(job, configuration, evaluator.versions(configuration))
     stage = stage_misfit(evaluated.memory, cluster, STAGES)
     burst = () if stage is None else (f"Beside the steady steps, {stage_words(evaluated.memory, stage)}: too much.",)
-    reasons = ("You gave this configuration; nothing was searched.", *burst, *attention, *unknown)
+    routing = routing_reasons(job, evaluator.profile(configuration))
+    reasons = ("You gave this configuration; nothing was searched.", *burst, *attention, *routing, *unknown)
     return _plan(job, cluster, evaluated, evaluator, fallbacks=(), alternatives=(), reasons=reasons)
 
 

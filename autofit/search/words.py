@@ -11,6 +11,7 @@ import numpy as np
 from autofit.search.allowed import Allowed
 from autofit.search.evaluate import HEADROOM_FRACTION, Evaluator
 from autofit.search.rank import SAFETY_FRACTION, Ranking
+from autofit.search.rules.engines import routes
 from autofit.search.space import USUAL_EVAL_BATCH
 from autofit.search.table import Rows, Table, Values
 from autofit.spec.calibration import Calibration, Uncalibrated
@@ -18,6 +19,7 @@ from autofit.spec.configuration import Configuration
 from autofit.spec.estimate import MemoryEstimate, Stage, StageName, TimeEstimate
 from autofit.spec.hardware import Cluster
 from autofit.spec.job import Job
+from autofit.spec.profile import RegimeProfile
 from autofit.units import format_bytes, format_seconds
 
 KNOBS = (
@@ -183,6 +185,26 @@ def attention_reasons(job: Job, configuration: Configuration, versions: Mapping[
         return ()
     release = f"transformers {versions.get('transformers', '')}".strip()
     return (f"attention {configuration.attention}: {release} has no sdpa for {job.model.config['model_type']}.",)
+
+
+def routing_reasons(job: Job, profile: RegimeProfile | None) -> tuple[str, ...]:
+    """Say of routed experts which routing the figures are of.
+
+    Source: docs/architectures.md, "Routed experts".
+    """
+    if profile is None or not routes(job.model.config):
+        return ()
+    if profile.routes_evenly:
+        said = (
+            "routing even: experts run one after the other, each with an equal share of the tokens; what is kept for "
+            "backward is the same however they are routed, one expert's temporaries grow with its share."
+        )
+    else:
+        said = (
+            "routing even or worst, memory is the same: a row for each choice of each token, whichever expert gets it; "
+            "time is of an even one."
+        )
+    return (said,)
 
 
 def knob_reasons(chosen: int, table: Table, ranking: Ranking, evaluator: Evaluator) -> tuple[str, ...]:

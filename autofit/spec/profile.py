@@ -169,6 +169,8 @@ class RegimeProfile:
     min_sequence_tokens: int = 1
     attends_causally: bool = True
     """Whether fused attention leaves out what lies ahead; a profile that does not say is of a causal model."""
+    routes_evenly: bool = False
+    """Whether experts are looped over, each with an even share of the tokens; otherwise no figure depends on shares."""
     input_bytes: Polynomial | None = None
     """Bytes of a micro-batch's inputs, all of which are in the tape; None: ids, labels, and a mask or positions."""
     multiple_tokens: int = 1

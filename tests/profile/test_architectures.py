@@ -19,7 +19,7 @@ from autofit.profile.kernel_packages import kernel_packages
 from autofit.profile.layers import Depth, shallow_depth
 from autofit.profile.recorder import Recorder
 from autofit.profile.tasks import task_of
-from autofit.profile.trace import trace
+from autofit.profile.trace import trace, trace_model
 from autofit.profile.windows import lengths_to_trace, windows
 from autofit.spec.configuration import Lora, Quantization
 from tests.profile.tiny import a_regime, every_layer_traced, highest_alive, real_peak, tool
@@ -210,8 +210,12 @@ def test_an_even_share_for_each_expert_is_what_a_real_step_needs(model_type):
     size, config = (3, 200), {"model_type": model_type, **LOOPS_OVER_EXPERTS[model_type]}
     with EvenChoice():
         real = real_peak(config, size)
-    (segments,) = every_layer_traced(config, a_regime(task="causal-lm"), [size])
-    assert highest_alive(segments) == real
+    regime = a_regime(task="causal-lm")
+    traced = trace_model(
+        models.build(models.load_config(config, None, regime), regime), regime, [size], lambda *_: None
+    )
+    assert highest_alive(traced.steps[0]) == real
+    assert traced.routes_evenly
 
 
 def quantised(model: torch.nn.Module) -> set[str]:

@@ -418,6 +418,23 @@ def test_what_is_not_modelled_is_left_out_with_its_reason():
         solve(a_job(8, loss="chunked", shardings=("zero3",)), cluster, {}, estimate_memory=PlausibleMemory(10**9))
 
 
+@pytest.mark.parametrize(
+    ("routes_evenly", "says"), [(False, "routing even or worst, memory"), (True, "routing even: ")]
+)
+def test_a_plan_says_which_routing_it_is_of(routes_evenly, says):
+    """Of grouped experts every routing needs as much; of those in a loop an even one is planned. Dense models: none."""
+    dense, cluster = a_job(8), a_cluster(2)
+    experts = replace(dense.model, config={**dense.model.config, "num_local_experts": 4})
+    for job, expected in ((dense, 0), (replace(dense, model=experts), 1)):
+        profiles = {
+            regime: replace(profile, routes_evenly=routes_evenly)
+            for regime, profile in profiles_for(job, cluster).items()
+        }
+        made = solve(job, cluster, profiles, estimate_memory=PlausibleMemory(10**9))
+        assert sum(reason.startswith(says) for reason in made.reasons) == expected
+        assert sum(reason.startswith("routing") for reason in made.reasons) == expected
+
+
 def test_each_of_several_precisions_has_its_price():
     """What another precision or attention would need and take is said, as of every knob with a choice."""
     job, cluster = a_job(8, precision=("bf16", "pure-bf16"), attention=("sdpa", "eager")), a_cluster(2)

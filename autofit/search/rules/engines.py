@@ -134,7 +134,7 @@ ENGINE_RULES: tuple[Rule, ...] = (
         releases="<5",
         source="deepspeedai/DeepSpeed#4966 (leaf modules), #5008 and #7461; since 5.0 all experts are one parameter",
         axes=("engine",),
-        breaks=lambda c, on: c.zero_stage == 3 and _routes(on.config),
+        breaks=lambda c, on: c.zero_stage == 3 and routes(on.config),
     ),
     Rule(
         name="offload-replaces-the-optimizer",
@@ -175,7 +175,7 @@ def _storage(configuration: Configuration) -> str | None:
     return configuration.quantization.storage_dtype if configuration.quantization else None
 
 
-def _routes(config: object) -> bool:
+def routes(config: object) -> bool:
     """Tell a model with routed experts by the names that configs have for their number."""
     if not isinstance(config, dict):
         return False
