@@ -129,7 +129,6 @@ def train(run_folder: Path) -> None:
             save_strategy="no",
             optim_args=optimizer_options(configuration),
             parallelism_config=parallelism(configuration),
-            per_device_eval_batch_size=configuration.per_device_train_batch_size,
             **decided_arguments(configuration, on_cpu=True, checkpointing_name="gradient_checkpointing"),
         )
         if configuration.sequence_parallel_size > 1:

@@ -44,15 +44,23 @@ def found_words(discovered: Discovered, cluster: Cluster) -> dict[str, str]:
         found["checkpointing"] = f"{'on' if said['fixed_checkpointing'] else 'off'}, as the script's arguments say"
     if said.get("deepspeed"):
         found["deepspeed"] = "the script's own DeepSpeed settings, which the plan replaces"
-    return (
-        {"guessed": _guess_words(discovered), **dict(_with_origins(found, discovered))}
-        if discovered.is_guess
-        else found
-    )
+    found = dict(_with_origins(found, discovered))
+    return {"guessed": _guess_words(discovered), **found} if discovered.is_guess else found
 
 
 SAY_WHERE = ("model", "global batch", "trainer")
 """What is said with its place in any case."""
+PLACES = {
+    "method": "method",
+    "precision": "arguments",
+    "attention": "model",
+    "loss": "trainer",
+    "quantization": "model",
+    "optimizer": "arguments",
+    "checkpointing": "arguments",
+    "device_map": "model",
+}
+"""By what else is said: the call of the script that decides it. The others are seen in its data and its objects."""
 
 
 def _guess_words(discovered: Discovered) -> str:
@@ -63,9 +71,18 @@ def _guess_words(discovered: Discovered) -> str:
 
 
 def _with_origins(found: dict[str, str], discovered: Discovered) -> Iterator[tuple[str, str]]:
-    """Say of each fact that was read where it stands, and of the others that nothing says them."""
+    """Say of each fact where it stands, and of what was read in no place that nothing says it.
+
+    A loop makes its optimizer by a call that nobody sees.
+    """
     for name, words in found.items():
-        yield name, words if name in SAY_WHERE else f"{words}, {said_at(discovered, name)}"
+        place = None if discovered.is_loop and name == "optimizer" else discovered.where.get(PLACES.get(name, ""))
+        if name in SAY_WHERE:
+            yield name, words
+        elif discovered.is_guess:
+            yield name, f"{words}, {said_at(discovered, name)}"
+        else:
+            yield name, words if place is None else f"{words}, {place}"
 
 
 def _evaluation_words(evaluation: FoundEvaluation) -> str:

@@ -155,7 +155,21 @@ def test_a_device_map_is_named_and_left_to_the_plan(tmp_path):
     body = TRAIN.replace("import LlamaConfig", "import AutoModelForCausalLM, LlamaConfig")
     script.write_text(f"{body}\nmodel = {load}\ntrain()\n")
     job = job_from_discovery(discover(script), parse_cluster("2xCPU-8G"), script=script)
-    assert job.found["device_map"] == "the script's auto, which the plan replaces"
+    assert job.found["device_map"].startswith("the script's auto, which the plan replaces, train.py:")
+
+
+def test_nothing_is_pushed_by_the_hubs_own_client(tmp_path):
+    """A script that makes its repository and uploads to it goes on without one, and without being offline."""
+    script = tmp_path / "train.py"
+    pushes = """
+from huggingface_hub import HfApi, create_repo, upload_file
+assert HfApi().create_repo("mine", exist_ok=True, token="none").repo_id == "user/mine"
+assert create_repo("them/theirs").repo_id == "them/theirs"
+HfApi().upload_folder(repo_id="them/theirs", folder_path=".")
+upload_file(path_or_fileobj=b"", path_in_repo="a", repo_id="them/theirs")
+"""
+    script.write_text(pushes + TRAIN + "train()\n")
+    assert discover(script).trainer == "Trainer"
 
 
 def test_nothing_is_left_behind(tmp_path, monkeypatch):

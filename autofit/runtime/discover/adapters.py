@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 from autofit.runtime.discover.observed import Observed, dtype_name
 from autofit.spec.discovered import FoundAdapter, FoundQuantization
+
+
+def hook_adapters(observed: Observed, module: ModuleType) -> None:
+    """Note where a script puts an adapter on its model, itself or through a trainer."""
+    made = module.PeftModel.__init__
+
+    @functools.wraps(made)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        observed.mark("method")
+        made(self, *args, **kwargs)
+
+    module.PeftModel.__init__ = __init__
 
 
 def hook_kbit(observed: Observed, module: ModuleType) -> None:

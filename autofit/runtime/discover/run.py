@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from autofit.runtime.discover.adapters import hook_kbit
+from autofit.runtime.discover.adapters import hook_adapters, hook_kbit
 from autofit.runtime.discover.arguments import hook_training_arguments
 from autofit.runtime.discover.loops import (
     hook_accelerator,
@@ -25,6 +25,7 @@ from autofit.runtime.discover.models import hook_models
 from autofit.runtime.discover.observed import Observed
 from autofit.runtime.discover.side_effects import (
     forbid_network,
+    hook_hub,
     hook_process_groups,
     hook_tokenizers,
     hook_trackers,
@@ -39,6 +40,8 @@ ALLOW_NETWORK = "--allow-network"
 
 HOOKS: dict[str, Callable[[Observed, ModuleType], None]] = {
     "accelerate.accelerator": hook_accelerator,
+    "huggingface_hub.hf_api": hook_hub,
+    "peft.peft_model": hook_adapters,
     "peft.utils.other": hook_kbit,
     "torch._tensor": hook_backward,
     "torch.distributed.distributed_c10d": hook_process_groups,

@@ -54,6 +54,28 @@ def _no_network(host: object) -> OSError:
     return ConnectionError(f"autofit: {host} is not asked while the script is only looked at: offline (--allow-hub)")
 
 
+HUB_WRITES = (
+    "create_branch", "create_commit", "create_pull_request", "create_tag", "delete_file", "delete_folder",
+    "delete_repo", "move_repo", "super_squash_history", "update_repo_settings", "upload_file", "upload_folder",
+    "upload_large_folder",
+)  # fmt: skip
+"""What changes a repository of the Hub. Source: huggingface_hub/hf_api.py 1.x, `HfApi`."""
+
+
+def hook_hub(observed: Observed, module: ModuleType) -> None:
+    """Let a script that pushes by the Hub's own client make no repository and upload nothing, allowed online or not."""
+
+    def create_repo(_self: Any, repo_id: str, *_args: Any, **_kwargs: Any) -> Any:
+        return module.RepoUrl(f"{module.constants.ENDPOINT}/{repo_id if '/' in repo_id else f'user/{repo_id}'}")
+
+    kinds = {"create_repo": create_repo, **dict.fromkeys(HUB_WRITES, nothing)}
+    for name, kind in kinds.items():
+        if hasattr(module.HfApi, name):
+            setattr(module.HfApi, name, kind)
+        if hasattr(module, name):  # bound to a client when the module was made
+            setattr(module, name, kind.__get__(module.api))
+
+
 def hook_tokenizers(observed: Observed, module: ModuleType) -> None:
     """Let tokenizers save nothing."""
     module.PreTrainedTokenizerBase.save_pretrained = nothing
