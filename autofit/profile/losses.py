@@ -1,15 +1,15 @@
 """Losses that never hold all logits: Liger's fused linear cross entropy and TRL's chunked head, by their own code.
 
-Their kernels are Triton's, which run on no fake tensor. A kernel allocates nothing, so each launch is left out, and the
-Python around it, which allocates, runs as it is installed. What it decides by the device, or by values that fake
-tensors have none of, is decided here as on a GPU.
+Their kernels are Triton's, which run on no fake tensor. A kernel allocates nothing, so each launch is only told of, for
+the bytes it moves, and the Python around it, which allocates, runs as it is installed. What it decides by the device,
+or by values that fake tensors have none of, is decided here as on a GPU.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -27,11 +27,31 @@ from autofit.spec.profile import Regime
 MOST_MULTIPROCESSORS = 160
 """Of any GPU so far: Liger makes a row of a norm's gradient for each. Source: NVIDIA Blackwell Ultra (B300), 160."""
 _FUSED = "liger_kernel.ops.fused_linear_cross_entropy"
+Launched = Callable[[Sequence[Any]], None]
+"""Is told of every kernel that is launched: what it reads and what it writes, a tensor that it does both to twice."""
+OVERWRITTEN: Mapping[str, tuple[int, ...]] = {
+    "_swiglu_backward_kernel": (1, 2),
+    "_swiglu_backward_kernel_tiled": (1, 2),
+    "_geglu_tanh_backward_kernel": (1, 2),
+    "_triton_rope": (0, 2),
+    "_triton_qwen2vl_mrope": (0, 1),
+    "_llama4_rope_kernel": (0, 1),
+    "element_mul_kernel": (0,),
+}
+"""Which arguments Liger's kernels read and write over. All others are read or written, once.
+
+Source: liger_kernel/ops/swiglu.py, geglu.py, rope.py, qwen2vl_mrope.py, llama4_rope.py and utils.py 0.8.5.
+"""
 
 
 @contextmanager
-def loss_of(model: nn.Module, regime: Regime) -> Iterator[dict[str, Any]]:
+def loss_of(model: nn.Module, regime: Regime, launched: Launched) -> Iterator[dict[str, Any]]:
     """Let the model compute the regime's loss; yield what its forward is called with besides the batch.
+
+    Args:
+        model: is changed until the end of the context.
+        regime: says which loss.
+        launched: is told of each of Triton's kernels.
 
     Raises:
         InputError: the library is not installed, is of another release, or does not know the model or the device.
@@ -41,10 +61,10 @@ def loss_of(model: nn.Module, regime: Regime) -> Iterator[dict[str, Any]]:
         if regime.loss == "stock":
             yield {}
         elif regime.loss == "liger":
-            stack.enter_context(_liger(base, regime))
+            stack.enter_context(_liger(base, regime, launched))
             yield {"num_items_in_batch": torch.ones((), dtype=torch.int64)}
         else:
-            stack.enter_context(_chunked(base, regime))
+            stack.enter_context(_chunked(base, regime, launched))
             yield {"fused_lm_head": True, "num_items_in_batch": torch.ones((), dtype=torch.int64)}
 
 
@@ -61,7 +81,7 @@ def _replaced(owner: Any, **changes: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _liger(model: Any, regime: Regime) -> Iterator[None]:
+def _liger(model: Any, regime: Regime, launched: Launched) -> Iterator[None]:
     """Apply Liger as Trainer does (`use_liger_kernel`), and take back what it changes outside the model.
 
     Source: transformers/integrations/liger.py 5.23; liger_kernel/transformers/monkey_patch.py 0.8.5.
@@ -79,11 +99,11 @@ def _liger(model: Any, regime: Regime) -> Iterator[None]:
         stack.enter_context(_replaced(functional, cross_entropy=functional.cross_entropy))
         stack.enter_context(_replaced(torch.Tensor, item=lambda _tensor: 1))
         stack.enter_context(_replaced(torch, equal=lambda *_tensors: False))
-        forward = _fused_forward(sums_in_place=regime.flash_kernel)
+        forward = _fused_forward(launched, sums_in_place=regime.flash_kernel)
         stack.enter_context(_replaced(fused, fused_linear_cross_entropy_forward=forward))
         stack.enter_context(_replaced(norms, rms_norm_backward=_with_a_row_for_each_multiprocessor(norms)))
         stack.enter_context(_triton_or_stand_in())
-        stack.enter_context(_without_launches())
+        stack.enter_context(_telling_of_launches(launched))
         try:
             liger._apply_liger_kernel_to_instance(model=model)
             yield
@@ -125,10 +145,11 @@ def _import_liger() -> tuple[Any, Any, Any]:
     return modules[0], modules[1], modules[2]
 
 
-def _fused_forward(*, sums_in_place: bool) -> Callable[..., Any]:
+def _fused_forward(launched: Launched, *, sums_in_place: bool) -> Callable[..., Any]:
     """Stand in for Liger's chunked head, with all rows as one chunk: `memory.fused_losses` knows its rows.
 
     Args:
+        launched: is told of the kernel between the products.
         sums_in_place: whether the head's gradient is summed by one product (Ampere and later).
     """
 
@@ -140,7 +161,11 @@ def _fused_forward(*, sums_in_place: bool) -> Callable[..., Any]:
         ignore_index: int = -100,
         **_kwargs: Any,
     ) -> tuple[Any, ...]:
-        """Allocate and multiply as liger_kernel/ops/fused_linear_cross_entropy.py 0.8.5 of that name."""
+        """Allocate and multiply as liger_kernel/ops/fused_linear_cross_entropy.py 0.8.5 of that name.
+
+        Between the products a kernel reads the logits twice and writes their gradient over them.
+        Source: liger_kernel/ops/cross_entropy.py 0.8.5, liger_cross_entropy_kernel.
+        """
         trains_head = _input.requires_grad and weight.requires_grad
         grad_input = torch.zeros_like(_input)
         grad_weight = torch.zeros_like(weight) if trains_head else None
@@ -150,9 +175,11 @@ def _fused_forward(*, sums_in_place: bool) -> Callable[..., Any]:
         if _writes_in_place(_input, weight):
             logits = torch.empty(_input.shape[0], weight.shape[0], dtype=_input.dtype)
             torch.mm(_input, weight.t(), out=logits)
+            launched([logits, logits, logits, target, losses])
             torch.mm(logits, weight, out=grad_input)
         else:
             logits = _input @ weight.t()
+            launched([logits, logits, logits, target, losses])
             grad_input[:] = logits @ weight
         if grad_weight is not None:
             rows = _input.to(logits.dtype)
@@ -197,15 +224,29 @@ def _with_a_row_for_each_multiprocessor(norms: Any) -> Callable[..., Any]:
 
 
 @contextmanager
-def _without_launches() -> Iterator[None]:
-    """Launch nothing. The stand-in's kernels never do."""
-    runtime = sys.modules.get("triton.runtime.jit")
-    interface = getattr(runtime, "KernelInterface", None)
-    if interface is None:
+def _telling_of_launches(launched: Launched) -> Iterator[None]:
+    """Launch nothing, neither kernels of an installed Triton nor those of its stand-in, and tell of each."""
+
+    def launcher(kernel: Any, _grid: Any) -> Callable[..., None]:
+        again = OVERWRITTEN.get(_name(kernel), ())
+
+        def launch(*args: Any, **_options: Any) -> None:
+            launched([*args, *(args[position] for position in again)])
+
+        return launch
+
+    interface = getattr(sys.modules.get("triton.runtime.jit"), "KernelInterface", None)
+    with ExitStack() as stack:
+        for each in filter(None, (interface, _Kernel)):
+            stack.enter_context(_replaced(each, __getitem__=launcher))
         yield
-        return
-    with _replaced(interface, __getitem__=lambda _kernel, _grid: _nothing):
-        yield
+
+
+def _name(kernel: Any) -> str:
+    """Name the function that a kernel was made of; around it may be what chooses its settings."""
+    while hasattr(kernel, "fn"):
+        kernel = kernel.fn
+    return str(kernel.__name__)
 
 
 @contextmanager
@@ -235,14 +276,18 @@ def _nothing(*_args: Any, **_kwargs: Any) -> None:
 class _Kernel:
     """A kernel that can be launched, and does nothing; or whatever else a library takes from Triton at import."""
 
+    def __init__(self, name: str = "") -> None:
+        self.__name__ = name
+
     def __getitem__(self, _grid: Any) -> Callable[..., None]:
         return _nothing
 
     def __call__(self, *args: Any, **_kwargs: Any) -> Any:
-        return _Kernel()
+        """Decorate: what is made of a function, or of a kernel, has its name."""
+        return _Kernel(getattr(args[0], "__name__", "") if args else "")
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("__") or name == "fn":
             raise AttributeError(name)
         return _Kernel()
 
@@ -283,7 +328,7 @@ class _StandIns(MetaPathFinder, Loader):
 
 
 @contextmanager
-def _chunked(model: Any, regime: Regime) -> Iterator[None]:
+def _chunked(model: Any, regime: Regime, launched: Launched) -> Iterator[None]:
     """Give the model TRL's fused head, as SFTTrainer does, for one step.
 
     Source: trl/trainer/utils.py 1.16, add_fused_lm_head; trl/trainer/sft_trainer.py.
@@ -301,8 +346,8 @@ def _chunked(model: Any, regime: Regime) -> Iterator[None]:
     with ExitStack() as stack:
         if regime.device == "cuda":
             stack.enter_context(_replaced(utils, _use_triton=lambda _device: True))
-            changes = {"_forward_tile": _nothing, "_backward_tile": _nothing, "_addmm_fp32": _summed_inside}
-            stack.enter_context(_replaced(kernels, **changes))
+            tiles = {"_forward_tile": _reading(launched), "_backward_tile": _overwriting(launched)}
+            stack.enter_context(_replaced(kernels, **tiles, _addmm_fp32=_summed_inside))
             stack.enter_context(_all_tokens_chosen())
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
         try:
@@ -311,6 +356,16 @@ def _chunked(model: Any, regime: Regime) -> Iterator[None]:
             del model.forward
             if before is not None:
                 model.forward = before
+
+
+def _reading(launched: Launched) -> Callable[..., None]:
+    """Stand in for the kernel that folds a tile of logits. Source: trl/kernels/chunked_logprob.py 1.16."""
+    return lambda tile, *_args, **_kwargs: launched([tile])
+
+
+def _overwriting(launched: Launched) -> Callable[..., None]:
+    """Stand in for the kernel that turns a tile of logits into its gradient, in place. Source: as above."""
+    return lambda tile, *_args, **_kwargs: launched([tile, tile])
 
 
 def _summed_inside(accumulator: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +26,8 @@ _JOINED = -1
 """In place of a birth's number: the one that stands for many."""
 _FLASH = aten._scaled_dot_product_flash_attention_for_cpu.default
 _FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_ALLOCATIONS = frozenset({aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided})
+"""They move nothing."""
 _IS_CAUSAL_ARGUMENT = {
     _FLASH: 4,
     aten._scaled_dot_product_flash_attention.default: 4,
@@ -140,6 +142,12 @@ class Recorder(TorchDispatchMode):
         finally:
             self._category = before
 
+    def launched(self, args: Sequence[Any]) -> None:
+        """Count a kernel that no dispatch sees: it moves each tensor it is given once."""
+        segment = self.segments[-1]
+        segment.num_kernels += 1
+        segment.other_bytes += _moved_bytes(args)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         inside = self._temporaries.get(func)
@@ -192,7 +200,7 @@ class Recorder(TorchDispatchMode):
         segment = self.segments[-1]
         segment.num_kernels += 1
         self.attends_causally &= segment.layer is None or _attends_causally(func, args)
-        moved = _moved_bytes((args, kwargs, out))
+        moved = 0 if func._overloadpacket in _ALLOCATIONS else _moved_bytes((args, kwargs, out))
         flops = _flops(func, args, kwargs, out)
         if flops:
             segment.matmul_flops += flops

@@ -100,7 +100,11 @@ def run_step(model: nn.Module, recorder: Recorder, regime: Regime, point: Point,
         _evaluate(model, recorder, regime, point, feed)
         return
     recorder.mark("embedding", "forward")
-    with branches_of(regime, point), ulysses_of(model, regime, point), loss_of(model, regime) as arguments:
+    with (
+        branches_of(regime, point),
+        ulysses_of(model, regime, point),
+        loss_of(model, regime, recorder.launched) as arguments,
+    ):
         batch = shared_batch(arrange(a_batch(point, model, regime, feed), regime), regime)
         outputs = forward(model, {**batch, **arguments}, regime)
         loss = outputs["loss"]
@@ -123,7 +127,7 @@ def _evaluate(model: nn.Module, recorder: Recorder, regime: Regime, point: Point
     """
     model.eval()
     recorder.mark("embedding", "forward")
-    with torch.no_grad(), branches_of(regime, point), loss_of(model, regime) as arguments:
+    with torch.no_grad(), branches_of(regime, point), loss_of(model, regime, recorder.launched) as arguments:
         batch = arrange(a_batch(point, model, regime, feed), regime)
         outputs = forward(model, {**batch, **arguments}, regime)
         loss = outputs["loss"].detach().mean()

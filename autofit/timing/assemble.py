@@ -154,8 +154,14 @@ class TimeModel:
     ) -> tuple[Seconds, Seconds, TrafficSeconds]:
         """Return seconds of configurations that differ in the optimizer, those that are hidden, and of what."""
         engine, passes = self._engine(each[0], rates), self._passes(each[0], splits, rates)
-        forward = _larger(passes.forward_seconds, passes.forward_launch_seconds + engine.hooks.forward_seconds)
-        backward = _larger(passes.backward_seconds, passes.backward_launch_seconds + engine.hooks.backward_seconds)
+        hooks = engine.hooks
+        forward = _larger(
+            passes.forward_seconds + hooks.forward_waited_seconds, passes.forward_launch_seconds + hooks.forward_seconds
+        )
+        backward = _larger(
+            passes.backward_seconds + hooks.backward_waited_seconds,
+            passes.backward_launch_seconds + hooks.backward_seconds,
+        )
         updates = [self._update(one, rates) for one in each]
         update = np.array([_update_seconds(**one) for one in updates])[:, None]
         hidden = engine.hidden_seconds(forward, backward, passes.num_micro_steps)
@@ -347,15 +353,17 @@ class StepTime:
 
     @property
     def forward_seconds(self) -> float:
-        """The host runs ahead of the device, so the slower of the two sets the pace."""
-        each = self.micro_step.forward
-        return max(each.device_seconds, each.launch_seconds + self.engine.hooks.forward_seconds)
+        """The host runs ahead of the device, so the slower of the two sets the pace, where it may."""
+        each, hooks = self.micro_step.forward, self.engine.hooks
+        device_seconds = each.device_seconds + hooks.forward_waited_seconds
+        return max(device_seconds, each.launch_seconds + hooks.forward_seconds)
 
     @property
     def backward_seconds(self) -> float:
         """As in forward."""
-        each = self.micro_step.backward
-        return max(each.device_seconds, each.launch_seconds + self.engine.hooks.backward_seconds)
+        each, hooks = self.micro_step.backward, self.engine.hooks
+        device_seconds = each.device_seconds + hooks.backward_waited_seconds
+        return max(device_seconds, each.launch_seconds + hooks.backward_seconds)
 
     @property
     def communication_seconds(self) -> float:

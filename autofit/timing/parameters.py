@@ -23,6 +23,8 @@ class ParameterTotals:
     """Weights that are no vectors: about as many as modules that own one."""
     num_units: int
     """What FSDP gathers together: the layers, and the rest."""
+    num_adapters: int
+    """An adapter's weights, each of which FSDP1 gathers by itself."""
 
     @property
     def trained_bytes_per_param(self) -> float:
@@ -40,6 +42,7 @@ def parameter_totals(profile: RegimeProfile) -> ParameterTotals:
         whole_bytes=sum(_bytes(tensor, profile) for tensor in parameters),
         num_matrices=max(1, sum(_count(tensor, profile) for tensor in parameters if tensor.rows > 1)),
         num_units=profile.num_layers + 1,
+        num_adapters=sum(_count(tensor, profile) for tensor in trained if tensor.kind == "adapter"),
     )
 
 

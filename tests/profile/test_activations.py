@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -44,7 +44,7 @@ from autofit.spec.discovered import Discovered, FoundLengths
 from autofit.spec.job import Workload
 from autofit.spec.profile import ON_HOST, RegimeProfile
 from tests.plans import a_configuration
-from tests.profile.tiny import CONFIGS, a_regime
+from tests.profile.tiny import CONFIGS, a_regime, every_layer_traced
 
 BATCH, TOKENS = 3, 200
 """Neither was traced."""
@@ -294,7 +294,7 @@ def test_ligers_head_by_hand(sums_in_place, temporary):
     """
     with FakeTensorMode():
         hidden, weight = (torch.empty(rows, 64, dtype=torch.bfloat16, requires_grad=True) for rows in (4096, 512))
-        highest = head_bytes(losses._fused_forward(sums_in_place=sums_in_place), hidden, weight)
+        highest = head_bytes(losses._fused_forward(lambda _moved: None, sums_in_place=sums_in_place), hidden, weight)
     logits, losses_and_count = 4096 * 512 * 2, 4096 * 4 + 8
     by_hand = 2 * 2 * 64 * (4096 + 512) + logits + losses_and_count + 512 * temporary
     assert by_hand <= highest <= by_hand + 8
@@ -306,9 +306,12 @@ def test_ligers_own_head_allocates_what_its_stand_in_does():
     hidden, weight = (torch.randn(rows, 64, requires_grad=True) for rows in (48, 64))
     target = torch.zeros(48, dtype=torch.int64)
     peaks = []
-    for forward in (fused.fused_linear_cross_entropy_forward, losses._fused_forward(sums_in_place=False)):
+    for forward in (
+        fused.fused_linear_cross_entropy_forward,
+        losses._fused_forward(lambda _moved: None, sums_in_place=False),
+    ):
         counter = LiveBytes()
-        with counter, torch.no_grad(), losses._without_launches():
+        with counter, torch.no_grad(), losses._telling_of_launches(lambda _moved: None):
             kept = forward(_input=hidden, weight=weight, target=target)
         peaks.append(counter.peak_bytes)
         del kept
@@ -331,13 +334,45 @@ def test_ligers_own_layers_and_head(checkpoints, monkeypatch):
     liger, _, _ = losses._import_liger()
     library = dict(vars(modeling_llama))
     try:
-        with losses._triton_or_stand_in(), losses._without_launches():
+        with losses._triton_or_stand_in(), losses._telling_of_launches(lambda _moved: None):
             liger._apply_liger_kernel_to_instance(model=model)
             real = measured(model, equal, num_items_in_batch=torch.tensor(BATCH * TOKENS))
     finally:
         vars(modeling_llama).update(library)
     profile = traced("llama", loss="liger", flash_kernel=False, gradient_checkpointing=checkpoints)
     assert predicted(profile) == pytest.approx(real, rel=1e-4)
+
+
+def test_what_ligers_kernels_move_is_counted_by_hand(monkeypatch):
+    """A layer's norms, rotation and MLP: what each reads and writes, forward and backward.
+
+    A norm reads rows and writes them, and in backward reads two and writes one, with its weight, the rows' roots and
+    sums for the weight's gradient. Rotation changes queries and keys in place in both. The MLP's kernel reads two and
+    writes one, and in backward reads three and writes over two of them. A root's dtype is Triton's to say, where it is
+    installed: a thousandth.
+    """
+    moved = {}
+    launched = Recorder.launched
+
+    def adding(recorder: Recorder, args: Sequence[Any]) -> None:
+        before = recorder.segments[-1].other_bytes
+        launched(recorder, args)
+        moved[layers] += recorder.segments[-1].other_bytes - before
+
+    monkeypatch.setattr(Recorder, "launched", adding)
+    sequences, length = 2, 256
+    hidden, keys, inner, head = 128, 64, 256, 32
+    for layers in (2, 3):
+        moved[layers] = 0
+        config = {**CONFIGS["llama"], "num_hidden_layers": layers}
+        every_layer_traced(config, a_regime(device="cuda", loss="liger"), [(sequences, length)])
+    rows, half, full = sequences * length, 2, 4
+    weight, root, sums = hidden * half, rows * full, hidden * full
+    norm = (2 + 3) * rows * hidden * half + 2 * (weight + root) + sums
+    rotation = 2 * (2 * rows * (hidden + keys) + 2 * length * head) * half
+    mlp = (3 + 5) * rows * inner * half
+    num_steps = 2  # the first of them warms up
+    assert moved[3] - moved[2] == pytest.approx(num_steps * (2 * norm + rotation + mlp), rel=2e-3)
 
 
 def test_liger_shrinks_layers_and_head():

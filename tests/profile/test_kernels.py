@@ -31,6 +31,7 @@ from autofit.profile.kernels.inside import (
 )
 from autofit.profile.kernels.table import markdown
 from autofit.profile.recorder import RawSegment, Recorder
+from autofit.spec.configuration import Lora, Quantization
 from autofit.spec.profile import INSIDE
 from tests.profile.tiny import CONFIGS, a_regime, every_layer_traced, highest_alive
 
@@ -116,6 +117,31 @@ def test_autocast_promotes_and_refuses_as_on_cuda():
         assert torch.ones(8, dtype=torch.long).sum().dtype == torch.long
         with pytest.raises(RuntimeError, match="unsafe to autocast"):
             functional.binary_cross_entropy(half, half)
+
+
+def test_who_asks_whether_autocast_is_on_means_cuda():
+    """Without a device's name torch answers for CUDA; in a trace that is what is on, and afterwards it is off again."""
+    with autocast_as_on_cuda():
+        assert not torch.is_autocast_enabled()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.is_autocast_enabled()
+            assert not torch.is_autocast_enabled("cuda")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not torch.is_autocast_enabled()
+
+
+def test_only_layers_that_are_not_quantised_convert_their_adapters_input():
+    """Under autocast peft makes a layer's seven inputs fp32 for LoRA, and their gradients, and none for QLoRA."""
+    config = {**CONFIGS["llama"], "num_hidden_layers": 2, "intermediate_size": 320}
+    num_tokens, widths = 128, (128, 320)
+    converted = {}
+    for method, quantization in (("lora", None), ("qlora", Quantization())):
+        regime = a_regime(method=method, quantization=quantization, lora=Lora(), device="cuda", autocast="bf16")
+        (segments,) = every_layer_traced(config, regime, [(2, 64)])
+        births = [size for segment in segments if segment.layer == 1 for size in birth_sizes(segment)]
+        converted[method] = [births.count(4 * num_tokens * width) for width in widths]
+    attention_and_mlp, down = (a - b for a, b in zip(converted["lora"], converted["qlora"], strict=True))
+    assert (attention_and_mlp, down) == (2 * 6, 2)
 
 
 def test_operators_that_only_a_cpu_casts_are_let_through():

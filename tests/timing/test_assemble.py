@@ -13,7 +13,7 @@ from autofit.spec.job import RunLength, Workload
 from autofit.spec.profile import ON_HOST, StaticTensor
 from autofit.timing import TimeModel, estimate_cost, estimate_time, run_cost
 from autofit.timing.batches import estimate_epoch
-from autofit.timing.hooks import ZERO3_SECONDS
+from autofit.timing.hooks import ADAPTER_UNIT_SECONDS, ZERO3_SECONDS
 from autofit.timing.links import HOP_SECONDS, PCIE_FRACTION, SWITCHED_FRACTION
 from autofit.timing.rates import ACHIEVABLE_MEMORY_FRACTION, LAUNCH_SECONDS
 from tests.plans import a_configuration, a_distribution
@@ -212,6 +212,38 @@ def test_the_engine_of_stage_3_keeps_the_host_busy():
         micro_steps = configuration.gradient_accumulation_steps
         hooks = (time.terms["launch"] - ddp.terms["launch"]) / micro_steps
         assert hooks == pytest.approx(100 * passes * ZERO3_SECONDS)
+
+
+def test_fsdp1_makes_a_unit_of_each_adapters_weight_that_the_device_waits_for():
+    """As many as peft's own policy wraps beside the layers, each in both passes, and not hidden behind kernels.
+
+    FSDP2 knows layers only. Where the device has much to do, the two differ by what the adapters' units take.
+    """
+    from peft import LoraConfig, get_peft_model
+    from peft.utils.other import fsdp_auto_wrap_policy
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "vocab_size": 8}
+    config = LlamaConfig(**sizes, num_hidden_layers=3, num_attention_heads=1, num_key_value_heads=1)
+    lora = LoraConfig(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    model = get_peft_model(LlamaForCausalLM(config), lora)
+    policy = fsdp_auto_wrap_policy(model)
+    wrapped = [module for module in model.modules() if policy(module, recurse=False, nonwrapped_numel=0)]
+    num_adapters = sum(not isinstance(module, LlamaDecoderLayer) for module in wrapped)
+    tensors = tuple(
+        StaticTensor(name=str(n), num_elements=8, dtype="float32", trains=True, repeats=True, kind="adapter", rows=2)
+        for n in range(4 * 2)
+    )
+    profile = a_profile(segments=SEGMENTS, tensors=tensors, num_layers=3)
+    first, second = (
+        estimate_time(profile, a_configuration(sharding=each), PAIR, WORKLOAD) for each in ("fsdp1", "fsdp2")
+    )
+    expected = a_configuration().gradient_accumulation_steps * 2 * num_adapters * ADAPTER_UNIT_SECONDS
+    assert num_adapters == 4 * 2 * 3
+    assert first.terms["launch"] - second.terms["launch"] == pytest.approx(expected)
+    assert first.step_seconds - second.step_seconds == pytest.approx(expected)
+    assert first.step_seconds_lower == second.step_seconds_lower
 
 
 def test_offloaded_checkpoints_cross_the_link_twice():

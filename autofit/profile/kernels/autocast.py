@@ -36,6 +36,7 @@ _BESIDE_THE_LISTS: dict[str, Policy] = {
 }
 """Registered one by one. Source: torch v2.13 aten/src/ATen/autocast_mode.cpp, TORCH_LIBRARY_IMPL(aten, Autocast)."""
 
+_OF_DEVICE = torch.is_autocast_enabled
 _WITHOUT_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 
 
@@ -76,7 +77,10 @@ def autocast_as_on_cuda() -> Iterator[None]:
     """Let `torch.autocast("cpu")` cast as CUDA's does; afterwards the CPU's own kernels are in effect again.
 
     A lower-precision operator that a CPU casts too keeps its kernel, and with it the cache of cast weights. Operators
-    that only a CPU casts are let through.
+    that only a CPU casts are let through. Who asks whether autocast is on without naming a device means CUDA, and is
+    told of the CPU's: peft leaves inputs of quantised layers as they are where it is on.
+    Source: torch v2.13 torch/csrc/autograd/init.cpp, is_autocast_enabled; peft/tuners/lora/bnb.py 0.21,
+    `requires_conversion`.
     """
     library = torch.library.Library("aten", "IMPL")
     policy = cuda_policy()
@@ -89,9 +93,15 @@ def autocast_as_on_cuda() -> Iterator[None]:
             for operator in _registered("AutocastCUDA"):
                 if policy[operator] != "lower_precision" or operator not in on_cpu:
                     library.impl(operator, _kernel(operator, policy[operator]), "AutocastCPU")
+        torch.is_autocast_enabled = _is_enabled
         yield
     finally:
+        torch.is_autocast_enabled = _OF_DEVICE
         library._destroy()
+
+
+def _is_enabled(device_type: str = "cpu") -> bool:
+    return _OF_DEVICE(device_type)
 
 
 def _registered(dispatch_key: str) -> set[str]:
