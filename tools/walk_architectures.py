@@ -63,8 +63,12 @@ MISSING: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True},
     "xmod": {"default_language": "en_XX"},
     "gemma3": {"vision_config": {"image_size": 896}},
+    "t5": {"decoder_start_token_id": 0},
+    "udop": {"decoder_start_token_id": 0},
+    "qwen2_vl": {"vision_config": {"hidden_size": 8192}},
 }
 """What the defaults of a config class leave out or cannot be run with, and published configs or scripts give."""
+UNKNOWN_IMAGES = "it is not known how their images are made"
 ONLY_LENGTHS = {"reformer": 4096}
 """Of types that train at one length alone: the product of reformer's `axial_pos_shape`."""
 
@@ -113,7 +117,7 @@ def _attempt(head: Head, model_type: str) -> Row:
     if head != VISION:
         return _attempt_with(head, model_type, 0)
     try:
-        image_tokens, why = _usual_image_tokens(model_type), "it is not known how its images are made"
+        image_tokens, why = _usual_image_tokens(model_type), UNKNOWN_IMAGES
     except Exception as error:  # noqa: BLE001 - what a library raises is the answer
         image_tokens, why = None, _one_line(error)
     if image_tokens:
@@ -287,17 +291,27 @@ def page(rows: Sequence[Row]) -> str:
     for head in heads:
         mine = [row for row in rows if row.head == head]
         lines += ["", f"### {head}", ""]
+        with_images = [f"`{row.model_type}` ({row.image_tokens:,})" for row in mine if row.traced and row.image_tokens]
+        if with_images:
+            lines += [f"Traced with images in each sequence, of so many tokens: {', '.join(with_images)}.", ""]
+        mine = [row for row in mine if not (row.traced and row.image_tokens)]
         alike = [row for row in mine if row.traced and not row.operators_per_token and row.precision == "bf16"]
         for attention in ("sdpa", "eager"):
             names = [f"`{row.model_type}`" for row in alike if row.attention == attention]
-            lines += [f"Traced with {attention} attention: {', '.join(names)}.", ""] if names else []
+            alone = "text alone and " if with_images else ""
+            lines += [f"Traced with {alone}{attention} attention: {', '.join(names)}.", ""] if names else []
         names = [f"`{row.model_type}`" for row in mine if row.traced and row.precision != "bf16"]
         lines += [f"Traced with fp32 weights under autocast alone: {', '.join(names)}.", ""] if names else []
         loops = [row for row in mine if row.traced and row.operators_per_token]
         if loops:
             lines += ["| traced at one length | operators for a token, two layers | longest sequence |"]
             lines += ["| --- | ---: | ---: |", *map(_loop_cells, loops), ""]
-        untried = [f"`{name}`" for name in registered(head) if name not in {row.model_type for row in mine}]
+        whys = {row.why_text_alone: None for row in mine if row.traced and row.why_text_alone}
+        for why in whys:
+            names = [f"`{row.model_type}`" for row in mine if row.traced and row.why_text_alone == why]
+            lines += [f"Text alone, for {_cell(why)}: {', '.join(names)}.", ""]
+        walked = {row.model_type for row in rows if row.head == head}
+        untried = [f"`{name}`" for name in registered(head) if name not in walked]
         lines += [f"Not tried: {', '.join(untried)}.", ""] if untried else []
         refused = [row for row in mine if not row.traced]
         if refused:
@@ -308,8 +322,9 @@ def page(rows: Sequence[Row]) -> str:
 
 def _loop_cells(row: Row) -> str:
     tokens = row.longest_tokens or 0
-    longest = f"{tokens:,}" if tokens <= MANY_TOKENS else f"over {MANY_TOKENS:,}"
-    return f"| `{row.model_type}` | {row.operators_per_token:,.1f} | {longest} |"
+    grows = row.operators_per_token > 0
+    longest = f"{tokens:,}" if grows and tokens <= MANY_TOKENS else f"over {MANY_TOKENS:,}"
+    return f"| `{row.model_type}` | {max(row.operators_per_token, 0.0):,.1f} | {longest} |"
 
 
 def _cell(text: str) -> str:
