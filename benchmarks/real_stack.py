@@ -2,11 +2,11 @@
 
     python benchmarks/real_stack.py [--cells CELL,CELL | --all] [--loop accelerate] [--measured FILE [--again]] [--json]
 
-A cell is `METHOD-SHARDING-PRECISION-OPTIM-bB-sS-gaN[-ckpt[-reentrant]][-sp2][-accelerate]`, for instance
+A cell is `METHOD-SHARDING-PRECISION-OPTIM-bB-sS-gaN[-ckpt[-reentrant]][-sp2][-accelerate][-keeps]`, for instance
 `lora-zero2-bf16-adamw_torch_fused-b2-s256-ga1-ckpt`. `zero2_offload` keeps the optimizer on the host,
 `zero3_offload_all` the weights as well; `qlora_bf16` stores packed weights in bf16, which FSDP shards. `-accelerate`
 runs a bare Accelerate loop, which keeps the model's output alive through backward, in place of the Trainer; in `-sp2`
-the two ranks share each sequence.
+the two ranks share each sequence. In `-keeps` evaluation keeps its predictions, for a `compute_metrics`.
 
 Sharded cells run on two gloo ranks; under FSDP, `cpu_fsdp/` makes accelerate take them for GPUs. Measured is the most
 bytes that tensor storages held at one time, on the rank that held most: from the first step to the last, and in each
@@ -37,7 +37,7 @@ from typing import Any
 import msgspec
 
 from autofit.memory.assemble import MemoryModel
-from autofit.spec.configuration import Configuration, Freeze, Lora, Offload, Quantization
+from autofit.spec.configuration import Configuration, Evaluation, Freeze, Lora, Offload, Quantization
 from autofit.spec.estimate import MemoryEstimate
 from autofit.spec.hardware import Cluster, Device
 from autofit.spec.regimes import regime_of
@@ -63,6 +63,8 @@ RANK_SCRIPT = Path(__file__).with_name("real_training.py")
 PRETENDING_GPUS = Path(__file__).with_name("cpu_fsdp")
 CPU_RANK = Device(name="CPU-8G", kind="cpu", memory_bytes=8 * GIB)
 MOST_SECONDS = 600
+NUM_EVALUATED = 8
+"""Sequences of the evaluation set: several batches, whose predictions are concatenated."""
 OFFLOADS: dict[str, Offload] = {"_offload": "optimizer", "_offload_all": "optimizer_and_parameters"}
 METHODS = ("full", "lora", "qlora")
 QUANTIZED: dict[str, dict[str, Any]] = {
@@ -218,6 +220,14 @@ DEFAULT_CELLS = (
         "full-fsdp2_offload_all-fp32-adamw_torch",
         "full-fsdp2-bf16-adamw_torch",
     ),
+    # Evaluation keeps its predictions.
+    *_cells(
+        "b2-s256-ga1-keeps",
+        "full-none-bf16-adamw_torch_fused",
+        "lora-ddp-bf16-adamw_torch_fused",
+        "full-zero2-bf16-adamw_torch_fused",
+        "full-zero3-bf16-adamw_torch_fused",
+    ),
     # Two ranks share each sequence.
     *_cells(
         "b2-s512-ga1-sp2",
@@ -359,6 +369,7 @@ def parse_cell(cell: str) -> tuple[Configuration, int]:
         "num_processes": 1 if sharding == "none" else 2,
         "sequence_parallel_size": 2 if "sp2" in rest else 1,
         "keeps_outputs": "accelerate" in rest,
+        "evaluation": Evaluation(num_sequences=NUM_EVALUATED, keeps_predictions="keeps" in rest),
         "gradient_checkpointing": "ckpt" in rest,
         "use_reentrant": "reentrant" in rest,
         "sharding": sharding,

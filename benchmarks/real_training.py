@@ -199,7 +199,12 @@ def train_with_trainer(
 
     peaks.enter("preparing")
     trainer = Watched(
-        model=model, args=arguments, train_dataset=dataset, eval_dataset=dataset[:4], callbacks=[Watcher()]
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        eval_dataset=dataset[: configuration.evaluation.num_sequences],
+        compute_metrics=(lambda _predictions: {}) if configuration.evaluation.keeps_predictions else None,
+        callbacks=[Watcher()],
     )
     trainer.train()
     peaks.leave()
