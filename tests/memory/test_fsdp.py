@@ -281,7 +281,7 @@ def test_the_first_version_copies_no_adapter_in_16_bits():
     profile = traced(configuration)
     meets_input = [f"layers.0.self_attn.{name}_proj.lora_A.default.weight" for name in "qkv"]
     kept = [t for t in profile.tensors if t.kind == "adapter" and not t.name.endswith(tuple(meets_input))]
-    before, after = (left_by_forward_bytes(each, 1, 32)[0] for each in (profile, without_adapter_casts(profile)))
+    before, after = (left_by_forward_bytes(each, 1, 32)[1] for each in (profile, without_adapter_casts(profile)))
     assert before - after == 2 * sum(t.num_elements for t in kept)
     second = traced(replace(configuration, sharding="fsdp2"))
     assert without_adapter_casts(second) is second
