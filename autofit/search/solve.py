@@ -263,16 +263,16 @@ def _settled(table: Table, rows: Rows, evaluator: Evaluator, ranking: Ranking) -
 def _as_it_fits(configuration: Configuration, evaluator: Evaluator) -> tuple[Configuration, Misfit]:
     """Return a configuration as it fits when replayed, or what of it does not fit.
 
-    As it is; or with what changes no result: segments that grow, and evaluations on training's micro-batch.
+    As it is; or with what changes no result: evaluations on training's micro-batch, and segments that grow.
     """
     misfit = evaluator.replayed_misfit(configuration)
-    if misfit == "fragmentation" and evaluator.can_grow_segments:
-        configuration = replace(configuration, expandable_segments=True)
-        misfit = evaluator.replayed_misfit(configuration)
     if misfit == "evaluation" and evaluator.frees_evaluation:
         smaller = min(configuration.per_device_train_batch_size, configuration.per_device_eval_batch_size)
         evaluation = replace(configuration.evaluation, per_device_eval_batch_size=smaller)
         configuration = replace(configuration, evaluation=evaluation)
+        misfit = evaluator.replayed_misfit(configuration)
+    if misfit == "fragmentation" and evaluator.can_grow_segments:  # which is asked last: stages do not depend on it
+        configuration = replace(configuration, expandable_segments=True)
         misfit = evaluator.replayed_misfit(configuration)
     return configuration, misfit
 

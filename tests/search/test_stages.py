@@ -111,6 +111,25 @@ def test_an_evaluation_runs_on_the_micro_batch_where_the_usual_batch_does_not_fi
     assert free.configuration.per_device_eval_batch_size == 8
 
 
+class BothMemory(EvaluatingMemory):
+    """The same, and steps that fit only with segments that grow."""
+
+    def __call__(self, profile, configuration, cluster, workload, *, replays=False):
+        """Estimate seven tenths of the device, and more than all of it where segments do not grow."""
+        bursts = replays and not configuration.expandable_segments
+        steady = an_estimate(int(BUDGET * (1.1 if bursts else 0.7)), BUDGET)
+        return replace(
+            steady, stages=super().__call__(profile, configuration, cluster, workload, replays=replays).stages
+        )
+
+
+def test_a_smaller_evaluation_and_growing_segments_may_both_be_needed():
+    """A plan that fits with both alone is found."""
+    plan = planned(a_cluster(2), BothMemory(10**8))
+    assert plan.configuration.expandable_segments
+    assert plan.configuration.per_device_eval_batch_size == plan.configuration.per_device_train_batch_size
+
+
 def test_a_batch_that_is_given_is_kept():
     """Six sequences do not fit, so that nothing does; five do."""
     asked = {"evaluation": Evaluation(per_device_eval_batch_size=5)}
