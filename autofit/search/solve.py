@@ -266,15 +266,21 @@ def _as_it_fits(configuration: Configuration, evaluator: Evaluator) -> tuple[Con
     As it is; or with what changes no result: evaluations on training's micro-batch, and segments that grow.
     """
     misfit = evaluator.replayed_misfit(configuration)
-    if misfit == "evaluation" and evaluator.frees_evaluation:
-        smaller = min(configuration.per_device_train_batch_size, configuration.per_device_eval_batch_size)
-        evaluation = replace(configuration.evaluation, per_device_eval_batch_size=smaller)
-        configuration = replace(configuration, evaluation=evaluation)
+    if misfit == "evaluation":
+        configuration = _evaluating_less(configuration, evaluator)
         misfit = evaluator.replayed_misfit(configuration)
     if misfit == "fragmentation" and evaluator.can_grow_segments:  # which is asked last: stages do not depend on it
         configuration = replace(configuration, expandable_segments=True)
         misfit = evaluator.replayed_misfit(configuration)
     return configuration, misfit
+
+
+def _evaluating_less(configuration: Configuration, evaluator: Evaluator) -> Configuration:
+    """Return a configuration that evaluates on no more than training's micro-batch, where nobody fixed that."""
+    if not evaluator.frees_evaluation:
+        return configuration
+    smaller = min(configuration.per_device_train_batch_size, configuration.per_device_eval_batch_size)
+    return replace(configuration, evaluation=replace(configuration.evaluation, per_device_eval_batch_size=smaller))
 
 
 def _smaller(table: Table, chosen: int) -> Rows:
@@ -285,9 +291,12 @@ def _smaller(table: Table, chosen: int) -> Rows:
 
 
 def _descending(chosen: Configuration, rungs: Iterable[Configuration], evaluator: Evaluator) -> tuple[Rung, ...]:
-    """Keep of a ladder what needs less than all before it also when every allocation is replayed."""
+    """Keep of a ladder what needs less than all before it also when every allocation is replayed.
+
+    A rung evaluates less at a time too: it may have been an evaluation that ran out of memory.
+    """
     kept, lowest = [], evaluator.replay(chosen)
-    for configuration, misfit in (_as_it_fits(rung, evaluator) for rung in rungs):
+    for configuration, misfit in (_as_it_fits(_evaluating_less(rung, evaluator), evaluator) for rung in rungs):
         memory = evaluator.replay(configuration)
         is_less = memory.peak_allocated_bytes < lowest.peak_allocated_bytes
         if is_less and memory.needed_bytes < lowest.needed_bytes and misfit == "none":

@@ -111,6 +111,15 @@ def test_an_evaluation_runs_on_the_micro_batch_where_the_usual_batch_does_not_fi
     assert free.configuration.per_device_eval_batch_size == 8
 
 
+def test_a_rung_evaluates_less_than_what_ran_out_of_memory():
+    """It may have been an evaluation: where eight sequences fit, rungs have no more than their micro-batch either."""
+    plan = planned(a_cluster(2), PlausibleMemory(10**8))
+    assert plan.configuration.per_device_eval_batch_size == 8
+    assert plan.fallbacks
+    for rung in plan.fallbacks:
+        assert rung.configuration.per_device_eval_batch_size == rung.configuration.per_device_train_batch_size < 8
+
+
 class BothMemory(EvaluatingMemory):
     """The same, and steps that fit only with segments that grow."""
 
