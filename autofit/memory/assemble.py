@@ -107,6 +107,7 @@ class MemoryModel:
         self._logits = returned_logits_bytes(profile, np.asarray(micro_batches), sequence_tokens)
         self._kept_by_the_loss = kept_by_the_loss_bytes(profile, np.asarray(micro_batches), sequence_tokens)
         self._outputs = kept_outputs_bytes(profile, np.asarray(micro_batches), sequence_tokens)
+        self._replayed: dict[tuple[Configuration, Device, int], Replayed] = {}
         self.whole = whole or WholeModel(profile)
         self._fsdp = FsdpModel(self.whole.gathered, micro_batches, sequence_tokens)
 
@@ -324,8 +325,15 @@ class MemoryModel:
         return {"batch": in_update}, {"batch": in_fetching}
 
     def _replay(self, plan: Layout, configuration: Configuration, cluster: Cluster) -> Replayed | None:
+        """Replay a configuration's steps, once for all that differ in their evaluations alone."""
         if cluster.device.kind != "cuda":
             return None
+        key = configuration.training_alone, cluster.device, cluster.num_devices
+        if key not in self._replayed:
+            self._replayed[key] = self._replay_anew(plan, configuration, cluster)
+        return self._replayed[key]
+
+    def _replay_anew(self, plan: Layout, configuration: Configuration, cluster: Cluster) -> Replayed:
         context = context_bytes(cluster.device, cluster.num_devices) or 0
         if configuration.uses_fsdp:
             return self.whole.fsdp_replayer.fsdp_step(

@@ -152,6 +152,7 @@ class Evaluator:
         self._times: dict[tuple[Regime, int], TimeModel] = {}
         self._memories: dict[Regime, MemoryModel] = {}
         self._replays: dict[Configuration, MemoryEstimate] = {}
+        self._trainings: dict[Configuration, MemoryEstimate] = {}
 
     def for_length(self, sequence_tokens: int) -> Evaluator:
         """Return an evaluator of the same configurations for sequences cut at another length."""
@@ -273,7 +274,8 @@ class Evaluator:
     def replay(self, configuration: Configuration) -> MemoryEstimate:
         """Estimate memory with every allocation sent through torch's allocator policy: exact, and slow."""
         if configuration not in self._replays:
-            self._replays[configuration] = self._memory(configuration, replays=True)
+            memory = self._memory(configuration, replays=True)
+            self._replays[configuration] = self._trainings[configuration.training_alone] = memory
         return self._replays[configuration]
 
     def replayed_misfit(self, configuration: Configuration) -> Misfit:
@@ -302,8 +304,8 @@ class Evaluator:
         return time if calibration is None else calibrated_time(time, calibration)
 
     def known_replay(self, configuration: Configuration) -> MemoryEstimate | None:
-        """Return what a replay said, if there was one."""
-        return self._replays.get(configuration)
+        """Return what a replay of the same training said, whatever was evaluated, if there was one."""
+        return self._trainings.get(configuration.training_alone)
 
     def _memory(self, configuration: Configuration, *, replays: bool) -> MemoryEstimate:
         memory, calibration = self._plain_memory(configuration, replays=replays), self.calibration(configuration)

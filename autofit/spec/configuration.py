@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Method = Literal["full", "freeze", "lora", "qlora"]
@@ -195,6 +195,11 @@ class Configuration:
     def per_device_eval_batch_size(self) -> int:
         """Sequences of one evaluation batch of a process."""
         return self.evaluation.per_device_eval_batch_size or self.per_device_train_batch_size
+
+    @property
+    def training_alone(self) -> Configuration:
+        """The same training, with nothing said of evaluation: what two that differ in no step have in common."""
+        return replace(self, evaluation=Evaluation())
 
     @property
     def zero_stage(self) -> int:
