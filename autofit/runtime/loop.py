@@ -6,7 +6,7 @@ import atexit
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -123,6 +123,8 @@ class _Loop:
     optimizer: Any = None
     num_micro_steps: int = 0
     has_checked_step: bool = False
+    has_training_mode: bool = False
+    """Whether the script has ever put its model into training mode."""
     measuring: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def begin(self, accelerator: Any) -> None:
@@ -149,13 +151,14 @@ class _Loop:
     def _look(self, module: Any, args: Any, kwargs: Any) -> Any:
         """Count a micro-step and note its length; before the first one verify what is about to train."""
         session, shape = self.session, shape_of(kwargs)
-        if not module.training:
+        if not self._trains(module):
             session.record.evaluates(shape)
             return None
         self.num_micro_steps += 1
         if not session.record.has_begun:
             session.record.begin_training()
-            settle(session, [*check_all(session.plan, self._training()), *self._check_num_steps()])
+            checks = [*check_all(session.plan, self._training()), *self._check_num_steps(), *self._check_mode(module)]
+            settle(session, checks)
             if shape is not None:
                 session.log.record("batch", rows=shape[0], tokens=shape[1])
                 settle(session, check_first_batch(session.plan, *shape))
@@ -164,6 +167,24 @@ class _Loop:
         if (seen := shape_of(given)) is not None:
             session.record.saw_batch(*seen)
         return (args, given) if session.is_probe else None
+
+    def _trains(self, module: Any) -> bool:
+        """Tell a forward pass that trains: in training mode, or with gradients in a loop that never goes there.
+
+        A model of `from_pretrained` is in evaluation mode until the script calls `train`, and learns there too.
+        """
+        import torch
+
+        self.has_training_mode = self.has_training_mode or module.training
+        return module.training or (not self.has_training_mode and torch.is_grad_enabled())
+
+    def _check_mode(self, module: Any) -> Iterator[Check]:
+        """transformers' layers checkpoint in training mode alone.
+
+        Source: transformers/modeling_layers.py 5.23, GradientCheckpointingLayer.__call__.
+        """
+        if self.session.plan.configuration.gradient_checkpointing and not module.training:
+            yield Check(setting="mode of the model, for checkpointing", planned="train", in_effect="eval")
 
     def _training(self) -> Training:
         loader = self.accelerator.gradient_state.active_dataloader

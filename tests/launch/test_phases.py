@@ -14,6 +14,7 @@ import pytest
 
 from autofit.calibrate.records import RunRecord
 from autofit.calibrate.store import read, store_path
+from autofit.errors import TrainingFailedError
 from autofit.launch import launch
 from tests.plans import a_configuration, a_plan
 from tests.scripts import write_tiny_llama
@@ -170,3 +171,23 @@ def test_a_loop_evaluates_and_saves_in_phases_of_their_own(tmp_path: Path) -> No
         assert batches["first_step"] == batches["longest_batch"] == (2, 32)
         assert phases["evaluation"]["allocated_bytes"] > rank["after_step_bytes"] + 8 * 32 * 256 * 4
         assert phases["saving"]["allocated_bytes"] < phases["longest_batch"]["allocated_bytes"]
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_a_loop_that_stays_in_evaluation_mode_is_verified_too(checkpoints: bool, tmp_path: Path) -> None:
+    """A model of `from_pretrained` learns without `train()`: its steps are seen, and a plan that checkpoints is not in
+    effect, as layers do so in training mode alone.
+    """
+    (tmp_path / "train.py").write_text(LOOP.replace("model.train()", "pass"))
+    configuration = a_configuration(mixed_precision="no", keeps_outputs=True, gradient_checkpointing=checkpoints)
+    model, out = write_tiny_llama(tmp_path / "model"), tmp_path / "out"
+    arguments = [str(model), str(out)]
+    plan, script = a_plan(configuration), tmp_path / "train.py"
+    if checkpoints:
+        with pytest.raises(TrainingFailedError, match="planned train, in effect eval"):
+            launch(plan, tmp_path / "run", script, arguments, stream=io.BytesIO())  # type: ignore[arg-type]
+        return
+    launched = launch(plan, tmp_path / "run", script, arguments, stream=io.BytesIO())  # type: ignore[arg-type]
+    assert launched.summary["is_verified"]
+    assert [rank["num_steps"] for rank in launched.summary["memory"]["ranks"]] == [2, 2]
+    assert all("evaluation" in rank["phases"] for rank in launched.summary["memory"]["ranks"])
