@@ -28,9 +28,9 @@ from transformers import (
 
 from autofit.errors import InputError
 from autofit.memory.assemble import estimate_memory
-from autofit.memory.evaluation import evaluation_bytes
+from autofit.memory.evaluation import evaluation_bytes, forward_bytes
 from autofit.memory.fused_losses import bound_on, liger_chunk_tokens
-from autofit.memory.inference import kv_cache_elements
+from autofit.memory.inference import kv_cache_bytes, kv_cache_elements
 from autofit.memory.tape import offloaded_bytes, phase_peaks
 from autofit.memory.unroll import unroll
 from autofit.profile import batching, losses
@@ -426,6 +426,19 @@ def test_a_compiled_script_is_refused_and_ligers_is_planned_as_such():
     assert job_from_discovery(found(), cluster).restrictions.loss == "stock"
 
 
+def peak_of_evaluation(trainer: Trainer) -> int:
+    """Let a real trainer evaluate; return the most bytes alive above its model."""
+    gc.collect()
+    counter = LiveBytes()
+    with counter:
+        for tensor in [*trainer.model.parameters(), *trainer.model.buffers()]:
+            counter.add(tensor)
+        before = counter.now_bytes
+        counter.reset_peak()
+        trainer.evaluate()
+        return counter.peak_bytes - before
+
+
 def generate(folder: str) -> int:
     """Let the real model write a second half to a first one; return the most bytes alive above it."""
     model = real_model("llama", dtype=torch.bfloat16)
@@ -441,19 +454,13 @@ def generate(folder: str) -> int:
     model.generation_config.eos_token_id = None
     rows = [{"input_ids": torch.randint(0, 8, (TOKENS // 2,)), "labels": torch.randint(0, 8, (TOKENS // 2,))}] * BATCH
     trainer = Seq2SeqTrainer(model, arguments, eval_dataset=rows, data_collator=default_data_collator)
-    gc.collect()
-    counter = LiveBytes()
-    with counter:
-        for tensor in [*model.parameters(), *model.buffers()]:
-            counter.add(tensor)
-        before = counter.now_bytes
-        counter.reset_peak()
-        trainer.evaluate()
-        return counter.peak_bytes - before
+    return peak_of_evaluation(trainer)
 
 
 def test_an_evaluation_that_generates_is_bounded(tmp_path):
-    """What the real Seq2SeqTrainer's `predict_with_generate` takes is within what is planned for the whole length."""
+    """What the real Seq2SeqTrainer's `predict_with_generate` takes is within what is planned for the whole length,
+    which is a forward pass over it and the cache of it.
+    """
     real = generate(str(tmp_path))
     elements = kv_cache_elements(CONFIGS["llama"], batch=1, tokens=TOKENS)
     evaluation = Evaluation(
@@ -468,6 +475,8 @@ def test_an_evaluation_that_generates_is_bounded(tmp_path):
     assert memory.stages.evaluation is not None
     planned = memory.stages.evaluation.device_bytes - (memory.after_step_allocated_bytes or 0)
     assert real <= planned <= 3 * real
+    cached = kv_cache_bytes(CONFIGS["llama"], batch=BATCH, tokens=TOKENS)
+    assert planned == forward_bytes(profile, BATCH, TOKENS) + cached
 
 
 def evaluate(*, keeps_logits: bool, num_batches: int, mixed: bool, folder: str) -> int:
@@ -486,15 +495,7 @@ def evaluate(*, keeps_logits: bool, num_batches: int, mixed: bool, folder: str) 
         data_collator=default_data_collator,
         compute_metrics=(lambda _predictions: {}) if keeps_logits else None,
     )
-    gc.collect()
-    counter = LiveBytes()
-    with counter:
-        for tensor in [*model.parameters(), *model.buffers()]:
-            counter.add(tensor)
-        before = counter.now_bytes
-        counter.reset_peak()
-        trainer.evaluate()
-        return counter.peak_bytes - before
+    return peak_of_evaluation(trainer)
 
 
 @pytest.mark.parametrize(
