@@ -120,6 +120,26 @@ def test_a_rung_evaluates_less_than_what_ran_out_of_memory():
         assert rung.configuration.per_device_eval_batch_size == rung.configuration.per_device_train_batch_size < 8
 
 
+class BurstingMemory(PlausibleMemory):
+    """The rule of thumb, and a first step that no device holds where layers are checkpointed."""
+
+    def __call__(self, profile, configuration, cluster, workload, *, replays=False):
+        """Estimate, with the first step where every allocation is replayed."""
+        steady = super().__call__(profile, configuration, cluster, workload)
+        needed = 2 * BUDGET if configuration.gradient_checkpointing else 0
+        stages = Stages(first_step=Stage(device_bytes=needed, host_bytes=None))
+        return replace(steady, stages=stages if replays else None)
+
+
+def test_a_rung_whose_first_step_bursts_is_left_out():
+    """Its steady steps need less than all before it, and it would end in its first."""
+    asked = {"gradient_checkpointing": None}
+    rungs = planned(a_cluster(2), BurstingMemory(10**8), **asked).fallbacks
+    assert not any(rung.configuration.gradient_checkpointing for rung in rungs)
+    free = planned(a_cluster(2), BurstingMemory(10**8), held_stages=(), **asked).fallbacks
+    assert any(rung.configuration.gradient_checkpointing for rung in free)
+
+
 class BothMemory(EvaluatingMemory):
     """The same, and steps that fit only with segments that grow."""
 
