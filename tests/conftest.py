@@ -17,6 +17,16 @@ from autofit.spec.hardware import Cluster, Device
 from autofit.spec.job import Job, Model, Restrictions, Workload
 from autofit.units import GIB
 
+TESTS = Path(__file__).parent
+STARTING_RANKS = (
+    "launch/",
+    "measurements/test_real_stack.py",
+    "search/test_rules_hold.py",
+    "cli/test_scripts.py",
+    "cli/test_pipeline.py",
+)
+"""Tests that start several processes of training: one worker runs them all, one after the other."""
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Keep traced profiles of this run apart: one that an older tracer left in the user's cache would be believed."""
@@ -30,8 +40,17 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(os.environ["AUTOFIT_CACHE"], ignore_errors=True)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none, asking torch only if such a test was collected."""
+    """Say which tests a worker of `pytest -n` runs by itself, and skip what needs a GPU where there is none."""
+    for item in items:
+        file = item.path.relative_to(TESTS).as_posix()
+        item.add_marker(pytest.mark.xdist_group("ranks" if file.startswith(STARTING_RANKS) else file))
+    _skip_what_needs_a_gpu(items)
+
+
+def _skip_what_needs_a_gpu(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` where there is none, asking torch only if such a test was collected."""
     needing = [item for item in items if item.get_closest_marker("gpu")]
     if not needing:
         return

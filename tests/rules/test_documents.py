@@ -33,7 +33,7 @@ def test_no_output_is_stale(document):
 def test_ci_runs_the_command_that_is_printed():
     """The line of README under its mark installs for the tests and runs pytest, and CI reads the same mark."""
     block = README.split("<!-- the tests -->")[1].split("```")[1]
-    assert block == "bash\nbash scripts/install.sh test && .venv/bin/python -m pytest\n"
+    assert block == "bash\nbash scripts/install.sh test && .venv/bin/python -m pytest -n 2\n"
     assert "<!-- the tests -->" in (CHECKOUT / ".ci" / "run").read_text(encoding="utf-8")
 
 
