@@ -86,7 +86,7 @@ def a_job(model: str, global_batch: int, **restrictions: object) -> Job:
 
 def stored(model: str) -> ProfileSet:
     """Return the shipped profiles of a model, decoded."""
-    packs = (read_pack(path) for path in sorted(SHIPPED_FOLDER.glob("*.json.gz")))
+    packs = (read_pack(path) for path in sorted(SHIPPED_FOLDER.glob("*.json.xz")))
     return {profile.regime: profile for pack in packs if pack[0].model == model for profile in pack}
 
 

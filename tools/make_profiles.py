@@ -48,7 +48,7 @@ def main() -> None:
     os.environ["AUTOFIT_CACHE"] = tempfile.mkdtemp(prefix="autofit-profiles-")
     every = dict.fromkeys((*POPULAR, *(entry.id for entry in model_catalogue().models)))
     if not sys.argv[1:]:
-        for path in SHIPPED_FOLDER.glob("*.json.gz"):
+        for path in SHIPPED_FOLDER.glob("*.json.xz"):
             path.unlink()
     for name in sys.argv[1:] or every:
         model = resolve_model(name)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import importlib.util
 import itertools
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -50,7 +50,7 @@ def architecture_key(config: dict[str, Any]) -> str:
 def pack_name(config: dict[str, Any], versions: dict[str, str]) -> str:
     """File name of all profiles of one architecture under one set of library versions."""
     stack = hashlib.sha256(json.dumps([PROFILE_SCHEMA_VERSION, versions], sort_keys=True).encode()).hexdigest()[:12]
-    return f"{architecture_key(config)}-{stack}.json.gz"
+    return f"{architecture_key(config)}-{stack}.json.xz"
 
 
 def read_pack(path: Path) -> Pack:
@@ -69,13 +69,13 @@ def _stored(path: Path) -> tuple[Stored, ...]:
     """List what a file holds; nothing where it is missing or unreadable."""
     try:
         return _listed(path, path.stat().st_mtime_ns)
-    except (OSError, EOFError, gzip.BadGzipFile, msgspec.DecodeError):
+    except (OSError, EOFError, lzma.LZMAError, msgspec.DecodeError):
         return ()
 
 
 @lru_cache(maxsize=16)
 def _listed(path: Path, _written_at: int) -> tuple[Stored, ...]:
-    texts = msgspec.json.decode(gzip.decompress(path.read_bytes()), type=tuple[msgspec.Raw, ...])
+    texts = msgspec.json.decode(lzma.decompress(path.read_bytes()), type=tuple[msgspec.Raw, ...])
     heads = map(msgspec.json.Decoder(ProfileHead).decode, texts)
     return tuple(
         (head, cache(partial(msgspec.json.decode, text, type=RegimeProfile)))
@@ -87,7 +87,7 @@ def _listed(path: Path, _written_at: int) -> tuple[Stored, ...]:
 def write_pack(path: Path, profiles: Pack) -> None:
     """Write a file of profiles beside and rename it, so that a reader never sees half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = gzip.compress(msgspec.json.encode(profiles), mtime=0)
+    content = lzma.compress(msgspec.json.encode(profiles))
     handle, beside = tempfile.mkstemp(dir=path.parent, suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -115,7 +115,7 @@ def stored_profiles(model: Model, regimes: Sequence[Regime], sequence_tokens: in
     name = pack_name(model.config, installed_versions())
     packs = [_stored(cache_folder() / name), _stored(SHIPPED_FOLDER / name)]
     if not can_trace():
-        packs += map(_stored, sorted(SHIPPED_FOLDER.glob(f"{architecture_key(model.config)}-*.json.gz")))
+        packs += map(_stored, sorted(SHIPPED_FOLDER.glob(f"{architecture_key(model.config)}-*.json.xz")))
     wanted, found = dict.fromkeys(regimes), {}
     for head, read in sorted(itertools.chain.from_iterable(packs), key=lambda each: -each[0].multiple_tokens):
         if head.regime in wanted and head.regime not in found and holds_for(head, sequence_tokens):

@@ -28,7 +28,7 @@ def test_a_shipped_profile_is_what_a_trace_gives(model, method, device):
 def test_every_shipped_file_is_of_a_catalogued_model_and_the_tested_libraries():
     """No file is left over from another release, and each can be found by its model's name."""
     names = {pack_name(dict(entry.config), installed_versions()) for entry in model_catalogue().models}
-    files = {path.name for path in SHIPPED_FOLDER.glob("*.json.gz")}
+    files = {path.name for path in SHIPPED_FOLDER.glob("*.json.xz")}
     assert files
     assert files <= names
 

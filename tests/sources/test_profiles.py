@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import json
+import lzma
 
 import msgspec
 import pytest
@@ -51,9 +51,9 @@ def test_a_profile_that_cannot_be_read_is_passed_over(cached):
     model, path = cached
     shipped = shipped_profiles(MODEL)
     write_pack(path, shipped[:2])
-    content = json.loads(gzip.decompress(path.read_bytes()))
+    content = json.loads(lzma.decompress(path.read_bytes()))
     content[0]["segments"], content[1]["num_layers"] = "nothing", 7
-    path.write_bytes(gzip.compress(json.dumps(content).encode()))
+    path.write_bytes(lzma.compress(json.dumps(content).encode()))
     found = stored_profiles(model, [shipped[0].regime, shipped[1].regime], 512)
     assert found[shipped[0].regime] == shipped[0]
     assert found[shipped[1].regime].num_layers == 7
