@@ -158,7 +158,9 @@ def speed_line(plan: Plan) -> str:
     bounds = ""
     if time.tokens_per_second_lower is not None and time.tokens_per_second_upper is not None:
         bounds = f" ({tokens_words(time.tokens_per_second_lower)} to {tokens_words(time.tokens_per_second_upper)})"
-    return f"{tokens_words(time.tokens_per_second)} tokens/s{bounds}, {format_seconds(time.step_seconds)} a step"
+    utilization = time.model_flops_utilization_fraction
+    mfu = "" if utilization is None else f", MFU {utilization:.0%}"
+    return f"{tokens_words(time.tokens_per_second)} tokens/s{bounds}, {format_seconds(time.step_seconds)} a step{mfu}"
 
 
 def price_line(plan: Plan) -> str:

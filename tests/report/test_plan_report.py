@@ -61,6 +61,13 @@ def test_memory_is_shown_in_gib_against_the_budget(plan):
     assert "allocated 37.50, reserved 40.00, whole process 41.00 GiB" in text
 
 
+def test_speed_is_said_with_the_share_of_the_devices_arithmetic(plan):
+    """MFU stands beside tokens a second, and is left out where the data sheet gives no peak."""
+    assert "13,107 tokens/s (10,486 to 17,476), 20.00 s a step, MFU 42%" in rendered(plan_report(plan, width=110))
+    unknown = replace(plan, time=replace(plan.time, model_flops_utilization_fraction=None))
+    assert "MFU" not in rendered(plan_report(unknown, width=110))
+
+
 def test_every_knob_that_is_not_usual_is_named(plan):
     """What a figure depends on stands beside it; what is at its default is not said."""
     unusual = {
