@@ -318,7 +318,7 @@ def script_settings(discovered: Discovered) -> dict[str, str]:
 
     adapter, quantization = discovered.adapter, discovered.quantization
     words = adapter_words(
-        None if adapter is None else (adapter.r, adapter.lora_alpha, adapter.lora_dropout),
+        None if adapter is None else (adapter.kind, adapter.r, adapter.lora_alpha, adapter.lora_dropout),
         None if quantization is None else quantization.quant_type,
     )
     dtype = {} if discovered.weights_dtype is None else {"weights_dtype": discovered.weights_dtype}

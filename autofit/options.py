@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, Field, dataclass, fields, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -42,6 +42,12 @@ QUANTIZATIONS: dict[str, dict[str, Any]] = {
     "int8": {"bits": 8},
 }
 """What `--quantization` takes, as `QuantizationWish` says it."""
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": {"use_rslora": False, "use_dora": False},
+    "rslora": {"use_rslora": True, "use_dora": False},
+    "dora": {"use_rslora": False, "use_dora": True},
+}
+"""What `--adapter` takes, as `Lora` says it."""
 PLACES = ("none", "cpu")
 
 MODEL = typer.Option(
@@ -362,6 +368,16 @@ class SearchWish(Wishes):
             section=_OBJECTIVE,
             metavar=f"{_any_of(STAGES)}|none",
             help="What has to fit besides the steady steps (default: all of it); repeatable.",
+        ),
+    ] = None
+    adapter: Annotated[
+        list[str] | None,
+        _option(
+            "--adapter",
+            section=_METHOD,
+            metavar=_any_of(ADAPTERS),
+            help="Kind of the adapter: plain, scaled by alpha / sqrt(r), or with a magnitude trained beside it "
+            "(default: lora, or the script's); repeatable.",
         ),
     ] = None
     lora_r: Annotated[
@@ -859,6 +875,37 @@ ALIASES = {
 SWITCHES = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}
 
 
+RESTRICTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "method": ("methods", ()),
+    "load_in_4bit": ("methods", ()),
+    "optim": ("optims", ()),
+    "sharding": ("shardings", ()),
+    "zero": ("shardings", ()),
+    "offload_optimizer_device": ("offload", ()),
+    "offload_param_device": ("offload", ()),
+    "micro_batch": ("micro_batch_sequences", ()),
+    "batching": ("batchings", ()),
+    "hold": ("held_stages", ()),
+    "adapter": ("lora", ("use_rslora", "use_dora")),
+    "lora_r": ("lora", ("r",)),
+    "lora_alpha": ("lora", ("lora_alpha",)),
+    "lora_dropout": ("lora", ("lora_dropout",)),
+    "lora_target_modules": ("lora", ("target_modules",)),
+    "quantization": ("quantization", ("bits", "quant_type", "double_quant")),
+    "bnb_4bit_quant_type": ("quantization", ("quant_type",)),
+    "bnb_4bit_use_double_quant": ("quantization", ("double_quant",)),
+    "bnb_4bit_quant_storage": ("quantization", ("storage_dtype",)),
+    "bnb_4bit_compute_dtype": ("quantization", ("compute_dtype",)),
+    "prepare_kbit": ("quantization", ("prepares_kbit",)),
+    "per_device_eval_batch_size": ("evaluation", ("per_device_eval_batch_size",)),
+    "compute_metrics": ("evaluation", ("keeps_predictions",)),
+    "eval_sequences": ("evaluation", ("num_sequences",)),
+    "eval_accumulation_steps": ("evaluation", ("eval_accumulation_steps",)),
+    "predict_with_generate": ("evaluation", ("predict_with_generate",)),
+}
+"""The field of `Restrictions` that an option of a search sets, and which parts of it; otherwise that of its name."""
+
+
 def with_option(restrictions_now: Restrictions, text: str) -> Restrictions:
     """Set one option of `autofit plan`, written NAME=VALUE, in restrictions that are there; all others stay.
 
@@ -875,14 +922,10 @@ def with_option(restrictions_now: Restrictions, text: str) -> Restrictions:
     hints = {known: hint for known, hint in every.items() if known not in of_run}
     if name not in hints:
         raise InputError(f"{name!r} is no option of plan.", to_fix=f"the nearest are {nearest(name, hints)}")
-    wish = wishes_of(SearchWish, {name: _from_text(value.strip(), hints[name])})
-    plain, wanted = restrictions(SearchWish()), restrictions(wish)
-    changed = {
-        field.name: _merged(getattr(restrictions_now, field.name), getattr(plain, field.name), new)
-        for field in fields(wanted)
-        if (new := getattr(wanted, field.name)) != getattr(plain, field.name)
-    }
-    return replace(restrictions_now, **changed)
+    wanted = restrictions(wishes_of(SearchWish, {name: _from_text(value.strip(), hints[name])}))
+    field, parts = RESTRICTS.get(name, (name, ()))
+    now, new = getattr(restrictions_now, field), getattr(wanted, field)
+    return replace(restrictions_now, **{field: _with_parts(now, new, parts) if parts else new})
 
 
 def _from_text(text: str, hint: Any) -> Any:
@@ -903,16 +946,11 @@ def _from_text(text: str, hint: Any) -> Any:
     return text
 
 
-def _merged(now: Any, plain: Any, wanted: Any) -> Any:
-    """Of a group of settings change only what was asked for, in each group that there is."""
-    if not is_dataclass(plain) or isinstance(plain, type):
-        return wanted
-    wishes = wanted if isinstance(wanted, tuple) else (wanted,)
-    changes = [
-        {f.name: new for f in fields(w) if (new := getattr(w, f.name)) != getattr(plain, f.name)} for w in wishes
-    ]
+def _with_parts(now: Any, wanted: Any, parts: Sequence[str]) -> Any:
+    """Give each group of settings that there is the parts that were asked for; all others stay."""
+    groups, wishes = ((each if isinstance(each, tuple) else (each,)) for each in (now, wanted))
     each = dict.fromkeys(
-        replace(group, **change) for group in (now if isinstance(now, tuple) else (now,)) for change in changes
+        replace(group, **{part: getattr(wish, part) for part in parts}) for group in groups for wish in wishes
     )
     return tuple(each) if len(each) > 1 else next(iter(each))
 
@@ -1147,7 +1185,7 @@ def _offload(wishes: Wishes) -> str | None:
 
 
 def _lora(wishes: Wishes) -> dict[str, Any] | list[dict[str, Any]]:
-    """Read the adapter, or each of several: every rank with every scale and every choice of modules."""
+    """Read the adapter, or each of several: every kind with every rank, every scale and every choice of modules."""
     dropout = {"lora_dropout": wishes.lora_dropout}
     if isinstance(wishes, EveryWish):
         return _stated(
@@ -1163,9 +1201,13 @@ def _lora(wishes: Wishes) -> dict[str, Any] | list[dict[str, Any]]:
         )
     assert isinstance(wishes, SearchWish), "what is no single estimate is a search"
     targets = [_names("lora-target-modules", text) for text in wishes.lora_target_modules or (None,)]
-    every = product(wishes.lora_r or (None,), wishes.lora_alpha or (None,), targets)
+    kinds = [ADAPTERS[_one_of("adapter", name, tuple(ADAPTERS)) or ""] for name in wishes.adapter or ()] or [{}]
+    every = product(kinds, wishes.lora_r or (None,), wishes.lora_alpha or (None,), targets)
     return _one_if_alone(
-        [_stated(dropout | {"r": r, "lora_alpha": alpha, "target_modules": names}) for r, alpha, names in every]
+        [
+            _stated(dropout | kind | {"r": r, "lora_alpha": alpha, "target_modules": names})
+            for kind, r, alpha, names in every
+        ]
     )
 
 

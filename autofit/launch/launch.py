@@ -87,7 +87,6 @@ def launch(
     """
     conduct = conduct or Conduct()
     refuse_useless_conduct(conduct)
-    refuse_int8(plan)
     run_folder = run_folder.absolute()
     source = check_script(script).read_text(encoding="utf-8", errors="replace")
     road = choose_road(conduct.road, source)
@@ -121,21 +120,6 @@ def launch(
     if conduct.store is not None:
         remember(attempts, conduct.store)
     return conclude(attempts, run_folder, probed.get(attempts[-1].number))
-
-
-def refuse_int8(plan: Plan) -> None:
-    """Refuse to start what no road loads: models are quantised to four bits or not at all.
-
-    Raises:
-        InputError: the plan or one of its fallbacks has int8 weights.
-    """
-    every = (plan.configuration, *(rung.configuration for rung in plan.fallbacks))
-    if any(each.quantization is not None and each.quantization.bits == 8 for each in every):
-        raise InputError(
-            "the plan has int8 weights, which autofit plans and does not load.",
-            to_fix="plan with --quantization nf4-double or another code of four bits, or start the script without "
-            "autofit: it must load its model with load_in_8bit=True itself",
-        )
 
 
 def refuse_useless_conduct(conduct: Conduct) -> None:

@@ -25,7 +25,10 @@ TRL_MODEL_FLAGS = (
     "lora_alpha",
     "lora_dropout",
     "lora_target_modules",
+    "use_rslora",
+    "use_dora",
     "load_in_4bit",
+    "load_in_8bit",
     "bnb_4bit_quant_type",
     "use_bnb_nested_quant",
     "bnb_4bit_quant_storage",
@@ -108,7 +111,12 @@ def _beside(
     for name in ("lora_r", "lora_alpha", "lora_dropout"):
         yield _flag("adapter", getattr(lora, name.replace("lora_r", "r")), (name,), known)
     yield _flag("adapter", list(lora.target_modules), ("lora_target_modules",), known)
-    if quantization is not None:
+    for name in ("use_rslora", "use_dora"):
+        if getattr(lora, name):
+            yield _flag("adapter", True, (name,), known)
+    if quantization is not None and quantization.bits == 8:
+        yield _flag("quantisation", True, ("load_in_8bit",), known)
+    elif quantization is not None:
         yield _flag("quantisation", True, ("load_in_4bit",), known)
         yield _flag("quantisation", quantization.quant_type, ("bnb_4bit_quant_type",), known)
         yield _flag("quantisation", quantization.double_quant, ("use_bnb_nested_quant",), known)
@@ -119,17 +127,17 @@ def method_words(configuration: Configuration) -> str:
     """Write a method so that two that train the same are equal."""
     lora, quantization = configuration.lora, configuration.quantization
     return adapter_words(
-        None if lora is None else (lora.r, lora.lora_alpha, lora.lora_dropout),
-        None if quantization is None else quantization.quant_type,
+        None if lora is None else (lora.kind, lora.r, lora.lora_alpha, lora.lora_dropout),
+        None if quantization is None else "int8" if quantization.bits == 8 else quantization.quant_type,
     )
 
 
-def adapter_words(adapter: tuple[int | None, int | None, float | None] | None, quant_type: str | None) -> str:
-    """Write an adapter's rank, scale and dropout, and how the weights under it are quantised."""
+def adapter_words(adapter: tuple[str, int | None, int | None, float | None] | None, quant_type: str | None) -> str:
+    """Write an adapter's kind, rank, scale and dropout, and how the weights under it are quantised."""
     if adapter is None:
         return "full fine-tuning"
-    r, alpha, dropout = adapter
-    words = f"an adapter of r={r}, alpha={alpha}, dropout={dropout or 0.0:g}"
+    kind, r, alpha, dropout = adapter
+    words = f"an adapter of kind {kind}, r={r}, alpha={alpha}, dropout={dropout or 0.0:g}"
     return words if quant_type is None else f"{words} on {quant_type}"
 
 

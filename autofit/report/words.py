@@ -26,7 +26,8 @@ def method_words(configuration: Configuration) -> str:
     if configuration.freeze is not None:
         details.append(f"all but the last {configuration.freeze.freeze_trainable_layers} layers")
     if configuration.lora is not None:
-        details.append(f"r={configuration.lora.r}")
+        kind = {"lora": "", "dora": "DoRA ", "rslora": "rsLoRA "}.get(configuration.lora.kind, "rsLoRA and DoRA ")
+        details.append(f"{kind}r={configuration.lora.r}")
     if configuration.quantization is not None:
         bits8 = configuration.quantization.bits == 8
         details.append("int8" if bits8 else configuration.quantization.quant_type.upper())
@@ -85,8 +86,6 @@ def further_words(configuration: Configuration) -> list[str]:
 def _adapter_words(configuration: Configuration) -> list[str]:
     lora, quantization = configuration.lora, configuration.quantization
     words = {
-        "rsLoRA": lora is not None and lora.use_rslora,
-        "DoRA": lora is not None and lora.use_dora,
         f"{', '.join(lora.modules_to_save if lora else ())} trained whole": lora is not None and lora.modules_to_save,
         "quantised once": quantization is not None and quantization.bits != 8 and not quantization.double_quant,
         "prepare_model_for_kbit_training": quantization is not None and quantization.prepares_kbit,

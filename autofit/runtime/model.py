@@ -149,7 +149,11 @@ def bits_and_bytes_config(configuration: Configuration) -> Any:
     from transformers import BitsAndBytesConfig
 
     quantization = configuration.quantization
+    skipped = {"llm_int8_skip_modules": list(quantization.skip_modules) or None}
+    if quantization.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True, **skipped)
     return BitsAndBytesConfig(
+        **skipped,
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.quant_type,
         bnb_4bit_use_double_quant=quantization.double_quant,
@@ -168,20 +172,26 @@ def quantize_in_place(model: Any, quantization_config: Any) -> Any:
     from torch import nn
     from transformers.quantizers import AutoHfQuantizer
 
+    packed = {bitsandbytes.nn.Linear4bit: bitsandbytes.nn.Params4bit, bitsandbytes.nn.Linear8bitLt: _int8_params}
     quantizer = AutoHfQuantizer.from_config(quantization_config, pre_quantized=False)
     device = _training_device()
     dense = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     quantizer.preprocess_model(model=model, device_map={"": device})
     for name, module in model.named_modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
+        if (pack := packed.get(type(module))) is not None:
             source = dense.pop(name)
-            module.weight = bitsandbytes.nn.Params4bit(
-                source.weight.data, requires_grad=False, **module.weight.__dict__
-            ).to(device)
+            module.weight = pack(source.weight.data, requires_grad=False, **module.weight.__dict__).to(device)
             module.bias = source.bias
     model.hf_quantizer = quantizer
     quantizer.postprocess_model(model)
     return model.to(device)
+
+
+def _int8_params(weight: Any, **settings: Any) -> Any:
+    """Make an int8 weight, which finds its own scales. Source: transformers/integrations/bitsandbytes.py 5.23."""
+    import bitsandbytes
+
+    return bitsandbytes.nn.Int8Params(weight, **{name: settings[name] for name in settings if name != "SCB"})
 
 
 def _training_device() -> Any:
@@ -263,6 +273,9 @@ def lora_config(configuration: Configuration) -> Any:
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
         target_modules=targets,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        modules_to_save=list(lora.modules_to_save) or None,
         task_type="CAUSAL_LM",
     )
 

@@ -18,11 +18,12 @@ from autofit.runtime.fsdp import (
     reshards_after_forward,
 )
 from autofit.runtime.model import dtype_name
-from autofit.spec.configuration import Configuration, Quantization
+from autofit.spec.configuration import Configuration, Lora, Quantization
 from autofit.spec.deepspeed import bucket_settings, hidden_size
 
 DENSE_LINEAR = "torch.nn.modules.linear.Linear"
-QUANTIZED_LINEAR = "bitsandbytes.nn.modules.Linear4bit"
+QUANTIZED_LINEARS = {4: "bitsandbytes.nn.modules.Linear4bit", 8: "bitsandbytes.nn.modules.Linear8bitLt"}
+"""By the bits of their weights."""
 AUTOCAST_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -234,9 +235,14 @@ def _prevailing_dtype(model: Any) -> str:
     """Return the dtype of most elements that are neither quantised nor the adapter's."""
     counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
-        if not _is_adapters(name) and not hasattr(parameter, "quant_state"):
+        if not _is_adapters(name) and not _is_quantized(parameter):
             counts[dtype_name(parameter.dtype)] += getattr(parameter, "ds_numel", parameter.numel())
     return counts.most_common(1)[0][0]
+
+
+def _is_quantized(parameter: Any) -> bool:
+    """Tell a weight of four bits by the state that it carries, and one of eight by its dtype."""
+    return hasattr(parameter, "quant_state") or dtype_name(parameter.dtype) == "int8"
 
 
 def _trained_parameters(model: Any) -> str:
@@ -256,10 +262,13 @@ def _is_adapters(name: str) -> bool:
 
 def _check_quantization(quantization: Quantization | None, model: Any) -> Iterator[Check]:
     linears = [module for _, module in _base_linears(model)]
-    quantized = [module for module in linears if _class_path(module) == QUANTIZED_LINEAR]
+    classes = [*QUANTIZED_LINEARS.values()] if quantization is None else [QUANTIZED_LINEARS[quantization.bits]]
+    quantized = [module for module in linears if _class_path(module) in classes]
     planned = 0 if quantization is None else len(linears)
     yield _check("quantised linear layers", f"{planned} of {len(linears)}", f"{len(quantized)} of {len(linears)}")
-    if quantization is not None and quantized:
+    if quantization is not None and quantization.bits == 8 and quantized:
+        yield _check("quantisation", "int8", dtype_name(quantized[0].weight.dtype))
+    elif quantization is not None and quantized:
         # Of a weight that FSDP sharded only the layer's own state knows how it was quantised.
         state = quantized[0].weight.quant_state if quantized[0].quant_state is None else quantized[0].quant_state
         in_effect = _words(
@@ -279,7 +288,7 @@ def _words(quant_type: str, double_quant: bool, compute: str, storage: str) -> s
 
 def _is_base_linear(name: str, module: Any, model: Any) -> bool:
     """Tell a linear layer that a quantiser would take: not the adapter's, not the output embedding."""
-    is_linear = _class_path(module) in {DENSE_LINEAR, QUANTIZED_LINEAR}
+    is_linear = _class_path(module) in {DENSE_LINEAR, *QUANTIZED_LINEARS.values()}
     return is_linear and not _is_adapters(name) and module is not model.get_output_embeddings()
 
 
@@ -299,13 +308,24 @@ def check_adapter(configuration: Configuration, model: Any) -> Iterator[Check]:
     adapter = next(iter(adapters.values()))
     for name in ("r", "lora_alpha", "lora_dropout"):
         yield _check(name, getattr(configuration.lora, name), getattr(adapter, name, "none"))
+    for name in ("use_rslora", "use_dora"):
+        yield _check(name, getattr(configuration.lora, name), getattr(adapter, name, False))  # older peft has neither
     linears = {name.replace(".base_layer", ""): each for name, each in _base_linears(model) if not _is_kept(name)}
     planned = [each for name, each in linears.items() if _is_target(name, configuration.lora.target_modules)]
     carriers = {name.partition(".lora_A.")[0] for name, _ in model.named_parameters() if ".lora_A." in name}
     yield _check("linear layers with an adapter", len(planned), len(carriers & linears.keys()))
     if not configuration.uses_fsdp:  # a shard does not say how large the whole is
-        elements = sum(configuration.lora.r * (each.in_features + each.out_features) for each in planned)
+        elements = sum(_num_adapter_elements(configuration.lora, each) for each in planned)
         yield _check("parameters of the adapter", elements, _num_adapter_parameters(model, linears.keys()))
+
+
+def _num_adapter_elements(lora: Lora, linear: Any) -> int:
+    """Count two matrices, and DoRA's magnitude of each output.
+
+    Source: peft/tuners/lora/dora.py 0.21, DoraLinearLayer.
+    """
+    magnitudes = linear.out_features if lora.use_dora else 0
+    return int(lora.r * (linear.in_features + linear.out_features) + magnitudes)
 
 
 def _base_linears(model: Any) -> Iterator[tuple[str, Any]]:

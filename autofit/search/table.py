@@ -105,7 +105,7 @@ def adapter_name(lora: Lora | None) -> str:
     """Name an adapter by what makes two differ; nothing where there is none."""
     if lora is None:
         return ""
-    return f"r={lora.r}, alpha={lora.lora_alpha} on {'+'.join(lora.target_modules)}"
+    return f"{lora.kind} r={lora.r}, alpha={lora.lora_alpha} on {'+'.join(lora.target_modules)}"
 
 
 def _of_parts(

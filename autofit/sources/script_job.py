@@ -17,10 +17,10 @@ from autofit.sources.lengths import distribution
 from autofit.sources.script_loops import refuse_split, script_loop, unsharded_only
 from autofit.sources.script_words import found_words, said_at
 from autofit.spec.configuration import Attention, Dtype, Evaluation, Lora, Loss, Method, Optim, Sharding
-from autofit.spec.discovered import Discovered, FoundAdapter
+from autofit.spec.discovered import Discovered, FoundAdapter, FoundQuantization
 from autofit.spec.estimate import StageName
 from autofit.spec.hardware import Cluster
-from autofit.spec.job import Job, Model, Restrictions, Workload
+from autofit.spec.job import Job, Model, QuantizationWish, Restrictions, Workload
 from autofit.spec.lengths import LengthDistribution
 
 
@@ -158,7 +158,8 @@ def _restrictions(
     said = discovered.arguments
     _refuse_unplanned(discovered)
     default = Restrictions()
-    lengths = discovered.lengths
+    lengths, quantized = discovered.lengths, discovered.quantization
+    takes_code = wishes.quantization == default.quantization and _keeps_code(discovered, wishes)
     return replace(
         wishes,
         methods=wishes.methods or (_method(discovered),),
@@ -168,6 +169,7 @@ def _restrictions(
         optims=wishes.optims or _optims(said.get("optim"), is_loop=discovered.is_loop),
         attention=_attention(discovered) if wishes.attention == default.attention else wishes.attention,
         lora=_lora(discovered.adapter) if discovered.adapter and wishes.lora == default.lora else wishes.lora,
+        quantization=_quantization(quantized) if quantized and takes_code else wishes.quantization,
         image_tokens=wishes.image_tokens or (lengths.image_tokens if lengths else 0),
         loss=discovered.loss if wishes.loss == default.loss else _settable_loss(discovered, wishes),
         batchings=wishes.batchings or ((lengths.batching,) if lengths else ()),
@@ -339,12 +341,31 @@ def _method(discovered: Discovered) -> Method:
             "the script loads a quantised model and puts no adapter on it, which transformers' Trainer refuses.",
             to_fix="put a LoRA adapter on it, load it unquantised, or give --method",
         )
-    if (quantization.bits, quantization.quant_type) != (4, "nf4"):
+    if (quantization.bits, quantization.quant_type) not in _PLANNED_CODES:
         raise InputError(
-            f"the script quantises to {quantization.bits} bits, {quantization.quant_type}; planned for is 4-bit nf4.",
-            to_fix="use nf4, or give --method",
+            f"the script quantises with {quantization.quant_type}, which is not planned for.",
+            to_fix="load it with bitsandbytes, in four bits or in eight, or give --method",
         )
     return "qlora"
+
+
+_PLANNED_CODES = {(4, "nf4"), (4, "fp4"), (8, "int8")}
+
+
+def _keeps_code(discovered: Discovered, wishes: Restrictions) -> bool:
+    """Tell whether weights stay in the script's code: not where --method qlora asks a script of eight bits for four."""
+    found = discovered.quantization
+    return found is not None and (found.bits, found.quant_type) in (
+        {(4, "nf4"), (4, "fp4")} if wishes.methods else _PLANNED_CODES
+    )
+
+
+def _quantization(found: FoundQuantization) -> QuantizationWish:
+    """Return how the script quantises; what weights are computed and packed in is the planner's."""
+    if found.bits == 8:
+        return QuantizationWish(bits=8, prepares_kbit=found.prepares_kbit)
+    quant_type: Literal["nf4", "fp4"] = "fp4" if found.quant_type == "fp4" else "nf4"
+    return QuantizationWish(quant_type=quant_type, double_quant=found.double_quant, prepares_kbit=found.prepares_kbit)
 
 
 def _optims(said: str | None, *, is_loop: bool) -> tuple[Optim, ...]:
@@ -384,4 +405,6 @@ def _lora(adapter: FoundAdapter) -> Lora:
         lora_alpha=adapter.lora_alpha,
         lora_dropout=adapter.lora_dropout or 0.0,
         target_modules=adapter.target_modules,
+        use_rslora=adapter.use_rslora,
+        use_dora=adapter.use_dora,
     )

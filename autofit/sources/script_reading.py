@@ -343,18 +343,25 @@ def _adapter(reading: _Reading) -> FoundAdapter | None:
         lora_alpha=said.get("lora_alpha", 8),
         lora_dropout=said.get("lora_dropout", 0.0),
         target_modules=(targets,) if isinstance(targets, str) else tuple(targets),
+        use_rslora=bool(said.get("use_rslora")),
+        use_dora=bool(said.get("use_dora")),
     )
 
 
 def _quantization(reading: _Reading) -> FoundQuantization | None:
     said = _values(reading, "BitsAndBytesConfig")
+    prepares_kbit = "prepare_model_for_kbit_training" in reading.calls
     if not said.get("load_in_4bit"):
-        return FoundQuantization(bits=8, quant_type="int8") if said.get("load_in_8bit") else None
+        return (
+            FoundQuantization(bits=8, quant_type="int8", prepares_kbit=prepares_kbit)
+            if said.get("load_in_8bit")
+            else None
+        )
     return FoundQuantization(
         bits=4,
         quant_type=said.get("bnb_4bit_quant_type", "fp4"),
         double_quant=bool(said.get("bnb_4bit_use_double_quant")),
-        prepares_kbit="prepare_model_for_kbit_training" in reading.calls,
+        prepares_kbit=prepares_kbit,
     )
 
 

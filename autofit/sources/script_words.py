@@ -117,7 +117,8 @@ def _sequence_words(lengths: FoundLengths) -> str:
 
 def _adapter_words(adapter: FoundAdapter) -> str:
     targets = ", ".join(adapter.target_modules)
-    return f"{adapter.peft_type} r={adapter.r} alpha={adapter.lora_alpha} dropout={adapter.lora_dropout} on {targets}"
+    kind = adapter.peft_type if adapter.kind == "lora" else f"{adapter.peft_type} ({adapter.kind})"
+    return f"{kind} r={adapter.r} alpha={adapter.lora_alpha} dropout={adapter.lora_dropout} on {targets}"
 
 
 def _precision_words(discovered: Discovered) -> str:

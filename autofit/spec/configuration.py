@@ -72,6 +72,16 @@ class Lora:
     modules_to_save: tuple[str, ...] = ()
     """Modules trained whole beside the adapter, for instance `embed_tokens` and `lm_head`."""
 
+    @property
+    def kind(self) -> str:
+        """What `--adapter` calls it; both at once joined by a plus sign."""
+        return adapter_kind(use_rslora=self.use_rslora, use_dora=self.use_dora)
+
+
+def adapter_kind(*, use_rslora: bool, use_dora: bool) -> str:
+    """Name an adapter by peft's two switches."""
+    return "+".join(name for name, is_on in (("rslora", use_rslora), ("dora", use_dora)) if is_on) or "lora"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Freeze:

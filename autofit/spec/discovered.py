@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from autofit.spec.configuration import Batching, Loss
+from autofit.spec.configuration import Batching, Loss, adapter_kind
 
 PROGRESS_FILE = "progress.json"
 """Beside the file that is handed back: how many samples were looked at, and of how many, while that goes on."""
@@ -21,8 +21,15 @@ class FoundAdapter:
     lora_dropout: float | None = None
     target_modules: tuple[str, ...] = ()
     """Last part of the names of the modules that carry it."""
+    use_rslora: bool = False
+    use_dora: bool = False
     unplanned: tuple[str, ...] = ()
     """Settings of it that the planner cannot account for, in words; empty: none."""
+
+    @property
+    def kind(self) -> str:
+        """See `Lora.kind`."""
+        return adapter_kind(use_rslora=self.use_rslora, use_dora=self.use_dora)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from autofit.spec.configuration import Configuration, Dtype, MixedPrecision, Quantization
+from autofit.spec.configuration import Configuration, Dtype, Lora, MixedPrecision, Quantization
 from autofit.spec.hardware import Device
 from autofit.spec.profile import Regime
 
@@ -40,7 +40,7 @@ def regime_of(configuration: Configuration, device: Device) -> Regime:
     return Regime(
         method=configuration.method,
         quantization=_quantization(configuration.quantization, casts_rest=gathers_half),
-        lora=configuration.lora,
+        lora=None if configuration.lora is None else _without_scale(configuration.lora),
         freeze=configuration.freeze,
         weights_dtype=half if (engine_casts or gathers_half) and half else configuration.weights_dtype,
         adapter_dtype=_adapter_dtype(
@@ -63,6 +63,14 @@ def regime_of(configuration: Configuration, device: Device) -> Regime:
         zero3_linear=configuration.zero_stage == ZERO3 and configuration.method != "full",
         sequence_parallel_size=configuration.sequence_parallel_size,
     )
+
+
+def _without_scale(lora: Lora) -> Lora:
+    """What the product of the two matrices is multiplied by changes no code path.
+
+    Source: peft/tuners/lora/layer.py 0.21, `scaling` in Linear.forward: always multiplied, by a number.
+    """
+    return replace(lora, lora_alpha=Lora().lora_alpha, use_rslora=False)
 
 
 def _quantization(quantization: Quantization | None, *, casts_rest: bool) -> Quantization | None:

@@ -90,7 +90,15 @@ ESTIMATED = SHARED | {
     "--expandable-segments",
     "--max-split-size-mb",
 }
-SEARCHED = SHARED | {"--objective", "--hold", "--num-processes", "--num-replicas", "--loss", "--quantization"}
+SEARCHED = SHARED | {
+    "--objective",
+    "--hold",
+    "--num-processes",
+    "--num-replicas",
+    "--loss",
+    "--quantization",
+    "--adapter",
+}
 SURFACE = {
     "plan": SEARCHED | {"--model", "--seq-len", "--global-batch", "--gpus", "--allow-hub", "-o", "--output", "--json"},
     "launch": SEARCHED
@@ -253,6 +261,10 @@ def test_a_search_takes_several_adapters_and_codes():
     ]
     by_parts = read(bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False).quantizations
     assert [wish.name for wish in by_parts] == ["fp4"]
+    kinds = read(adapter=["lora", "dora", "rslora"]).loras
+    assert [lora.kind for lora in kinds] == ["lora", "dora", "rslora"]
+    with pytest.raises(InputError, match="rslora"):
+        read(adapter=["adora"])
     assert read() == job.Restrictions()
     for wishes in ({"load_in_4bit": True}, {"bnb_4bit_quant_type": "nf4"}):
         with pytest.raises(InputError, match="--quantization is given beside"):
@@ -270,6 +282,21 @@ def test_one_option_of_several_adapters_changes_each():
     assert options.with_option(both, "lora_r=4").loras == (configuration.Lora(r=4, lora_alpha=5),)
     codes = options.with_option(both, "quantization=nf4,int8").quantizations
     assert [wish.name for wish in codes] == ["nf4", "int8"]
+    kinds = options.with_option(both, "adapter=lora,dora").loras
+    assert [(lora.r, lora.use_dora) for lora in kinds] == [(8, False), (8, True), (64, False), (64, True)]
+    dora = options.with_option(both, "adapter=dora")
+    assert options.with_option(dora, "adapter=lora") == both  # what is the default can be gone back to
+    assert options.with_option(both, "lora_r=16").loras == (configuration.Lora(r=16, lora_alpha=5),)
+
+
+def test_every_option_of_a_search_restricts_a_field():
+    """Each option that `explain --why-not` takes sets a field of the restrictions that there is, or parts of one."""
+    of_run = {field.name for field in dataclasses.fields(options.RunWish)}
+    plain = job.Restrictions()
+    for field in dataclasses.fields(options.SearchWish):
+        if field.name not in of_run:
+            name, parts = options.RESTRICTS.get(field.name, (field.name, ()))
+            assert all(hasattr(getattr(plain, name), part) for part in parts), field.name
 
 
 def only_configuration(**wishes):

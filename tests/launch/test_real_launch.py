@@ -22,7 +22,7 @@ from autofit.launch import Outcome, launch
 from autofit.launch.evidence import read_events
 from autofit.launch.process import belongs_to_run
 from autofit.plan import Plan
-from autofit.spec.configuration import Configuration
+from autofit.spec.configuration import Configuration, Lora, Quantization
 from autofit.spec.event import MISMATCH_EXIT_CODE
 from autofit.writers import render_files, write_files
 from tests.plans import a_configuration, a_plan
@@ -61,11 +61,17 @@ def events_of(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 CONFIGURATIONS = {
     "ddp full": {},
-    "ddp lora": {"method": "lora"},
+    "ddp dora": {"method": "lora", "lora": Lora(r=8, lora_alpha=16, use_dora=True, use_rslora=True)},
     "zero2 full": {"sharding": "zero2"},
     "zero3 full": {"sharding": "zero3", "gradient_checkpointing": True, "use_reentrant": True},
     "ddp qlora": {"method": "qlora", "optim": "adamw_8bit", "gradient_checkpointing": True},
     "zero3 qlora": {"method": "qlora", "sharding": "zero3"},
+    "ddp int8": {
+        "method": "qlora",
+        "quantization": Quantization(bits=8),
+        "gradient_checkpointing": True,
+        "use_reentrant": True,
+    },
 }
 WITH_ADAPTER = [name for name, changes in CONFIGURATIONS.items() if changes.get("method", "full") != "full"]
 
@@ -82,12 +88,19 @@ def trained(
 
 
 def test_the_training_ends_well_and_saves(trained: tuple[Configuration, Outcome, Path]) -> None:
-    """Exit code 0 on the first rung; the trained weights, or the adapter's, are where the summary says."""
+    """Exit code 0 on the first rung; the trained weights, or the adapter's, are where the summary says.
+
+    What is saved of an adapter says of which kind it is.
+    """
     configuration, outcome, folder = trained
     assert (outcome.exit_code, outcome.rung) == (0, 0)
     saved = outcome.summary["trained"][-1]
     assert saved["folder"] == str(folder / "out")
     assert ("model.safetensors" if configuration.method == "full" else "adapter_model.safetensors") in saved["files"]
+    if configuration.lora is not None:
+        adapter = json.loads((folder / "out" / "adapter_config.json").read_text())
+        kinds = (configuration.lora.use_dora, configuration.lora.use_rslora)
+        assert (adapter["use_dora"], adapter["use_rslora"]) == kinds
 
 
 @pytest.mark.parametrize("trained", WITH_ADAPTER, indirect=True)
@@ -104,6 +117,7 @@ def test_a_saved_adapter_loads_back_with_plain_peft(
 
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), folder / "out")
     loaded = {name.replace(".default", ""): value for name, value in model.named_parameters() if "lora_" in name}
+    loaded = {name.replace("magnitude_vector.weight", "magnitude_vector"): value for name, value in loaded.items()}
     saved = load_file(folder / "out" / "adapter_model.safetensors")
     assert loaded.keys() == saved.keys()
     assert all((loaded[name] == value).all() for name, value in saved.items())

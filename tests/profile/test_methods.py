@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,17 @@ def test_a_gpu_multiplies_int8_into_int32():
     born = [event[0] for event in layer.events if len(event) == 2]
     assert born.count(4 * tokens * intermediate) >= 2  # gate and up
     assert layer.matmul_flops > 2 * tokens * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256)
+
+
+def test_the_scale_of_an_adapter_changes_no_tape():
+    """rsLoRA and another alpha keep and allocate what a plain adapter does, so that one trace is of all of them."""
+    plain, scaled = (
+        trace("a small model", APART, a_regime(method="lora", lora=lora))
+        for lora in (Lora(), Lora(lora_alpha=7, use_rslora=True))
+    )
+    assert replace(scaled, regime=plain.regime) == plain
+    other = trace("a small model", APART, a_regime(method="lora", lora=Lora(use_dora=True)))
+    assert replace(other, regime=plain.regime) != plain
 
 
 def test_trl_leaves_only_norms_in_fp32():

@@ -7,6 +7,7 @@ import functools
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from autofit.runtime.model import bits_and_bytes_config, build_as_planned, load_
 from autofit.runtime.run import is_out_of_memory
 from autofit.runtime.session import Session
 from autofit.runtime.verify import Check, check_first_batch, optimizer_name, table
+from autofit.spec.configuration import Quantization
 from tests.plans import TINY_LLAMA, a_configuration, a_plan
 from tests.scripts import write_tiny_llama
 
@@ -95,13 +97,14 @@ def test_what_counts_as_out_of_memory() -> None:
 
 
 @pytest.mark.slow
-def test_quantising_in_place_equals_quantising_while_loading(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantising_in_place_equals_quantising_while_loading(bits: Literal[4, 8], tmp_path: Path) -> None:
     """The packed bytes, the scales and what the Trainer looks at are those of from_pretrained(quantization_config)."""
     from transformers import AutoModelForCausalLM
     from transformers.trainer_utils import validate_quantization_for_training
 
     folder = write_tiny_llama(tmp_path / "model")
-    config = bits_and_bytes_config(a_configuration(method="qlora"))
+    config = bits_and_bytes_config(a_configuration(method="qlora", quantization=Quantization(bits=bits)))
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=config)
     placed = quantize_in_place(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16), config)
     for (name, one), (same, other) in zip(loaded.named_parameters(), placed.named_parameters(), strict=True):
@@ -109,7 +112,9 @@ def test_quantising_in_place_equals_quantising_while_loading(tmp_path: Path) -> 
         assert torch.equal(one, other), name
         if hasattr(one, "quant_state"):
             assert torch.equal(one.quant_state.absmax, other.quant_state.absmax), name
-    for attribute in ("is_quantized", "is_loaded_in_4bit", "quantization_method"):
+        if one.dtype == torch.int8:
+            assert torch.equal(one.SCB, other.SCB), name
+    for attribute in ("is_quantized", f"is_loaded_in_{bits}bit", "quantization_method"):
         assert getattr(loaded, attribute) == getattr(placed, attribute)
     with pytest.raises(ValueError, match="purely quantized"):  # as for a loaded one, until an adapter is on it
         validate_quantization_for_training(placed)

@@ -23,7 +23,7 @@ from transformers import (
 
 from autofit.plan import Plan
 from autofit.runtime.verify import Training, check_adapter, check_all, check_steps
-from autofit.spec.configuration import Configuration
+from autofit.spec.configuration import Configuration, Quantization
 from autofit.spec.deepspeed import bucket_settings
 from tests.plans import TINY_LLAMA, a_configuration, a_plan
 
@@ -55,6 +55,21 @@ def adapted(kind: str, targets: str | list[str], **changes: Any) -> Any:
 def test_an_adapter_as_planned_is_in_effect(kind: str) -> None:
     """On every linear layer that peft takes for `all-linear`, heads that it trains whole left out."""
     assert all(check.holds for check in check_adapter(adapting("all-linear"), adapted(kind, "all-linear")))
+
+
+def test_another_kind_of_adapter_is_not_the_planned_one() -> None:
+    """DoRA and rsLoRA are compared by name, and DoRA's magnitudes are counted among what trains."""
+    plain = adapting("all-linear")
+    assert plain.lora is not None
+    dora = dataclasses.replace(plain, lora=dataclasses.replace(plain.lora, use_dora=True))
+    in_effect = adapted("llama", "all-linear", use_dora=True)
+    assert all(check.holds for check in check_adapter(dora, in_effect))
+    failing = [check.setting for check in check_adapter(plain, in_effect) if not check.holds]
+    assert failing == ["use_dora", "parameters of the adapter"]
+    (rslora,) = [
+        each for each in check_adapter(plain, adapted("llama", "all-linear", use_rslora=True)) if not each.holds
+    ]
+    assert rslora.setting == "use_rslora"
 
 
 def test_an_adapter_on_fewer_layers_is_not_the_planned_one() -> None:
@@ -187,6 +202,16 @@ DIFFERENCES: dict[str, tuple[Configuration, Callable[[], Training], dict[str, tu
     ),
     "quantised modules": (
         a_configuration(method="qlora"),
+        training,
+        {
+            "quantised linear layers": ("14 of 14", "0 of 14"),
+            "trained parameters": ("only the adapter's", "all"),
+            "adapter": ("lora", "none"),
+            "dtype of the weights": ("bfloat16", "float32"),
+        },
+    ),
+    "int8 modules": (
+        a_configuration(method="qlora", quantization=Quantization(bits=8)),
         training,
         {
             "quantised linear layers": ("14 of 14", "0 of 14"),

@@ -142,7 +142,9 @@ def lists(*several):
     return chosen.map(lambda values: values[0] if len(values) == 1 else tuple(values))
 
 
-adapters = lists(Lora(), Lora(r=4), Lora(r=64, target_modules=("q_proj", "v_proj")))
+adapters = lists(
+    Lora(), Lora(r=4), Lora(r=64, target_modules=("q_proj", "v_proj")), Lora(use_dora=True), Lora(use_rslora=True)
+)
 codes = lists(
     QuantizationWish(),
     QuantizationWish(double_quant=False),
@@ -183,7 +185,10 @@ def test_each_adapter_and_each_code_has_its_price():
     job, cluster = a_job(8, methods=("qlora",), lora=loras, quantization=wishes), a_cluster(2)
     made = solve(job, cluster, profiles_for(job, cluster), estimate_memory=PlausibleMemory(10**9))
     assert (made.configuration.lora.r, made.configuration.quantization.quant_type) == (16, "nf4")
-    for start in ("adapter r=16, alpha=32 on all-linear: r=64, ", "quantization nf4-double: fp4-double would need"):
+    for start in (
+        "adapter lora r=16, alpha=32 on all-linear: lora r=64, ",
+        "quantization nf4-double: fp4-double would need",
+    ):
         assert any(reason.startswith(start) for reason in made.reasons), made.reasons
     assert from_json(to_json(made)) == made
 

@@ -22,7 +22,7 @@ from autofit.spec.discovered import (
     FoundLoop,
     FoundQuantization,
 )
-from autofit.spec.job import Restrictions
+from autofit.spec.job import QuantizationWish, Restrictions
 
 # Nearly every test runs a script that imports torch and transformers.
 pytestmark = pytest.mark.slow
@@ -373,9 +373,9 @@ def _like(full: Discovered, **changes) -> Discovered:
         (
             {
                 "adapter": FoundAdapter(peft_type="LORA", r=4, lora_alpha=8, target_modules=("q_proj",)),
-                "quantization": FoundQuantization(bits=8, quant_type="int8"),
+                "quantization": FoundQuantization(bits=0, quant_type="hqq"),
             },
-            "8 bits",
+            "hqq",
         ),
     ],
 )
@@ -385,6 +385,28 @@ def test_what_cannot_be_planned_is_refused(full, changes, says):
         job_from_discovery(_like(full, **changes), CLUSTER)
     assert says in str(refusal.value)
     assert refusal.value.to_fix
+
+
+@pytest.mark.parametrize(
+    ("found", "wish"),
+    [
+        (FoundQuantization(bits=8, quant_type="int8"), QuantizationWish(bits=8)),
+        (FoundQuantization(bits=4, double_quant=True, prepares_kbit=True), QuantizationWish(prepares_kbit=True)),
+        (FoundQuantization(bits=4), QuantizationWish(double_quant=False)),
+        (FoundQuantization(bits=4, quant_type="fp4"), QuantizationWish(quant_type="fp4", double_quant=False)),
+    ],
+)
+def test_a_script_keeps_the_code_of_its_weights(full, found, wish):
+    """Bits, type and scales are the script's, and peft's preparation; another code that the user names goes before."""
+    adapter = FoundAdapter(peft_type="LORA", r=4, lora_alpha=8, target_modules=("q_proj",), use_dora=True)
+    script = _like(full, adapter=adapter, quantization=found)
+    planned = job_from_discovery(script, CLUSTER).restrictions
+    assert (planned.quantization, planned.lora.kind, planned.methods) == (wish, "dora", ("qlora",))
+    other = QuantizationWish(quant_type="fp4")
+    wished = Overrides(restrictions=Restrictions(quantization=other))
+    assert job_from_discovery(script, CLUSTER, wished).restrictions.quantization == other
+    four_bits = Overrides(restrictions=Restrictions(methods=("qlora",)))
+    assert job_from_discovery(script, CLUSTER, four_bits).restrictions.quantization.bits == 4
 
 
 def test_what_a_script_fixes_is_kept_unless_it_is_overridden(full):

@@ -50,12 +50,14 @@ def adapter_of(model: Any) -> FoundAdapter | None:
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=tuple(targets),
+        use_rslora=bool(getattr(config, "use_rslora", False)),
+        use_dora=bool(getattr(config, "use_dora", False)),
         unplanned=tuple(_unplanned(config, model, carrying, targets)),
     )
 
 
 def _unplanned(config: Any, model: Any, carrying: set[str], targets: Sequence[str]) -> Iterator[str]:
-    for name in ("use_dora", "modules_to_save", "rank_pattern", "trainable_token_indices", "layer_replication"):
+    for name in ("modules_to_save", "rank_pattern", "trainable_token_indices", "layer_replication"):
         if getattr(config, name, None):
             yield f"{name}={getattr(config, name)}"
     if getattr(config, "bias", "none") != "none":
@@ -71,8 +73,9 @@ def quantization_of(asked: Mapping[str, Any] | None, *, prepares_kbit: bool) -> 
     if not asked or asked.get("dequantize"):  # GgufConfig, Mxfp4Config: a quantised file, loaded as ordinary weights
         return None
     if not asked.get("load_in_4bit"):
-        bits = 8 if asked.get("load_in_8bit") else 0
-        return FoundQuantization(bits=bits, quant_type=str(asked.get("quant_method") or "int8"))
+        if asked.get("load_in_8bit"):
+            return FoundQuantization(bits=8, quant_type="int8", prepares_kbit=prepares_kbit)
+        return FoundQuantization(bits=0, quant_type=str(asked.get("quant_method") or "of an unknown kind"))
     return FoundQuantization(
         bits=4,
         quant_type=asked.get("bnb_4bit_quant_type", "fp4"),
