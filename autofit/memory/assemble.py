@@ -225,13 +225,24 @@ class MemoryModel:
     def _intervals(
         self, allocated: int, replayed: Replayed | None, context: int | None, configuration: Configuration
     ) -> dict[str, tuple[int, int] | None]:
-        """How far off each figure may be; published runs say nothing about figures that were not replayed."""
+        """How far off each figure may be; published runs say nothing about figures that were not replayed.
+
+        What is allocated is reserved, and what is reserved is the process's: no lower bound is below the one before.
+        """
         kind = run_kind(self.profile.regime, is_sharded=configuration.num_processes > 1)
         figures: dict[Figure, int | None] = {"peak_allocated": allocated, "peak_reserved": None, "process": None}
         if replayed is not None and context is not None:
             reserved = replayed.peak_reserved_bytes
             figures |= {"peak_reserved": reserved, "process": reserved + context}
-        return {f"{figure}_interval_bytes": _around(figure, size, kind) for figure, size in figures.items()}
+        intervals: dict[str, tuple[int, int] | None] = {}
+        least = 0
+        for figure, num_bytes in figures.items():
+            found = _around(figure, num_bytes, kind)
+            if found is not None:
+                least = max(least, found[0])
+                found = least, found[1]
+            intervals[f"{figure}_interval_bytes"] = found
+        return intervals
 
     def _layout(self, configuration: Configuration, device: Device) -> Layout:
         return self._fsdp.layout(configuration) if configuration.uses_fsdp else self.whole.layout(configuration, device)

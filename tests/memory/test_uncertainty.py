@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import autofit
 from autofit.memory.uncertainty import (
     FIGURES,
     LEVEL,
@@ -104,3 +105,15 @@ def test_bounds_are_bytes_around_the_prediction():
         assert high - low >= int((each.high - each.low) * 10**9)
     assert len({(each.low, each.high) for each in found.values()}) == len(FIGURES)
     assert found["peak_allocated"].high < found["peak_reserved"].high
+
+
+def test_a_lower_bound_is_not_below_that_of_what_it_contains():
+    """What is allocated is reserved, and what is reserved is the process's, also where each is off on its own."""
+    found = autofit.estimate(model="meta-llama/Llama-3.1-8B", gpus="8xA100-80G", seq_len=4096, method="lora").memory
+    lows = [
+        found.peak_allocated_interval_bytes[0],
+        found.peak_reserved_interval_bytes[0],
+        found.process_interval_bytes[0],
+    ]
+    assert lows == sorted(lows)
+    assert found.process_interval_bytes[1] > found.process_bytes
