@@ -920,8 +920,10 @@ def usage_refusal(error: typer.TyperException, arguments: Sequence[str]) -> Inpu
     command = next((argument for argument in arguments if not argument.startswith("-")), "")
     known = {registered.callback.__name__ for registered in app.registered_commands if registered.callback}
     own = f" {command}" if command in known else ""
-    to_fix = "put the script's own arguments after --" if command == "launch" else None
-    return InputError(error.format_message().replace("Value error, ", ""), to_fix=to_fix, hint=f"autofit{own} --help")
+    message = error.format_message().replace("Value error, ", "")
+    is_of_script = command == "launch" and message.startswith("No such option")
+    to_fix = "put the script's own arguments after --" if is_of_script else None
+    return InputError(message, to_fix=to_fix, hint=f"autofit{own} --help")
 
 
 def print_refusal(refusal: AutofitError, *, as_json: bool) -> None:

@@ -775,6 +775,16 @@ class SectionedCommand(TyperCommand):
         """Return options and arguments, each with validation only of what needs it."""
         return _reading_plainly(super().get_params(ctx))
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Say which word has no option before what is missing: most often it was meant for just that."""
+        given, words, _ = self.make_parser(ctx).parse_args(list(args))
+        parameters = self.get_params(ctx)
+        takes_words = ctx.allow_extra_args or any(each.param_type_name == "argument" for each in parameters)
+        if words and not takes_words and not given.get("help"):
+            example = f", as --model {words[0]}" if any("--model" in each.opts for each in parameters) else ""
+            ctx.fail(f"{words[0]!r} belongs to no option: everything here is given by name{example}.")
+        return super().parse_args(ctx, args)
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments, then each section in the order in which its first option was declared."""
         sections: dict[str, list[tuple[str, str]]] = {}

@@ -128,3 +128,17 @@ def test_a_reader_that_stops_early_gets_no_traceback():
     assert finished.stdout.count("\n") == 1
     assert "Traceback" not in finished.stderr
     assert "BrokenPipe" not in finished.stderr
+
+
+def test_a_word_without_an_option_is_named_before_what_is_missing(autofit):
+    """A model given as other tools take it gets the option's name, and --help is still help."""
+    assert_refused(autofit("plan", "org/model", "--gpus", "A100-80G"), "'org/model'", "--model org/model")
+    assert autofit("plan", "org/model", "--help").exit_code == 0
+
+
+@pytest.mark.parametrize(("arguments", "is_of_script"), [(("t.py", "--lr", "1"), True), ((), False)])
+def test_a_scripts_own_arguments_are_told_their_place(autofit, arguments, is_of_script):
+    """What launch does not know may be the script's; a launch without a script is another mistake."""
+    result = autofit("launch", *arguments)
+    assert_refused(result)
+    assert ("the script's own arguments after --" in result.stderr) == is_of_script
