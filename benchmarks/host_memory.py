@@ -17,20 +17,46 @@ from torch.distributed.fsdp._flat_param import FlatParamHandle
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _FSDP = "torch.distributed.fsdp"
-_COPIES_GRADIENTS_BACK = "_fsdp_collectives"
-"""The module whose moves go to the host; those of the others go to the device. Source: torch v2.13 foreach_reduce."""
+_TO_HOST = {
+    "foreach_reduce",
+    "flat_param_to",
+    "_iterate_state_dict",
+    "_unflatten_orig_param_states",
+    "_init_sharded_param",
+    "fsdp2_load_full_state_dict",
+}
+"""Functions that move what is on the device to the host, as gradients, or what is saved.
+
+Source: torch v2.13 distributed/fsdp/_fully_shard/_fsdp_collectives.py and _fsdp_param.py, distributed/fsdp/
+_flat_param.py and _optim_utils.py, distributed/_state_dict_utils.py; accelerate 1.15 utils/fsdp_utils.py."""
+_TO_DEVICE = {"_move_states_to_device", "dtensor_func", "fsdp2_load_full_state_dict"}
+"""Functions that move what the host has to the device, beside those of FSDP that do not wait (`non_blocking`).
+
+Source: torch v2.13 distributed/fsdp/_init_utils.py and _fully_shard/_fsdp_init.py, distributed/_state_dict_utils.py;
+accelerate 1.15 utils/fsdp_utils.py."""
 
 
 class HostMemory:
-    """Knows which storages are the host's, from the moment it is made on, and makes FSDP's copies."""
+    """Knows which storages are the host's, from the moment it is made on, and makes FSDP's copies.
 
-    def __init__(self) -> None:
+    Args:
+        offloads: whether FSDP1's shards and gradients are the host's.
+    """
+
+    def __init__(self, *, offloads: bool) -> None:
         self._storages: dict[int, weakref.ref[Any]] = {}
         self._is_placing = False
         move = torch.Tensor.to
         torch.Tensor.pin_memory = lambda tensor, *_args: self._copy(tensor)  # type: ignore[method-assign, assignment]
         torch.Tensor.is_pinned = lambda tensor, *_args: self.holds(tensor)  # type: ignore[method-assign, assignment]
         torch.Tensor.to = self._moving(move)  # type: ignore[method-assign, assignment]
+        self._clone = torch.Tensor.clone
+        torch.Tensor.clone = self._cloning()  # type: ignore[method-assign, assignment]
+        torch.Tensor.cpu = self._moving(torch.Tensor.cpu)  # type: ignore[method-assign, assignment]
+        if offloads:
+            self._place_what_is_offloaded()
+
+    def _place_what_is_offloaded(self) -> None:
         FlatParamHandle._writeback_orig_params = self.runs(FlatParamHandle._writeback_orig_params)  # noqa: SLF001
         FlatParamHandle.prepare_gradient_for_backward = self._forgetting(FlatParamHandle.prepare_gradient_for_backward)
 
@@ -44,10 +70,11 @@ class HostMemory:
 
     def keeps(self, tensor: torch.Tensor) -> bool:
         """Tell whether a tensor is the host's, or wraps one that may be."""
-        return is_traceable_wrapper_subclass(tensor) or not self.is_elsewhere(tensor)
+        return tensor.device.type == "cpu" and (is_traceable_wrapper_subclass(tensor) or not self.is_elsewhere(tensor))
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        """Tell whether a tensor's storage is the host's."""
+        """Tell whether a tensor's storage is the host's; of a DTensor, that of its shard."""
+        tensor = getattr(tensor, "_local_tensor", tensor)
         return tensor.untyped_storage()._cdata in self._storages  # noqa: SLF001 - as the counter knows storages
 
     @contextlib.contextmanager
@@ -86,17 +113,56 @@ class HostMemory:
 
     def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
         with self.placing():
-            copy = tensor.clone()
-        if not is_traceable_wrapper_subclass(copy):
-            self._own(copy)
+            copy = self._clone(tensor)
+        self._own(getattr(copy, "_local_tensor", copy))
         return copy
 
+    def _cloning(self) -> Callable[..., torch.Tensor]:
+        """A clone of what the host has is the host's."""
+
+        def clone(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            with self.placing() if self.holds(tensor) else contextlib.nullcontext():
+                return self._clone(tensor, *args, **kwargs)
+
+        return clone
+
     def _moving(self, move: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """Make the copies of moves; what is converted stays where it is."""
+
         def to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            moved = move(tensor, *args, **kwargs)
-            caller = sys._getframe(1).f_globals.get("__name__", "")  # noqa: SLF001
-            if moved is not tensor or "non_blocking" not in kwargs or not caller.startswith(_FSDP):
+            is_on_host = self.holds(tensor)
+            with self.placing() if is_on_host else contextlib.nullcontext():
+                moved = move(tensor, *args, **kwargs)
+            if moved is not tensor:
                 return moved
-            return self._copy(tensor) if caller.endswith(_COPIES_GRADIENTS_BACK) else tensor.clone()
+            caller = sys._getframe(1)  # noqa: SLF001
+            function, module = caller.f_code.co_name, caller.f_globals.get("__name__", "")
+            if is_on_host:
+                waits = not (module.startswith(_FSDP) and "non_blocking" in kwargs)
+                return self._clone(tensor) if function in _TO_DEVICE or not waits else moved
+            return self._copy(tensor) if function in _TO_HOST else moved
 
         return to
+
+
+def prepare_as_beside_a_gpu() -> None:
+    """Let FSDP1 send the first rank's weights to the others, for which accelerate and torch ask for an accelerator.
+
+    Source: accelerate 1.15 utils/dataclasses.py, `FullyShardedDataParallelPlugin.__post_init__`; torch v2.13
+    distributed/fsdp/_init_utils.py, `_check_module_states_for_sync_module_states`.
+    """
+    from accelerate.utils import dataclasses
+    from torch.distributed.fsdp import _init_utils
+
+    dataclasses.is_cuda_available = lambda: True
+    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
+    _init_utils._check_module_states_for_sync_module_states = lambda _states: None  # noqa: SLF001
+    make = _init_utils._init_param_handle_from_params  # noqa: SLF001
+
+    def make_and_offload(state: Any, *args: Any) -> None:
+        """What FSDP1 offloads leaves the device when it is cut, unless that is the host itself."""
+        make(state, *args)
+        if state._handle is not None and state.cpu_offload.offload_params:  # noqa: SLF001
+            state._handle.flat_param_to(torch.device("cpu"))  # noqa: SLF001
+
+    _init_utils._init_param_handle_from_params = make_and_offload  # noqa: SLF001

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 import torch
-from host_memory import HostMemory
+from host_memory import HostMemory, prepare_as_beside_a_gpu
 
 from autofit.runtime.live_bytes import LiveBytes
 from autofit.runtime.run import leave_process_group
@@ -107,6 +107,14 @@ def let_go_after_waiting() -> None:
         return done
 
     work.wait = wait_and_settle
+    wait_tensor = torch.distributed._functional_collectives.wait_tensor  # noqa: SLF001 - what a DTensor waits with
+
+    def wait_for_tensor_and_settle(tensor: torch.Tensor) -> torch.Tensor:
+        done = wait_tensor(tensor)
+        time.sleep(DROPPING_SECONDS)
+        return done
+
+    torch.distributed._functional_collectives.wait_tensor = wait_for_tensor_and_settle  # noqa: SLF001
 
 
 def train(run_folder: Path) -> None:
@@ -117,7 +125,9 @@ def train(run_folder: Path) -> None:
     configuration = msgspec.convert(request["configuration"], Configuration)
     let_go_after_waiting()
     with contextlib.ExitStack() as stack:
-        host = HostMemory() if configuration.uses_fsdp and configuration.offload != "none" else None
+        host = HostMemory(offloads=configuration.offload != "none") if configuration.uses_fsdp else None
+        if host is not None:
+            prepare_as_beside_a_gpu()
         live = stack.enter_context(LiveBytes(counts=host and host.is_elsewhere))
         peaks = PhasePeaks(live, host and (host, stack.enter_context(LiveBytes(counts=host.keeps))))
         # Made before the model: under ZeRO-3 transformers then loads the weights partitioned.
@@ -136,7 +146,9 @@ def train(run_folder: Path) -> None:
 
             deepspeed.init_distributed("gloo")  # as accelerate does beside a GPU
         peaks.enter("loading")
-        model = load_model(request["model"], configuration)
+        on_host = host is not None and configuration.quantization is None
+        with host.placing() if on_host and host else contextlib.nullcontext():
+            model = load_model(request["model"], configuration)
         live.count_existing()
         dataset = make_dataset(request["tokens"], request["vocab_size"], configuration)
         loop = train_in_a_loop if configuration.keeps_outputs else train_with_trainer
@@ -189,7 +201,7 @@ def train_with_trainer(
             if state.global_step == 0:
                 live.count_existing()
                 optimizer = getattr(trainer.model_wrapped, "optimizer", None) or trainer.optimizer
-                if peaks.host is not None:
+                if peaks.host is not None and configuration.offload != "none":
                     optimizer.step = peaks.host.runs(optimizer.step)
                     trainer.accelerator.clip_grad_norm_ = peaks.host.runs(trainer.accelerator.clip_grad_norm_)
                 steps.watch(optimizer)
@@ -209,13 +221,19 @@ def train_with_trainer(
     trainer.train()
     peaks.leave()
     after_step = live.now_bytes
-    # bitsandbytes evaluates and saves packed weights otherwise on a CPU; FSDP's stages are not predicted.
-    if configuration.quantization is None and not configuration.uses_fsdp:
+    # bitsandbytes evaluates and saves packed weights otherwise on a CPU.
+    if configuration.quantization is None:
         peaks.enter("evaluation")
         trainer.evaluate()
-        peaks.enter("saving")
-        trainer._save_checkpoint(trainer.model, None)  # noqa: SLF001 (what `save_strategy` calls)
+        if can_be_saved(configuration):
+            peaks.enter("saving")
+            trainer._save_checkpoint(trainer.model, None)  # noqa: SLF001 (what `save_strategy` calls)
     return after_step
+
+
+def can_be_saved(configuration: Configuration) -> bool:
+    """FSDP1 cannot gather an 8-bit optimizer's state: the search's rule `fsdp1-cannot-save-8bit-state`."""
+    return configuration.sharding != "fsdp1" or "8bit" not in configuration.optim
 
 
 def train_in_a_loop(

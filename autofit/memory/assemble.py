@@ -14,6 +14,7 @@ from autofit.memory.adapter_casts import without_adapter_casts
 from autofit.memory.engines import Layout, Terms, engine_layout, optimizer_on_device, with_optimizer
 from autofit.memory.fsdp import MAX_MICRO_STEPS as FSDP_MICRO_STEPS
 from autofit.memory.fsdp import FsdpModel
+from autofit.memory.fsdp_stages import FsdpStages
 from autofit.memory.inputs import TOKEN_ID_BYTES, later_inputs, untraced_bytes
 from autofit.memory.limits import refuse_absurd_numbers, refuse_unmodelled
 from autofit.memory.overheads import context_bytes, workspace_bytes, workspace_sizes
@@ -220,6 +221,7 @@ class MemoryModel:
             phases=phases,
             always_bytes=sum(self._always(plan, cluster.device).values()),
             sequence_tokens=self.sequence_tokens,
+            fsdp=FsdpStages(configuration, self.whole.gathered) if configuration.uses_fsdp else None,
         )
 
     def _intervals(

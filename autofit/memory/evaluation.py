@@ -5,6 +5,9 @@ Source: transformers/trainer.py 5.23, evaluation_loop and prediction_step; train
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
 import numpy as np
 
 from autofit.memory.inputs import TOKEN_ID_BYTES, input_bytes, traced_input_bytes
@@ -18,6 +21,24 @@ NUM_BATCHES_AHEAD = 1
 Source: accelerate/data_loader.py 1.15, DataLoaderShard.__iter__."""
 
 
+@dataclass(frozen=True, slots=True)
+class Gathers:
+    """What an engine gathers around the segments of a forward pass."""
+
+    moments: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    """Of a traced segment: the most before it begins, and what is there while it runs."""
+    left: int = 0
+    """What stays when the pass is done."""
+
+    def highest(self, segment: int, own_bytes: int) -> int:
+        """The most that a segment and what is gathered for it hold."""
+        before, during = self.moments.get(segment, (0, 0))
+        return max(before, during + own_bytes)
+
+
+NOTHING_GATHERED = Gathers()
+
+
 def evaluation_bytes(
     profile: RegimeProfile,
     micro_batch: int,
@@ -26,6 +47,7 @@ def evaluation_bytes(
     keeps_logits: bool,
     num_batches: int,
     num_processes: int = 1,
+    gathers: Gathers = NOTHING_GATHERED,
 ) -> int:
     """Return the most bytes alive in an evaluation, besides the weights and what training left on the device.
 
@@ -40,8 +62,9 @@ def evaluation_bytes(
             `prediction_loss_only` is set.
         num_batches: of a process, or `eval_accumulation_steps` where that is set and smaller.
         num_processes: that predictions are gathered from.
+        gathers: what the engine gathers in a forward pass.
     """
-    forward = forward_bytes(profile, micro_batch, sequence_tokens)
+    forward = forward_bytes(profile, micro_batch, sequence_tokens, gathers)
     inputs = input_bytes(profile, micro_batch, sequence_tokens)
     waiting = NUM_BATCHES_AHEAD * inputs + inputs - traced_input_bytes(profile, micro_batch, sequence_tokens)
     if not keeps_logits:
@@ -55,11 +78,13 @@ def evaluation_bytes(
     gathering = logits // num_processes if num_processes > 1 else 0
     concatenated = gathering + num_batches * (logits * (2 if before else 1) + labels)
     as_arrays = num_batches * (logits * _array_factor(profile) + labels) + newest
-    return waiting + max(before * kept + last + forward, concatenated + inputs, as_arrays)
+    return waiting + max(before * kept + last + forward, gathers.left + max(concatenated + inputs, as_arrays))
 
 
-def forward_bytes(profile: RegimeProfile, micro_batch: int, sequence_tokens: int) -> int:
-    """Return the peak of one forward pass without gradients.
+def forward_bytes(
+    profile: RegimeProfile, micro_batch: int, sequence_tokens: int, gathers: Gathers = NOTHING_GATHERED
+) -> int:
+    """Return the peak of one forward pass without gradients, with what is gathered for it.
 
     From a training step's tape it is a bound: within a layer all that backward would need is counted, between layers
     only what goes on to the next, and what autocast keeps: the weights that it has cast, of those that train.
@@ -73,7 +98,7 @@ def forward_bytes(profile: RegimeProfile, micro_batch: int, sequence_tokens: int
         if segment.kind != "forward":
             break
         peak, left = _own_bytes(segment, number, sizes, fleeting)
-        highest = max(highest, held + peak)
+        highest = max(highest, held + gathers.highest(number, peak))
         cached = _own_bytes(segment, number, _fixed_sizes(profile), fleeting)[1]
         held += left if segment.layer is None else profile.repeats(segment) * cached
     return highest

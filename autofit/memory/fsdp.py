@@ -19,10 +19,11 @@ import numpy as np
 
 from autofit.errors import InputError
 from autofit.memory.engines import Layout, Terms, with_optimizer
+from autofit.memory.evaluation import Gathers
 from autofit.memory.host import fsdp_buffers
 from autofit.memory.static import OptimizerBytes, optimizer_bytes, rounded
 from autofit.memory.tape import BIRTH_FIELDS, PER_TOKEN, Bytes, size_table
-from autofit.memory.tensors import Tensor, tensors
+from autofit.memory.tensors import Tensor, in_model_order, tensors
 from autofit.spec.configuration import Configuration, Optim
 from autofit.spec.hardware import DeviceKind
 from autofit.spec.profile import GRADIENT, ON_HOST, Event, RegimeProfile, Segment, StaticTensor
@@ -249,6 +250,66 @@ def make_units(configuration: Configuration, profile: RegimeProfile) -> Units:
         replicated=_replicated(profile, configuration),
         state=tuple(_state_tensors(sharder, sharded, profile)),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sharded:
+    """One parameter that FSDP shards."""
+
+    unit: str
+    """By the name that `Units.named` has for it; of FSDP1 an adapter's is its own."""
+    num_elements: int
+    shard_elements: int
+    """Of the largest shard."""
+    loaded_bytes: int
+    """Of an element as it was loaded."""
+    stored_bytes: int
+    """Of an element of a shard."""
+    trains: bool
+
+    @property
+    def whole(self) -> int:
+        """Bytes of all of it, as it is stored."""
+        return self.num_elements * self.stored_bytes
+
+    @property
+    def loaded(self) -> int:
+        """Bytes of all of it, as it was loaded."""
+        return self.num_elements * self.loaded_bytes
+
+    @property
+    def shard(self) -> int:
+        """Bytes of a shard, as it is stored."""
+        return self.shard_elements * self.stored_bytes
+
+
+def sharded(configuration: Configuration, profile: RegimeProfile) -> list[Sharded]:
+    """List what FSDP shards in the order of the model's modules; FSDP1 wraps the root last."""
+    sharder = _Sharder(configuration, profile)
+    real_layers = _real_layers(profile)
+    of_first = configuration.sharding == "fsdp1"
+    taken = [(t, layer) for t, layer in in_model_order(profile) if _is_sharded(t, configuration)]
+    outside = [t for t, layer in taken if layer is None and t.name not in real_layers]
+    names = {} if of_first else _outside_units(outside)
+
+    def one(tensor: StaticTensor, layer: int | None) -> Sharded:
+        index = layer if layer is not None else real_layers.get(tensor.name)
+        unit = names.get(tensor.name, "root") if index is None else f"layer {index}"
+        stored = sharder.stored_bytes(tensor)
+        loaded = stored
+        if tensor.kind == "parameter" and configuration.quantization is None:
+            loaded = BYTES_PER_ELEMENT[configuration.weights_dtype]
+        return Sharded(
+            unit=f"{unit} adapter" if of_first and tensor.kind == "adapter" else unit,
+            num_elements=tensor.num_elements,
+            shard_elements=sharder.shard_elements(tensor),
+            loaded_bytes=loaded,
+            stored_bytes=stored,
+            trains=tensor.trains,
+        )
+
+    found = [one(tensor, layer) for tensor, layer in taken]
+    return sorted(found, key=lambda each: each.unit.startswith("root")) if of_first else found
 
 
 def _is_sharded(tensor: StaticTensor, configuration: Configuration) -> bool:
@@ -480,6 +541,12 @@ class _Script:
         self._free_last_gradients()
         for micro_step in range(self._num_micro_steps):
             self._micro_step(is_first=micro_step == 0, is_last=micro_step == self._num_micro_steps - 1)
+        return self._operations
+
+    def write_forwards(self, num_forwards: int) -> list[Operation]:
+        """Write forward passes alone, without gradients."""
+        for _ in range(num_forwards):
+            self._forward()
         return self._operations
 
     def _take(self, key: Key, term: str, num_bytes: int) -> None:
@@ -782,6 +849,33 @@ class _Script:
 def _trains_but_adapters(unit: Unit) -> bool:
     """Whether a unit of FSDP1 trains by its own weights: adapters in it are units of their own."""
     return bool(unit.parts) and bool(unit.parts[0].gradient)
+
+
+def gathers_in_evaluation(configuration: Configuration, profile: RegimeProfile, units: Units) -> Gathers:
+    """Return what a forward pass of an evaluation gathers, after another one: the root and the head stay gathered.
+
+    A backward pass, or a save, frees them.
+    Source: torch v2.13 distributed/fsdp/_runtime_utils.py, `_post_forward_reshard` (`_is_root`);
+    _fully_shard/_fsdp_state.py, `_post_forward` (`reshard_after_forward`).
+    """
+    held: dict[Key, int] = {}
+    moments: dict[int, tuple[int, int]] = {}
+    highest = 0
+    for operation in _Script(configuration, profile, units).write_forwards(num_forwards=2):
+        match operation:
+            case Take():
+                held[operation.key] = operation.num_bytes
+                highest = max(highest, sum(held.values()))
+            case Give():
+                held.pop(operation.key, None)
+            case Play():
+                traced = real_segments(profile)[operation.index].traced
+                before, during = moments.get(traced, (0, 0))
+                moments[traced] = max(before, highest), max(during, sum(held.values()))
+                highest = 0
+            case _:
+                pass
+    return Gathers(moments, left=sum(held.values()))
 
 
 def script(configuration: Configuration, profile: RegimeProfile, units: Units) -> list[Operation]:

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from autofit.memory.engines import MASTER_BYTES, Layout
-from autofit.memory.evaluation import evaluation_bytes, forward_bytes
+from autofit.memory.evaluation import NOTHING_GATHERED, evaluation_bytes, forward_bytes
+from autofit.memory.fsdp_stages import FsdpStages
 from autofit.memory.host import NUM_MOMENTS
 from autofit.memory.loading import broadcast_bytes
 from autofit.memory.static import rounded
@@ -50,6 +51,8 @@ class Run:
     always_bytes: int
     """Allocated between two steps."""
     sequence_tokens: int
+    fsdp: FsdpStages | None = None
+    """Under FSDP alone."""
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -88,21 +91,21 @@ class Run:
     def placed(self, device_bytes: int, host_bytes: int, *, first_process: int = 0) -> Stage:
         """Say what a device and a node's host hold; a CPU rank's device is the host.
 
+        FSDP runs beside accelerators alone: ranks that only pretend to have one are told both apart all the same.
+
         Args:
             device_bytes: of one process.
             host_bytes: of each process.
             first_process: of the node's first process besides.
         """
-        if self.cluster.device.kind == "cpu":
+        if self.cluster.device.kind == "cpu" and self.fsdp is None:
             return Stage(device_bytes=device_bytes + host_bytes + first_process, host_bytes=None)
         host = host_bytes * self.cluster.num_devices_per_node + first_process
         return Stage(device_bytes=device_bytes, host_bytes=host)
 
 
 def stages(run: Run) -> Stages:
-    """Work out every stage; those under FSDP are not known."""
-    if run.configuration.uses_fsdp:
-        return Stages()
+    """Work out every stage."""
     return Stages(
         loading=loading(run),
         preparing=preparing(run),
@@ -119,7 +122,8 @@ def loading(run: Run) -> Stage:
     of a node share them. Not quantised, the model is made whole in the host memory of each process, then moved. Under
     stage 3 it is made in shards on the device, each parameter whole for a moment, and the first process reads the whole
     checkpoint. Quantised, it is made on the device, also under stage 3: one weight at a time is there in both forms;
-    adapters come when all are packed.
+    adapters come when all are packed. Under FSDP every process has it in host memory too, though its config lets the
+    first one alone load it: `cpu_ram_efficient_loading` spares the others the initialisation of missing weights.
 
     Source: transformers/modeling_utils.py 5.23 (_load_pretrained_model, get_init_context), core_model_loading.py
     (convert_and_load_state_dict_in_model), integrations/deepspeed.py (_load_state_dict_into_zero3_model),
@@ -139,6 +143,8 @@ def loading(run: Run) -> Stage:
         offloads = run.configuration.offload == "optimizer_and_parameters"
         device = buffers + max(largest, adapters) + (0 if offloads else shards)
         return run.placed(device, shards if offloads else 0, first_process=checkpoint)
+    if run.fsdp is not None:
+        return run.placed(0, sum(loaded))
     if run.cluster.device.kind == "cpu":
         return run.placed(sum(loaded), 0)
     return run.placed(run.total(t.num_bytes for t in run.model), sum(loaded))
@@ -167,7 +173,7 @@ def _buffers(run: Run) -> int:
 
 
 def preparing(run: Run) -> Stage:
-    """While accelerate makes the engine: DDP's buckets; DeepSpeed's flat weights and fp32 masters.
+    """While accelerate makes the engine: DDP's buckets; DeepSpeed's flat weights and fp32 masters; FSDP's shards.
 
     DeepSpeed flattens what trains beside what is there; where a device has no room for it, it does so on the host.
     Source: torch v2.13 nn/parallel/distributed.py; deepspeed/runtime/zero/stage_1_and_2.py 0.19.8 (`__init__`,
@@ -175,6 +181,9 @@ def preparing(run: Run) -> Stage:
     create_reduce_and_remove_grad_hooks).
     """
     weights = run.total(t.num_bytes for t in run.model)
+    if run.fsdp is not None:
+        held = run.fsdp.preparing()
+        return run.placed(held.device, held.host)
     if run.configuration.zero_stage == 3:
         return _preparing_zero3(run)
     if run.configuration.uses_deepspeed:
@@ -252,8 +261,10 @@ def first_step(run: Run) -> Stage:
     Source: deepspeed/runtime/zero/partitioned_param_coordinator.py 0.19.8 (`is_complete_trace`).
     """
     moments = _offloaded_moments(run)
-    if run.cluster.device.kind != "cpu":
-        return run.placed(max(_in_first_step(phase, run) for phase in run.phases), run.plan.host)
+    if run.cluster.device.kind != "cpu" or run.fsdp is not None:
+        offloads = run.fsdp is not None and run.configuration.offload != "none"
+        host = run.fsdp.host_in_first_step() if run.fsdp is not None and offloads else run.plan.host
+        return run.placed(max(_in_first_step(phase, run) for phase in run.phases), host)
     later = {phase.name: 0 if phase.name == "optimizer_step" else moments for phase in run.phases}
     return run.placed(max(_in_first_step(phase, run) - later[phase.name] for phase in run.phases), run.plan.host)
 
@@ -278,7 +289,7 @@ def _in_first_step(phase: Phase, run: Run) -> int:
         - phase.terms.get("optimizer_state", 0)
         - phase.terms.get("outputs", 0)
     )
-    if run.configuration.gradient_accumulation_steps > 1:
+    if run.configuration.gradient_accumulation_steps > 1 or run.fsdp is not None:
         return without
     without -= phase.terms.get("gathered_weights", 0)
     if "gathered_weights" not in phase.terms or phase.name == "loss_backward":
@@ -323,20 +334,29 @@ def evaluation(run: Run) -> Stage | None:
     if not asked.is_known:
         return None
     tokens = run.sequence_tokens * run.configuration.sequence_parallel_size
+    profile = run.profile if run.fsdp is None else run.fsdp.profile
+    gathers = NOTHING_GATHERED if run.fsdp is None else run.fsdp.gathers()
     needed = evaluation_bytes(
-        run.profile,
+        profile,
         micro_batch,
         tokens,
         keeps_logits=asked.keeps_predictions,
         num_batches=_batches_kept(run.configuration),
         num_processes=run.configuration.num_processes,
+        gathers=gathers,
     )
     if asked.predict_with_generate:
         element = HALF_BYTES if run.configuration.mixed_precision != "no" else run.weight_bytes
         cache = micro_batch * (asked.cache_elements_per_sequence or 0) * element
-        needed = max(needed, cache + forward_bytes(run.profile, micro_batch, tokens))
+        needed = max(needed, cache + forward_bytes(profile, micro_batch, tokens, gathers))
     gathered = run.plan.forward.get("gathered_weights", 0)
-    return run.placed(run.always_bytes + gathered + needed, run.plan.host)
+    return run.placed(run.always_bytes + gathered + needed, _host_between_steps(run))
+
+
+def _host_between_steps(run: Run) -> int:
+    if run.fsdp is None or run.configuration.offload == "none":
+        return run.plan.host
+    return run.fsdp.host_between_steps()
 
 
 def _batches_kept(configuration: Configuration) -> int:
@@ -352,6 +372,7 @@ def saving(run: Run) -> Stage:
 
     DeepSpeed's stages 1 and 2 copy the whole model to the host in every process. Stage 3 gathers module by module (what
     an evaluation gathered is still there) and the first process collects what trains of an adapter, else all of it.
+    FSDP's full state dicts, which accelerate's config asks for, are gathered for the first process.
     Source: transformers/trainer.py 5.23 (save_model); accelerate/accelerator.py 1.15 (get_state_dict);
     deepspeed/checkpoint/utils.py (clone_tensors_for_torch_save), runtime/engine.py
     (_zero3_consolidated_16bit_state_dict).
@@ -359,6 +380,9 @@ def saving(run: Run) -> Stage:
     model = sum(t.num_bytes for t in run.model)
     written = sum(t.num_bytes for t in run.trained) if run.configuration.lora else model
     device = run.always_bytes
+    if run.fsdp is not None:
+        held = run.fsdp.saving()
+        return run.placed(device + held.device, _host_between_steps(run), first_process=held.first_process)
     if run.configuration.zero_stage == 3:
         gathered = run.plan.forward.get("gathered_weights", 0)
         if run.cluster.device.kind == "cpu":  # what the first process collects is what it gathered

@@ -87,7 +87,7 @@ def _facts(plan: Plan) -> Iterable[tuple[str, str | Text]]:
     yield "setup", ", ".join([*setup, *further_words(configuration)])
     yield "memory", memory_line(plan.memory)
     yield "", memory_figures(plan.memory)
-    if plan.memory.stages is not None and plan.memory.stages != Stages():
+    if plan.memory.stages is not None:
         yield "stages", stages_line(plan.memory.stages, plan.configuration)
     if plan.time.step_seconds is not None:
         yield "speed", speed_line(plan)
@@ -349,7 +349,6 @@ def unknowns(plan: Plan) -> tuple[str, ...]:
             not plan.configuration.evaluation.is_known,
             "memory of an evaluation: how many logits are kept, or what a generated sequence caches, is not known",
         ),
-        (memory.stages == Stages(), "memory while loading, evaluating and saving: it is not modelled under FSDP"),
         (
             on_gpu and plan.configuration.optim.startswith("galore"),
             "what cuSOLVER takes to decompose a gradient: a workspace that nobody has compared is counted",

@@ -24,7 +24,7 @@ class Stage:
     device_bytes: int
     """The most that is allocated on the device."""
     host_bytes: int | None
-    """Host memory of one node; None for CPU ranks, whose device it is."""
+    """Host memory of one node; None for CPU ranks, whose device it is, except under FSDP, which is meant for GPUs."""
 
 
 StageName = Literal["loading", "preparing", "first_step", "evaluation", "saving"]
@@ -38,7 +38,7 @@ class Stages:
     loading: Stage | None = None
     """`from_pretrained`, and moving the model to the device."""
     preparing: Stage | None = None
-    """accelerate's `prepare`: DDP's buckets, DeepSpeed's engine."""
+    """accelerate's `prepare`: DDP's buckets, DeepSpeed's engine, FSDP's shards."""
     first_step: Stage | None = None
     evaluation: Stage | None = None
     """`Trainer.evaluate` between two steps, with training's micro-batch, and no predictions kept."""

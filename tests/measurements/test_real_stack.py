@@ -30,8 +30,8 @@ CELLS = (
     "qlora_bf16-fsdp2_offload_all-bf16-adamw_torch_fused-b2-s256-ga1-ckpt",
 )
 """Activations are the peak of most; in one the optimizer's step is, in one what offloading a gradient takes."""
-SURE = ("forward", "backward", "optimizer_step", "host", "first_step", "preparing", "evaluation")
-"""Phases, and stages that decide most peaks."""
+SURE = ("forward", "backward", "optimizer_step", "host", "loading", "first_step", "preparing", "saving")
+"""Phases and stages that are counted; evaluation is a bound."""
 
 
 def held_by_the_loop_bytes(cell: str) -> int:
@@ -72,11 +72,16 @@ def test_the_peak_of_a_real_run_is_predicted(results):
 
 
 def test_each_phase_of_a_real_run_is_predicted(results):
-    """Phases of a steady step and the stages around it, each by itself: within 2 %."""
+    """Phases of a steady step and the stages around it, each by itself: within 1 %, an evaluation up to 3 % too high.
+
+    On the device, and under FSDP on the host.
+    """
     for result in results:
         slack_bytes = held_by_the_loop_bytes(result["cell"])
-        for name in SURE:
-            if name in result["figures"]:
-                figure = result["figures"][name]
-                near = pytest.approx(figure["measured_bytes"], rel=0.02, abs=slack_bytes)
+        for name, figure in result["figures"].items():
+            stage = name.removesuffix(" host")
+            near = pytest.approx(figure["measured_bytes"], rel=0.01, abs=slack_bytes)
+            if stage in SURE:
                 assert figure["predicted_bytes"] == near, (result["cell"], name, figure)
+            else:
+                assert -0.01 < figure["predicted_bytes"] / figure["measured_bytes"] - 1 < 0.03, (result["cell"], name)

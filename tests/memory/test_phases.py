@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from autofit.memory.engines import layout
+from autofit.memory.fsdp_stages import FsdpStages
 from autofit.memory.loading import broadcast_buckets, broadcast_bytes
-from autofit.memory.phases import Run, first_step, loading, preparing, saving, stages
+from autofit.memory.phases import Run, first_step, loading, preparing, saving
 from autofit.memory.static import static_bytes
 from autofit.memory.tensors import Tensor, tensors
 from autofit.spec.configuration import Configuration, Lora, Quantization
-from autofit.spec.estimate import Phase, Stages
+from autofit.spec.estimate import Phase, Stage
 from autofit.spec.hardware import Cluster
 from autofit.spec.profile import StaticTensor
 from tests.plans import A100, CPU_RANK, a_configuration
@@ -138,10 +139,12 @@ def test_stage_3_gathers_to_save():
     assert stage.host_bytes == 2 * NUM_PARAMS
 
 
-def test_stages_under_fsdp_are_not_known():
-    """Nothing is said, not even zero."""
+def test_under_fsdp_every_process_loads_its_own_copy_into_host_memory():
+    """`cpu_ram_efficient_loading` does not spare the others it; nothing is on the device before it is sharded."""
     run = a_run(a_choice())
-    assert stages(replace(run, configuration=a_choice("fsdp2"))) == Stages()
+    configuration = a_choice("fsdp2")
+    under_fsdp = replace(run, configuration=configuration, fsdp=FsdpStages(configuration, run.profile))
+    assert loading(under_fsdp) == Stage(device_bytes=0, host_bytes=8 * 2 * NUM_PARAMS)
 
 
 def test_ddp_sends_parameters_in_torchs_own_groups():
