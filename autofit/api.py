@@ -557,11 +557,15 @@ def calibrated(clusters: Sequence[Cluster], wishes: RunWish) -> tuple[Cluster, .
     Raises:
         InputError: the calibration of this machine cannot be read.
     """
-    from autofit.calibrate.store import calibration_of, calibration_path, read_calibrations
-    from autofit.files import user_cache_folder
+    from autofit.files import calibration_path, user_cache_folder
+
+    path = calibration_path(user_cache_folder())
+    if not wishes.calibration or not path.exists():
+        return tuple(clusters)
+    from autofit.calibrate.store import calibration_of, read_calibrations
     from autofit.spec.libraries import installed_versions
 
-    known = read_calibrations(calibration_path(user_cache_folder())) if wishes.calibration else ()
+    known = read_calibrations(path)
     if not known:
         return tuple(clusters)
     installed = installed_versions()
@@ -632,8 +636,8 @@ def calibrate(*, dry_run: bool = False) -> tuple[Fitted, ...]:
         InputError: there are no runs, or the corrections cannot be written.
     """
     from autofit.calibrate.fit import fit_all
-    from autofit.calibrate.store import calibration_path, write_calibrations
-    from autofit.files import user_cache_folder
+    from autofit.calibrate.store import write_calibrations
+    from autofit.files import calibration_path, user_cache_folder
 
     stored = remembered_runs()
     if not stored.records:

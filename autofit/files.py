@@ -15,6 +15,11 @@ def user_cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
     return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "autofit"
 
 
+def calibration_path(cache: Path) -> Path:
+    """Return the file of fitted calibrations in the user's cache: to see that there is none takes no more than this."""
+    return cache / "calibration.json"
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a file that a reader sees either as it was or whole."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

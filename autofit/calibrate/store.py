@@ -17,7 +17,6 @@ from autofit.spec.calibration import Calibration, calibrated_device_name, plain_
 from autofit.spec.hardware import Device
 
 RUNS_FILE = "runs.jsonl"
-CALIBRATION_FILE = "calibration.json"
 CALIBRATION_SCHEMA_VERSION = 1
 
 
@@ -96,11 +95,6 @@ class _Calibrations:
 
     schema_version: int
     calibrations: tuple[Calibration, ...]
-
-
-def calibration_path(cache: Path) -> Path:
-    """Return the file of fitted calibrations in the user's cache."""
-    return cache / CALIBRATION_FILE
 
 
 def write_calibrations(path: Path, calibrations: Sequence[Calibration]) -> None:

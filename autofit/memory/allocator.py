@@ -15,6 +15,7 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from autofit.units import MIB
 
@@ -59,6 +60,20 @@ class AllocatorSettings:
 
 class OutOfMemoryInSimulationError(Exception):
     """The capacity is used up, with nothing cached left to return."""
+
+
+class State(NamedTuple):
+    """What is free in an allocator, and how far it is."""
+
+    keys: tuple[tuple[int, ...], ...]
+    """Of the free blocks of each pool."""
+    reserved_bytes: int
+    num_retries: int
+    num_allocations: int
+
+    def is_like(self, other: State) -> bool:
+        """Whether the two go on alike."""
+        return self[:3] == other[:3]
 
 
 @dataclass(slots=True)
@@ -198,6 +213,31 @@ class CachingAllocator:
             starts.append(start)
             ends.append(end)
             owners.append(owner)
+
+    def state(self) -> State | None:
+        """Return what decides how the allocator goes on; None where the policy has more to it than free blocks."""
+        if self.settings != AllocatorSettings():
+            return None
+        keys = tuple(tuple(pool.keys) for pool in self._pools)
+        return State(keys, self.reserved_bytes, self.num_retries, self.num_allocations)
+
+    def repeat(self, begun: State, ended: State) -> None:
+        """Do once more what was done between two states, the first of which is the present one but for the numbers.
+
+        Nothing was reserved between them, and what was released was allocated between them too.
+        """
+        for pool, keys in zip(self._pools, ended.keys, strict=True):
+            pool.keys[:] = keys
+        free = [key for keys in ended.keys for key in keys]
+        self._free_from.clear()
+        self._free_to.clear()
+        self._free_from.update((key & _ADDRESS_MASK, key) for key in free)
+        self._free_to.update(((key & _ADDRESS_MASK) + (key >> _SIZE_SHIFT), key) for key in free)
+        first, end, shift = begun.num_allocations, ended.num_allocations, self.num_allocations - begun.num_allocations
+        left_over = {n + shift: size for n, size in self.left_over_bytes.items() if first <= n < end}
+        self.left_over_bytes.update(left_over)
+        for column in (self._starts, self._ends, self._owners):
+            column.extend(column[first:end])
 
     def allocate(self, num_bytes: int, stream: int = 0) -> int:
         """Take one block and return its number; see `run`."""

@@ -20,9 +20,10 @@ class Events:
     Args:
         codes: its events as `CachingAllocator.run` reads them.
         end_of_loading: how many of them come before the first step.
+        repeat: a stretch that may come twice: where it begins, where it ends, and where it begins again.
     """
 
-    def __init__(self, codes: Integers, end_of_loading: int) -> None:
+    def __init__(self, codes: Integers, end_of_loading: int, repeat: tuple[int, int, int] | None = None) -> None:
         self.codes = codes
         self.end_of_loading = end_of_loading
         self.allocations = np.flatnonzero(codes > EMPTY_CACHE)
@@ -34,6 +35,18 @@ class Events:
         self._changes[releases] = -self._changes[self.allocations[numbers]]
         self._releases = np.full(len(self.allocations), -1)
         self._releases[numbers] = releases
+        self.repeat = repeat if repeat is not None and self._comes_twice(*repeat) else None
+        """A stretch that does come twice, and releases nothing but its own."""
+
+    def _comes_twice(self, begin: int, end: int, again: int) -> bool:
+        """Tell whether one stretch is another, but for the numbers of what is allocated in each."""
+        first, later = np.searchsorted(self.allocations, (begin, again))
+        once, twice = self.codes[begin:end], self.codes[again : again + end - begin]
+        if len(once) != len(twice) or (once == EMPTY_CACHE).any():
+            return False
+        is_own = ~once >= first
+        shifted = np.where(once < EMPTY_CACHE, once - (later - first), once)
+        return bool(np.array_equal(shifted, twice) and is_own[once < EMPTY_CACHE].all())
 
     def is_same(self, other: Events) -> bool:
         """Whether another program is the same to the last event."""
@@ -71,6 +84,7 @@ class Program:
         """after those, one by one."""
         self._length = 0
         self._end_of_loading = 0
+        self._repeat: tuple[int, int, int] | None = None
 
     def allocate(self, num_bytes: int, stream: int = 0) -> int:
         """Allocate on a stream, 0 being the one that computes, and return the number to release it by."""
@@ -128,6 +142,15 @@ class Program:
         self._end_piece()
         self._end_of_loading = self._length
 
+    def position(self) -> int:
+        """Return how many events there are so far."""
+        self._end_piece()
+        return self._length
+
+    def repeats(self, begin: int, end: int, again: int) -> None:
+        """Say that from `again` on comes what came from `begin` to `end`; it is looked at whether that is so."""
+        self._repeat = begin, end, again
+
     def written(self) -> Events:
         """Return the program."""
         self._end_piece()
@@ -136,7 +159,7 @@ class Program:
         order = np.zeros(self._count, np.int64)
         order[numbers[is_request]] = np.arange(np.count_nonzero(is_request))
         codes = np.where(is_request, asked, np.where(numbers == _NONE, EMPTY_CACHE, ~order[numbers]))
-        return Events(codes, self._end_of_loading)
+        return Events(codes, self._end_of_loading, self._repeat)
 
     def _end_piece(self) -> None:
         if self._last:

@@ -255,9 +255,9 @@ class _Trials:
                 self._keep_copies(allocator, None)
                 loading_bytes = allocator.peak_reserved_bytes
                 allocator.reset_peak()
-                allocator.run(self._codes[end_of_loading:])
+                self._run_steps(allocator, end_of_loading)
             else:
-                allocator.run(self._codes[self._position(allocator) :])
+                self._run_steps(allocator, self._position(allocator))
             self._keep_copies(allocator, loading_bytes)
             ran = _Ran(
                 self._events.peak_allocated_bytes(allocator.left_over_bytes),
@@ -271,6 +271,24 @@ class _Trials:
         most_bytes = max(loading_bytes or 0, allocator.peak_reserved_bytes)
         self._outcomes.append(_Outcome(ran, most_bytes, allocator.least_refused_bytes))
         return ran
+
+    def _run_steps(self, allocator: CachingAllocator, position: int) -> None:
+        """Run all that is left; a stretch that comes again in the same state ends as it ended."""
+        if self._events.repeat is None or position > self._events.repeat[0]:
+            allocator.run(self._codes[position:])
+            return
+        begin, end, again = self._events.repeat
+        allocator.run(self._codes[position:begin])
+        begun = allocator.state()
+        allocator.run(self._codes[begin:end])
+        ended = allocator.state()
+        allocator.run(self._codes[end:again])
+        now = allocator.state()
+        if begun and ended and now and begun.is_like(now) and begun[1:3] == ended[1:3]:
+            allocator.repeat(begun, ended)
+        else:
+            allocator.run(self._codes[again : again + end - begin])
+        allocator.run(self._codes[again + end - begin :])
 
     def _begin(self, capacity_bytes: float) -> tuple[CachingAllocator, int | None]:
         """Go on from the last copy that reserved no more than the capacity at any time, or begin anew."""
@@ -364,16 +382,22 @@ class _Writer:
             inputs = self._program.hold(waiting)
             gradients: list[int] = []
             first_number = 0
+            began: list[int] = []
+            ended: list[int] = []
             for micro_step in range(min(self._configuration.gradient_accumulation_steps, MAX_MICRO_STEPS)):
                 if micro_step:
                     self._program.play(used, int(step.starts[-2]), int(step.starts[-1]), first_number)
                 first_number = self._program.new_numbers(step.num_tensors)
                 keeps = self._plan.gradients == "kept" and micro_step == 0
+                began.append(self._program.position())
                 self._micro_step(step, kept if keeps else used, first_number)
+                ended.append(self._program.position())
                 if keeps:
                     gradients = (first_number + step.number_of[step.gradients]).tolist()
                 if is_first and micro_step == 0:
                     self._rebuild_ddp_buckets(step)
+            if len(began) > 1:
+                self._program.repeats(began[0], ended[0], began[1])
             if self._configuration.uses_deepspeed:
                 self._program.drop(gradients)
             self._step(is_first=is_first)

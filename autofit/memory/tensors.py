@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 from autofit.spec.profile import RegimeProfile, StaticTensor
@@ -27,6 +27,11 @@ class Tensor:
     """Last dimension, 0 where it is what is left of the first."""
     outside_linear: bool = False
     """Whether it is a matrix of a module that is neither nn.Linear nor nn.Embedding."""
+    num_bytes: int = field(init=False, repr=False, compare=False)
+    """Without an allocator's rounding; asked for a hundred thousand times in a search."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_bytes", self.num_elements * self.bytes_per_element)
 
     @property
     def is_matrix(self) -> bool:
@@ -43,11 +48,6 @@ class Tensor:
         """Elements of a sum over the dimension before the last."""
         columns = self.columns or self.num_elements // self.rows
         return self.rows * columns if self.rows * columns < self.num_elements else columns
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes without an allocator's rounding."""
-        return self.num_elements * self.bytes_per_element
 
 
 def tensors(profile: RegimeProfile) -> tuple[Tensor, ...]:

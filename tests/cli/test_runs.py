@@ -10,7 +10,8 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from autofit.calibrate.store import append, calibration_path, read, store_path
+from autofit.calibrate.store import append, read, store_path
+from autofit.files import calibration_path
 from autofit.spec.calibration import plain_versions
 from autofit.spec.libraries import installed_versions
 from tests.calibrate.some_records import a_record

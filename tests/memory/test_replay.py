@@ -323,7 +323,13 @@ class Plainly:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"gradient_accumulation_steps": 3}, {"expandable_segments": True}, {"max_split_size_mb": 20}],
+    [
+        {},
+        {"gradient_accumulation_steps": 3},
+        {"expandable_segments": True},
+        {"max_split_size_mb": 20},
+        {"gradient_accumulation_steps": 3, "sharding": "zero2", "num_processes": 2, "mixed_precision": "bf16"},
+    ],
     ids=str,
 )
 def test_what_two_capacities_share_is_run_once_and_comes_to_the_same(profile, changes, runs, monkeypatch):
@@ -347,7 +353,22 @@ def test_what_two_capacities_share_is_run_once_and_comes_to_the_same(profile, ch
         capacity = int(share * highest) // (2 * MIB) * 2 * MIB
         assert astuple(replay(capacity)) == plainly.figures(capacity), share
     assert all(each.is_same(written[0]) for each in written)
-    assert sum(capacity == math.inf for capacity, _ in runs) == 2
+    num_stretches = 2 if written[0].repeat is None else 5
+    assert sum(capacity == math.inf for capacity, _ in runs) == num_stretches
+
+
+@pytest.mark.parametrize(("sharding", "comes_twice"), [("ddp", False), ("zero2", True), ("zero3", True)])
+def test_a_micro_step_that_comes_again_in_the_same_state_is_not_run_again(profile, sharding, comes_twice, runs):
+    """Where each micro-step leaves what it found, the second of the last step is skipped: its events are not run.
+
+    Under DDP the first micro-step of a step makes gradients, and the second finds them there.
+    """
+    configuration = replace(
+        PLANNED, sharding=sharding, num_processes=2, mixed_precision="bf16", gradient_accumulation_steps=2
+    )
+    replayed(profile, configuration)
+    loading_and_steps, without_the_stretch = 2, 5
+    assert len(runs) == (without_the_stretch if comes_twice else loading_and_steps)
 
 
 @pytest.mark.parametrize("sharding", ["fsdp1", "fsdp2"])
