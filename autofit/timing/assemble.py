@@ -186,7 +186,7 @@ class TimeModel:
         traffic = step_traffic(self._totals, configuration, settings)
         moved, link = host_traffic(self._totals, configuration), rates.host_bytes_per_second
         return EngineTime(
-            traffic=traffic_seconds(traffic, configuration, rates.fabric),
+            traffic=traffic_seconds(traffic, configuration, rates.fabric, known(rates.memory_bytes_per_second)),
             hooks=hook_seconds(self._totals, configuration),
             forward_host_seconds=moved.forward_bytes / known(link) if moved.forward_bytes else 0.0,
             backward_host_seconds=moved.backward_bytes / known(link) if moved.backward_bytes else 0.0,

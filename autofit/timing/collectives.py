@@ -135,8 +135,10 @@ class TrafficSeconds:
     """What of the time that collectives go on behind kernels they take from those."""
 
 
-def traffic_seconds(traffic: Traffic, configuration: Configuration, fabric: Fabric) -> TrafficSeconds:
-    """Time a step's collectives."""
+def traffic_seconds(
+    traffic: Traffic, configuration: Configuration, fabric: Fabric, memory_bytes_per_second: float
+) -> TrafficSeconds:
+    """Time a step's collectives, on devices of this memory bandwidth."""
     shards, replicas = groups(configuration, fabric)
 
     def seconds(each: Collective) -> float:
@@ -147,7 +149,8 @@ def traffic_seconds(traffic: Traffic, configuration: Configuration, fabric: Fabr
     fewest = min((each.num_messages for each in overlapping), default=1)
     overlapping_seconds = sum(map(seconds, overlapping))
     occupied = sum(
-        occupied_seconds(each.kind, each.num_bytes, replicas if each.over_replicas else shards) for each in overlapping
+        occupied_seconds(each.kind, each.num_bytes, replicas if each.over_replicas else shards, memory_bytes_per_second)
+        for each in overlapping
     )
     return TrafficSeconds(
         forward_seconds=sum(map(seconds, traffic.forward)),
