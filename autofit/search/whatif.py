@@ -12,6 +12,7 @@ from autofit.search.nothing_fits import Change
 from autofit.spec.configuration import Lora
 from autofit.spec.hardware import Cluster, Device
 from autofit.spec.job import Job
+from autofit.timing.binding import binding_resource
 from autofit.units import format_bytes
 
 LARGER_RANK = 64
@@ -19,6 +20,7 @@ SMALLEST_SHARE = 0.05
 """Of a step's time; what takes less is not named."""
 TERM_WORDS = {
     "matmul": "matrix products",
+    "attention": "attention",
     "memory": "kernels bound by memory bandwidth",
     "dequantization": "unpacking quantised weights",
     "launch": "issuing kernels",
@@ -111,7 +113,8 @@ def _time_reason(made: Plan) -> str:
         return ""
     shares = sorted(((seconds / total, name) for name, seconds in made.time.terms.items()), reverse=True)
     named = [f"{share:.0%} {TERM_WORDS.get(name, name)}" for share, name in shares if share >= SMALLEST_SHARE]
-    return f"time, nothing overlapped: {', '.join(named)}."
+    bound = binding_resource(made.time.terms, made.configuration, made.inputs.cluster)
+    return f"time: bound by {bound}. Of what runs, nothing overlapped: {', '.join(named)}."
 
 
 def _memory_reason(made: Plan) -> str:

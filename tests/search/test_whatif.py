@@ -121,6 +121,15 @@ def test_shares_of_time_are_those_of_the_step():
     assert set(terms) <= set(TERM_WORDS)
 
 
+def test_a_plan_over_slow_ethernet_says_that_the_network_binds():
+    """The best plan for 16 devices is bound by 10 Gbit Ethernet between their nodes, and not by 3,200 Gbit."""
+    job = a_job(global_batch=64, methods=("full",), shardings=("zero3",))
+    for network, is_bound in ((1.25e9, True), (400e9, False)):
+        made = plan_of(job, a_cluster(8, num_nodes=2, inter_node_bytes_per_second=network))
+        (time,) = (reason for reason in binding_reasons(made) if reason.startswith("time"))
+        assert ("bound by the network between nodes" in time) == is_bound
+
+
 @pytest.mark.parametrize("width", [60, 80, 110])
 def test_a_person_reads_the_plan_and_each_answer(width):
     """The plan is the first row, each answer has one, a refusal its reason; no line is wider than the terminal."""

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autofit.sources.gpus import find
+from autofit.sources.hardware import parse_cluster
 from autofit.spec.hardware import Cluster, Device
 from autofit.timing.links import (
     BASE_SECONDS,
@@ -135,7 +135,7 @@ def test_more_bytes_more_messages_and_slower_links_never_take_less(kind, num_byt
 @pytest.mark.parametrize(("alone_ms", "beside_ms"), [(1.18, 2.08), (0.18, 0.33)], ids=["product", "attention"])
 def test_kernels_beside_a_collective_are_as_slow_as_measured(alone_ms, beside_ms):
     """On A100 whose NVLinks gather, kernels lose the share of their pace that nccl's issue 1428 shows, within 12 %."""
-    a100 = Cluster(device=find("A100-SXM-80G"), num_devices_per_node=8)
+    a100 = parse_cluster("8xA100-SXM-80G")
     memory = a100.device.memory_bytes_per_second * ACHIEVABLE_MEMORY_FRACTION
     gathered = 8 / 7 * fabric_of(a100).within_bytes_per_second
     lost = occupied_seconds("all_gather", gathered, EIGHT, memory)
