@@ -528,9 +528,11 @@ def job_of(
 ) -> Job:
     """Read what is to be planned."""
     from autofit.sources.models import resolve_model
+    from autofit.sources.packed import with_packed_weights
     from autofit.spec.job import Job
 
-    resolved, wanted = resolve_model(str(model), allow_hub=allow_hub), restrictions(wishes)
+    resolved = resolve_model(str(model), allow_hub=allow_hub)
+    wanted = with_packed_weights(restrictions(wishes), resolved.config)
     workload = workload_of(
         wishes,
         resolved,
@@ -667,13 +669,14 @@ def estimated_job(
 ) -> tuple[Job, Cluster]:
     """Read what is to be estimated: a job that leaves one configuration."""
     from autofit.sources.models import resolve_model
+    from autofit.sources.packed import with_packed_weights
     from autofit.spec.job import Job
 
     cluster = cluster_of(gpus, wishes)
-    chosen = restrictions(one_of_each(wishes))
+    resolved = resolve_model(str(model), allow_hub=allow_hub)
+    chosen = with_packed_weights(restrictions(one_of_each(wishes)), resolved.config)
     num_groups = max(1, cluster.num_devices // chosen.sequence_parallel_size)
     sequences = chosen.micro_batch_sequences[0] * gradient_accumulation_steps * num_groups
-    resolved = resolve_model(str(model), allow_hub=allow_hub)
     workload = workload_of(
         wishes,
         resolved,

@@ -29,7 +29,7 @@ from autofit.errors import AutofitError
 from autofit.memory.assemble import MemoryModel
 from autofit.profile.trace import trace
 from autofit.sources.models import resolve_model
-from autofit.sources.rows import read_case
+from autofit.sources.rows import PACKED, read_case
 from autofit.spec.estimate import MemoryEstimate
 from autofit.spec.libraries import installed_versions
 from autofit.spec.profile import Regime, RegimeProfile
@@ -159,12 +159,12 @@ ADDITIONS: dict[str, tuple[Addition, ...]] = {
         ),
         Addition(
             fields={"recasts_tables": True},
-            applies=lambda row: bool(row["kbit_prepare"]) and row["sharding"] == "none",
+            applies=lambda row: bool(row["kbit_prepare"]) and row["sharding"] == "none" and not _comes_packed(row),
             because="trl 0.13 sft_trainer.py: after preparing, peft_module_casting_to_bf16",
         ),
         Addition(
             fields={"storage": "bfloat16", "kbit_prepare": False},
-            applies=lambda row: row["method"] == "qlora" and row["sharding"] != "none",
+            applies=lambda row: row["method"] == "qlora" and row["sharding"] != "none" and not _comes_packed(row),
             because="plugins/accelerated-peft framework_plugin_bnb.py: stored in the weights' dtype under FSDP; "
             "trl 0.13 sft_trainer.py: a sharded quantised model is not prepared",
         ),
@@ -177,6 +177,10 @@ ADDITIONS: dict[str, tuple[Addition, ...]] = {
     ),
 }
 """By what the source's name begins with."""
+
+
+def _comes_packed(row: Row) -> bool:
+    return (row["quantization"] or {}).get("type") in PACKED
 
 
 def completed(row: Row) -> Row:

@@ -87,6 +87,7 @@ def launch(
     """
     conduct = conduct or Conduct()
     refuse_useless_conduct(conduct)
+    refuse_packed(plan)
     run_folder = run_folder.absolute()
     source = check_script(script).read_text(encoding="utf-8", errors="replace")
     road = choose_road(conduct.road, source)
@@ -120,6 +121,20 @@ def launch(
     if conduct.store is not None:
         remember(attempts, conduct.store)
     return conclude(attempts, run_folder, probed.get(attempts[-1].number))
+
+
+def refuse_packed(plan: Plan) -> None:
+    """Refuse to start on a checkpoint that comes packed: no road loads one.
+
+    Raises:
+        InputError: the plan or one of its fallbacks has such weights.
+    """
+    every = (plan.configuration, *(rung.configuration for rung in plan.fallbacks))
+    if any(each.quantization is not None and each.quantization.comes_packed for each in every):
+        raise InputError(
+            "the plan's checkpoint comes packed (GPTQ or AWQ), which autofit plans and does not load.",
+            to_fix="start the script without autofit: it must load its model with a GPTQConfig or AwqConfig itself",
+        )
 
 
 def refuse_useless_conduct(conduct: Conduct) -> None:

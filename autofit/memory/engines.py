@@ -22,7 +22,6 @@ Updated = Literal["tensors", "shards", "partition", "nothing"]
 """What an optimizer updates on the device: what trains, FSDP's shards of it, a flat fp32 partition, or nothing."""
 
 PARAMETER_KINDS = ("parameter", "adapter", "quantized")
-EIGHT_BITS = 8
 MASTER_BYTES = 4
 """DeepSpeed's master weights and moments are fp32. Source: deepspeed/runtime/zero/config.py, bf16 block defaults."""
 NORM_BYTES = 8
@@ -441,7 +440,7 @@ def _gathering_bytes(parameters: list[Tensor], configuration: Configuration) -> 
 
 
 def _is_int8(configuration: Configuration) -> bool:
-    return configuration.quantization is not None and configuration.quantization.bits == EIGHT_BITS
+    return configuration.quantization is not None and configuration.quantization.is_int8
 
 
 def _replicated_packed_bytes(model: tuple[Tensor, ...], configuration: Configuration) -> int:

@@ -317,7 +317,7 @@ def _is_sharded(tensor: StaticTensor, configuration: Configuration) -> bool:
     if tensor.kind in {"buffer", "quant_state"}:
         return False
     quantization = configuration.quantization
-    return tensor.kind != "quantized" or quantization is None or quantization.storage_dtype != "uint8"
+    return tensor.kind != "quantized" or quantization is None or quantization.storage_dtype not in {"uint8", "int32"}
 
 
 def _real_layers(profile: RegimeProfile) -> dict[str, int]:

@@ -63,8 +63,19 @@ def unmodelled_but_optim(configuration: Configuration) -> str | None:
         (c.uses_fsdp and c.loss != "stock", f"loss {c.loss} under FSDP"),
         (c.uses_fsdp and c.num_processes == c.num_replicas, "FSDP whose copies are each held by one process"),
         (c.loss != "stock" and c.zero_stage == 3, f"loss {c.loss} under zero3, which gathers the head for it,"),
+        (c.quantization is not None and c.quantization.quant_type == "awq", "a checkpoint packed with AWQ"),
+        (_is_packed_apart(c), f"a checkpoint that comes packed under {c.sharding}, but for auto_gptq's under FSDP1,"),
     )
     return next((name for applies, name in checks if applies), None)
+
+
+def _is_packed_apart(configuration: Configuration) -> bool:
+    """Whether an engine that shards parameters meets packed weights that are none, or that it was not seen with."""
+    c = configuration
+    if c.quantization is None or not c.quantization.comes_packed:
+        return False
+    was_seen = c.sharding == "fsdp1" and c.quantization.kernel == "auto_gptq" and c.offload == "none"
+    return c.zero_stage == 3 or (c.uses_fsdp and not was_seen)
 
 
 def _unshared(configuration: Configuration) -> str | None:

@@ -23,8 +23,6 @@ FIRST_TRANSFORMERS_THAT_WARMS_UP = (4, 50)
 modeling_utils.py, _load_state_dict_into_meta_model; safetensors 0.5, `keys`."""
 FIRST_PEFT_THAT_EMPTIES = (0, 20)
 """peft's `prepare_model_for_kbit_training` empties the cache from this release on. Source: peft/utils/other.py."""
-EIGHT = 8
-"""Bits of LLM.int8()."""
 NF4_BLOCK_ELEMENTS = 64
 """Weights that share a scale. Source: bitsandbytes 0.50 functional.py, quantize_4bit."""
 BROADCAST_BUCKET_BYTES = 250 * 2**20
@@ -67,7 +65,8 @@ class _Named:
 def write_loading(program: Program, profile: RegimeProfile, device_bytes: int) -> None:
     """Write down how the model's weights, buffers and adapters come onto one device that holds all of them."""
     named = [_Named(tensor, layer) for tensor, layer in in_model_order(profile)]
-    if profile.regime.quantization is None:
+    quantization = profile.regime.quantization
+    if quantization is None or quantization.comes_packed:
         program.hold(each.num_bytes for each in named)
         return
     adapters = [each for each in named if each.tensor.kind == "adapter"]
@@ -150,9 +149,9 @@ def _load_quantized(program: Program, profile: RegimeProfile, named: list[_Named
             continue
         packed_elements = each.num_bytes * (8 // quantization.bits)
         # In eight bits the weight goes to the host and back before it is packed, and both copies are there.
-        source = program.hold([packed_elements * element] * (2 if quantization.bits == EIGHT else 1))
+        source = program.hold([packed_elements * element] * (2 if quantization.is_int8 else 1))
         kept = states.get((each.parent, each.layer), [])
-        is_nested = quantization.double_quant and quantization.bits != EIGHT
+        is_nested = quantization.double_quant and not quantization.is_int8
         scales = program.hold([4 * packed_elements // NF4_BLOCK_ELEMENTS]) if is_nested else []
         program.hold([*(state.num_bytes for state in kept[:1]), each.num_bytes])
         program.hold(state.num_bytes for state in kept[1:])

@@ -131,7 +131,8 @@ def loading(run: Run) -> Stage:
     """
     element = BYTES_PER_ELEMENT[run.configuration.weights_dtype]
     loaded = [_loaded_bytes(t, element) for t in run.model]
-    if run.configuration.quantization is not None:
+    quantization = run.configuration.quantization
+    if quantization is not None and not quantization.comes_packed:
         adapters = run.total(_loaded_bytes(t, element) for t in run.model if t.kind == "adapter")
         return run.placed(run.total(loaded) - adapters + max(adapters, _while_packing(run, element)), 0)
     if run.builds_partitioned:
@@ -162,7 +163,7 @@ def _while_packing(run: Run, bytes_per_element: int) -> int:
     assert quantization is not None, "only a quantised model packs"
     packed = max((t.num_bytes for t in run.model if t.kind == "quantized"), default=0)
     elements = packed * EIGHT_BITS // quantization.bits
-    if quantization.bits == EIGHT_BITS:
+    if quantization.is_int8:
         return elements * bytes_per_element + (0 if run.configuration.weights_dtype == "float16" else elements * 2)
     scales = elements // SCALED_ELEMENTS * SCALE_BYTES
     return elements * bytes_per_element + scales * (2 if quantization.double_quant else 1)
@@ -202,7 +203,7 @@ def _moved_int8(run: Run) -> int:
     """
     quantization = run.configuration.quantization
     moves = run.cluster.device.kind == "cpu" and run.configuration.num_processes > 1
-    if not moves or quantization is None or quantization.bits != EIGHT_BITS:
+    if not moves or quantization is None or not quantization.is_int8:
         return 0
     return run.total(t.num_bytes for t in run.model if t.kind == "quantized")
 
@@ -244,7 +245,7 @@ def _preparing_zero3(run: Run) -> Stage:
 def _while_partitioning(run: Run) -> int:
     """Every parameter in turn gives way to its shard, which is there before the whole is gone; int8 weights stay."""
     quantization = run.configuration.quantization
-    stays = "quantized" if quantization is not None and quantization.bits == EIGHT_BITS else None
+    stays = "quantized" if quantization is not None and quantization.is_int8 else None
     whole, highest = run.total(t.num_bytes for t in run.parameters), 0
     for tensor in run.parameters:
         shard = run.shards([tensor])

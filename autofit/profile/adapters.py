@@ -11,6 +11,7 @@ from torch import nn
 from autofit.errors import InputError
 from autofit.profile.dtypes import DTYPES
 from autofit.profile.layers import layer_stacks
+from autofit.profile.packed import peft_layers
 from autofit.profile.quantized import quantize, unpacking_as_an_operator
 from autofit.profile.tasks import Head, task_of
 from autofit.spec.configuration import Freeze, Lora
@@ -44,11 +45,11 @@ def _refuse_foreign_quantization(model: nn.Module, regime: Regime) -> None:
     declared: Any = getattr(getattr(model, "config", None), "quantization_config", None) or {}
     method = declared.get("quant_method") if isinstance(declared, dict) else getattr(declared, "quant_method", None)
     name = str(getattr(method, "value", method))
-    if name in {"gptq", "awq"}:
+    packed = regime.quantization.quant_type if regime.quantization is not None else None
+    if name in {"gptq", "awq"} and name != packed:
         raise InputError(
-            f"the checkpoint is packed with {name.upper()}: its layers run CUDA kernels of a package of their own, "
-            "which allocate where no trace on this machine can see it",
-            to_fix="plan the checkpoint that it was made from, quantised by bitsandbytes (--method qlora)",
+            f"the checkpoint is packed with {name.upper()}: only an adapter on it can be trained",
+            to_fix="use --method qlora, or plan the checkpoint that it was made from",
         )
     if name == "bitsandbytes" and regime.quantization is None:
         raise InputError(
@@ -57,7 +58,7 @@ def _refuse_foreign_quantization(model: nn.Module, regime: Regime) -> None:
 
 
 def _is_int8(regime: Regime) -> bool:
-    return regime.quantization is not None and regime.quantization.bits == 8
+    return regime.quantization is not None and regime.quantization.is_int8
 
 
 _PEFT_TASKS: dict[Head, str | None] = {
@@ -94,12 +95,13 @@ def adapt(model: nn.Module, lora: Lora, dtype: torch.dtype, task: Head = "causal
         modules_to_save=list(lora.modules_to_save) or None,
         task_type=_PEFT_TASKS[task],
     )
+    config._register_custom_module(peft_layers())
     try:
         adapted: nn.Module = get_peft_model(model, config)
     except ValueError as error:
         raise InputError(
             f"peft cannot put an adapter on {', '.join(lora.target_modules)}: {error}",
-            to_fix="name modules that the model has, or use all-linear",
+            to_fix="name modules that the model has, or use all-linear, which finds no layers that come packed",
         ) from error
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:  # on the meta device peft leaves an adapter's dtype as it was made

@@ -50,6 +50,8 @@ def _kind(name: str, tensor: torch.Tensor) -> Any:
         return "buffer"
     if "lora_" in name:
         return "adapter"
+    if name.rsplit(".", 1)[-1].startswith("packed_"):
+        return "quantized"
     is_packed = tensor.shape[-1:] == (1,) and tensor.dim() == 2 and not tensor.requires_grad
     return "quantized" if is_packed or tensor.dtype == torch.int8 else "parameter"
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from autofit.errors import InputError
 from autofit.profile.dtypes import DTYPES
+from autofit.profile.packed import pack
 from autofit.spec.configuration import Quantization
 from autofit.spec.hardware import DeviceKind
 
@@ -29,26 +30,32 @@ _TABLE_NAMES = ("lm_head", "embed_tokens", "wte", "wpe")
 
 
 def quantize(model: nn.Module, quantization: Quantization, device: DeviceKind) -> None:
-    """Replace the linear layers that transformers would replace by stand-ins for bitsandbytes' own, in place.
+    """Replace the linear layers that transformers would replace by stand-ins for the real ones, in place.
 
-    Source: transformers/integrations/bitsandbytes.py, replace_with_bnb_linear.
+    Source: transformers/integrations/bitsandbytes.py, replace_with_bnb_linear; of what comes packed see `packed`.
 
     Raises:
-        InputError: a module to be left out is not in the model.
+        InputError: a module to be left out is not in the model, or its packed layers cannot be known.
     """
-    left_out = _left_out(model, quantization)
-    for name, module in list(model.named_modules()):
-        if _is_linear(module) and not _matches(name, left_out):
-            eight = quantization.bits == 8
-            stand_in = _eight_bit(module, device) if eight else _four_bit(module, quantization)
-            model.set_submodule(name, stand_in)
+    if quantization.comes_packed:
+        pack(model, quantization)
+    else:
+        _replace_linears(model, quantization, device)
     for parameter in model.parameters():
         parameter.requires_grad = False
     if quantization.prepares_kbit:
         _upcast_rest(model, recasts_tables=quantization.recasts_tables)
-    model.is_loaded_in_8bit = quantization.bits == 8
-    model.is_loaded_in_4bit = quantization.bits == 4
+    model.is_loaded_in_8bit = quantization.is_int8
+    model.is_loaded_in_4bit = not quantization.comes_packed and quantization.bits == 4
     model.is_quantized = True
+
+
+def _replace_linears(model: nn.Module, quantization: Quantization, device: DeviceKind) -> None:
+    left_out = _left_out(model, quantization)
+    for name, module in list(model.named_modules()):
+        if _is_linear(module) and not _matches(name, left_out):
+            stand_in = _eight_bit(module, device) if quantization.is_int8 else _four_bit(module, quantization)
+            model.set_submodule(name, stand_in)
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from autofit.spec.configuration import Configuration
+from autofit.spec.configuration import Configuration, Quantization
 from autofit.units import format_count
 
 SHARDING_WORDS = {
@@ -29,9 +29,14 @@ def method_words(configuration: Configuration) -> str:
         kind = {"lora": "", "dora": "DoRA ", "rslora": "rsLoRA "}.get(configuration.lora.kind, "rsLoRA and DoRA ")
         details.append(f"{kind}r={configuration.lora.r}")
     if configuration.quantization is not None:
-        bits8 = configuration.quantization.bits == 8
-        details.append("int8" if bits8 else configuration.quantization.quant_type.upper())
+        details.append(_code_words(configuration.quantization))
     return f"{words} ({', '.join(details)})" if details else words
+
+
+def _code_words(quantization: Quantization) -> str:
+    if quantization.comes_packed:
+        return f"{quantization.quant_type.upper()}, {quantization.bits} bits"
+    return "int8" if quantization.is_int8 else quantization.quant_type.upper()
 
 
 def batch_words(configuration: Configuration) -> str:
@@ -87,10 +92,14 @@ def _adapter_words(configuration: Configuration) -> list[str]:
     lora, quantization = configuration.lora, configuration.quantization
     words = {
         f"{', '.join(lora.modules_to_save if lora else ())} trained whole": lora is not None and lora.modules_to_save,
-        "quantised once": quantization is not None and quantization.bits != 8 and not quantization.double_quant,
+        "quantised once": quantization is not None and _is_four_bit(quantization) and not quantization.double_quant,
         "prepare_model_for_kbit_training": quantization is not None and quantization.prepares_kbit,
     }
     return [name for name, applies in words.items() if applies]
+
+
+def _is_four_bit(quantization: Quantization) -> bool:
+    return not quantization.is_int8 and not quantization.comes_packed
 
 
 def tokens_words(num_tokens: float) -> str:

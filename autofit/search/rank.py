@@ -143,7 +143,7 @@ def approximations(configuration: Configuration) -> tuple[int, int, int, int]:
     """
     return (
         _place(configuration.method, METHODS_FIRST),
-        0 if configuration.quantization is None or configuration.quantization.bits == 8 else 1,
+        0 if configuration.quantization is None or configuration.quantization.is_int8 else 1,
         int(rounds_updates(configuration)),
         _state_order(configuration.optim),
     )

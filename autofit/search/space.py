@@ -241,7 +241,7 @@ def configuration(
     method, sharding, gradient_checkpointing = path.method, engine.sharding, path.gradient_checkpointing
     dtypes = dtypes_of(path.precision, method, sharding)
     quantization = None if path.quantization is None else _quantization(path.quantization, dtypes, sharding)
-    is_int8 = quantization is not None and quantization.bits == 8
+    is_int8 = quantization is not None and quantization.is_int8
     reentrant_by_need = (method in ADAPTER_METHODS and sharding == "zero3") or is_int8
     return Configuration(
         method=method,
@@ -327,6 +327,8 @@ def _quantization(wish: QuantizationWish, dtypes: Dtypes, sharding: Sharding) ->
     Source: huggingface/transformers#29587; deepspeed/runtime/engine.py 0.19 (`_cast_module_mixed_precision`);
     transformers' bitsandbytes guide, "FSDP-QLoRA".
     """
+    if wish.comes_packed:
+        return _packed(wish, dtypes, sharding)
     casts = sharding == "zero3" and dtypes.mixed_precision != "no"
     packed_as_computed = casts or sharding.startswith("fsdp")
     return Quantization(
@@ -338,6 +340,29 @@ def _quantization(wish: QuantizationWish, dtypes: Dtypes, sharding: Sharding) ->
         prepares_kbit=wish.prepares_kbit,
         recasts_tables=wish.recasts_tables,
         skip_modules=wish.skip_modules,
+    )
+
+
+def _packed(wish: QuantizationWish, dtypes: Dtypes, sharding: Sharding) -> Quantization:
+    """Complete what is known of a checkpoint that comes packed.
+
+    `auto_gptq` unpacks to fp16, and under FSDP fms-acceleration views its packed words as the weights' dtype.
+    gptqmodel unpacks to the dtype of the scales, which transformers leaves in fp16 whatever the model is loaded in.
+    peft's `prepare_model_for_kbit_training` leaves a GPTQ model's other weights as they are.
+    Source: auto_gptq 0.7 nn_modules/triton_utils/dequant.py, dequant248; fms-acceleration-peft
+    framework_plugin_autogptq.py; gptqmodel 7.7 nn_modules/qlinear/__init__.py, _dequantize_from_codes;
+    transformers/core_model_loading.py 5.23 (`empty_param.dtype`); peft/utils/other.py 0.21 (`is_gptq_quantized`).
+    """
+    views = wish.kernel == "auto_gptq" and sharding.startswith("fsdp")
+    return Quantization(
+        bits=wish.bits,
+        quant_type=wish.quant_type,
+        double_quant=False,
+        compute_dtype="float16",
+        storage_dtype=dtypes.compute_dtype if views else "int32",
+        prepares_kbit=wish.prepares_kbit and wish.quant_type != "gptq",
+        group_size=wish.group_size,
+        kernel=wish.kernel,
     )
 
 

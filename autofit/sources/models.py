@@ -42,11 +42,19 @@ class Entry:
     """None where only a rounded figure is published."""
     published: Published
     config: dict[str, Any]
+    packed: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Hub ids of the same shapes with packed weights, and the `quantization_config` of each: as on its model card, and
+    as many bytes as published runs on it held."""
 
     @property
     def ids(self) -> tuple[str, ...]:
         """Every Hub id that means these shapes."""
-        return (self.id, *self.variants)
+        return (self.id, *self.variants, *self.packed)
+
+    def config_of(self, name: str) -> dict[str, Any]:
+        """Return the content of one id's config.json."""
+        declared = self.packed.get(name)
+        return dict(self.config) if declared is None else {**self.config, "quantization_config": declared}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,7 +199,7 @@ def _from_catalogue(text: str) -> Model | None:
     same = "" if name == entry.id else f", whose shapes {name} has"
     return Model(
         name=name,
-        config=dict(entry.config),
+        config=entry.config_of(name),
         origin="catalogue",
         num_params=entry.num_params,
         usual_attention=usual_attention(entry.config),

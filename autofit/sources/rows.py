@@ -19,6 +19,7 @@ from autofit.errors import InputError, nearest
 from autofit.search.space import candidates
 from autofit.sources.hardware import parse_cluster
 from autofit.sources.models import resolve_model
+from autofit.sources.packed import with_packed_weights
 from autofit.spec.configuration import Configuration
 from autofit.spec.hardware import Cluster
 from autofit.spec.job import Job, Model, Restrictions, Workload
@@ -48,6 +49,12 @@ OFFLOADS = {
 PURE = {"float32": "fp32", "bfloat16": "pure-bf16", "float16": "pure-fp16"}
 MAX_NUMBER = 2**31 - 1
 """Of tokens, sequences or steps; nothing trains as many."""
+AUTO_GPTQ_IN_NOTES = "accelerated-peft-autogptq"
+"""The scenario of fms-acceleration's benchmarks whose layers are auto_gptq's.
+
+Source: foundation-model-stack/fms-acceleration plugins/accelerated-peft framework_plugin_autogptq.py."""
+PACKED = ("gptq", "awq")
+"""What a checkpoint comes packed with, at any number of bits."""
 ALWAYS_UNQUANTISED = ("lm_head",)
 """What transformers leaves unquantised unasked."""
 
@@ -79,7 +86,7 @@ def read_case(row: Row, *, allow_hub: bool = False) -> Case:
         if row.get(name) is None:
             raise InputError(f"the row has no {name}.", to_fix=f"give {', '.join(REQUIRED)}")
     cluster, model = _cluster(_text(row, "gpus")), _model(_text(row, "model"), allow_hub)
-    restrictions = read_restrictions(row, cluster)
+    restrictions = with_packed_weights(read_restrictions(row, cluster), model.config)
     accumulation = _number(row, "gradient_accumulation_steps", 1)
     num_groups = max(1, cluster.num_devices // restrictions.sequence_parallel_size)
     sequences = restrictions.micro_batch_sequences[0] * accumulation * num_groups
@@ -243,7 +250,7 @@ def _notes(row: Row) -> str:
 def _method(row: Row) -> str:
     method = _text(row, "method") or "full"
     quantised = row.get("quantization") is not None
-    if quantised and method != "qlora":
+    if quantised and method not in {"qlora", "lora"}:
         raise InputError(f"the row's method is {method!r}, and it is quantised.", to_fix="give the method qlora")
     return method
 
@@ -281,7 +288,7 @@ def _targets(row: Row) -> list[str] | None:
 
 def _quantization(row: Row) -> dict[str, Any]:
     stated = row.get("quantization") or {}
-    known = {"bits", "type", "double_quant", "storage", "skip", "compute_dtype"}
+    known = {"bits", "type", "double_quant", "storage", "skip", "compute_dtype", "group_size", "kernel"}
     if not isinstance(stated, dict) or set(stated) - known:
         raise InputError(f"the row's quantization is {stated!r}.", to_fix=f"give null or {', '.join(sorted(known))}")
     skipped = stated.get("skip") or ()
@@ -290,13 +297,15 @@ def _quantization(row: Row) -> dict[str, Any]:
     return _stated(
         {
             "bits": stated.get("bits"),
-            "quant_type": stated.get("type") if stated.get("bits") != 8 else None,
+            "quant_type": stated.get("type") if stated.get("bits") != 8 or stated.get("type") in PACKED else None,
             "double_quant": stated.get("double_quant"),
             "storage_dtype": stated.get("storage"),
             "compute_dtype": stated.get("compute_dtype"),
             "prepares_kbit": row.get("kbit_prepare"),
             "skip_modules": () if tuple(skipped) == ALWAYS_UNQUANTISED else tuple(skipped),
             "recasts_tables": _recasts_tables(row),
+            "group_size": stated.get("group_size"),
+            "kernel": stated.get("kernel") or ("auto_gptq" if AUTO_GPTQ_IN_NOTES in _notes(row) else None),
         }
     )
 

@@ -50,6 +50,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 MixedPrecision = Literal["no", "bf16", "fp16"]
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flex_attention"]
 SdpaKernel = Literal["auto", "efficient"]
+Bits = Literal[2, 4, 8]
+QuantType = Literal["nf4", "fp4", "gptq", "awq"]
+PackedKernel = Literal["auto_gptq", "gptqmodel"]
 Offload = Literal["none", "optimizer", "optimizer_and_parameters"]
 Loss = Literal["stock", "liger", "chunked"]
 Batching = Literal["equal", "padded", "padding_free", "packed"]
@@ -120,15 +123,20 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantization:
-    """A transformers `BitsAndBytesConfig`."""
+    """A transformers `BitsAndBytesConfig`, or how the weights of a checkpoint were packed before (`comes_packed`)."""
 
-    bits: Literal[4, 8] = 4
-    """8 is LLM.int8(); then the fields about four bits have no meaning."""
-    quant_type: Literal["nf4", "fp4"] = "nf4"
+    bits: Bits = 4
+    """Of bitsandbytes 4 or 8; 8 is LLM.int8(), and then the fields about four bits have no meaning."""
+    quant_type: QuantType = "nf4"
     double_quant: bool = True
     compute_dtype: Dtype = "bfloat16"
-    storage_dtype: Literal["uint8", "bfloat16", "float16", "float32"] = "uint8"
+    """Dtype that weights are unpacked into."""
+    storage_dtype: Literal["uint8", "int32", "bfloat16", "float16", "float32"] = "uint8"
     """Dtype the packed weights are stored as; FSDP shards only floating ones."""
+    group_size: int = 128
+    """Inputs of an output that share a scale and a zero, in a checkpoint that comes packed; -1: all of them."""
+    kernel: PackedKernel = "gptqmodel"
+    """Whose layers multiply what comes packed."""
     prepares_kbit: bool = False
     """Whether peft's `prepare_model_for_kbit_training` runs (it upcasts what is not quantised to fp32)."""
     recasts_tables: bool = False
@@ -137,6 +145,16 @@ class Quantization:
     skip_modules: tuple[str, ...] = ()
     """`llm_int8_skip_modules`: modules that are not quantised, at either width; none: those that transformers chooses
     (the head, and what is tied to it)."""
+
+    @property
+    def comes_packed(self) -> bool:
+        """Whether the checkpoint is packed, and nothing is quantised when it is loaded."""
+        return self.quant_type in {"gptq", "awq"}
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether it is bitsandbytes' LLM.int8()."""
+        return self.bits == 8 and not self.comes_packed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from autofit.spec.configuration import (
     Attention,
     Batching,
+    Bits,
     Dtype,
     Evaluation,
     Freeze,
@@ -16,6 +17,8 @@ from autofit.spec.configuration import (
     Method,
     Offload,
     Optim,
+    PackedKernel,
+    QuantType,
     SdpaKernel,
     Sharding,
     Task,
@@ -77,18 +80,27 @@ class Workload:
 class QuantizationWish:
     """What the user fixes of a quantised model; what is None follows from the precision and the sharding."""
 
-    bits: Literal[4, 8] = 4
-    quant_type: Literal["nf4", "fp4"] = "nf4"
+    bits: Bits = 4
+    quant_type: QuantType = "nf4"
     double_quant: bool = True
     compute_dtype: Dtype | None = None
     storage_dtype: StorageDtype | None = None
     prepares_kbit: bool = False
     recasts_tables: bool = False
     skip_modules: tuple[str, ...] = ()
+    group_size: int = 128
+    kernel: PackedKernel = "gptqmodel"
+
+    @property
+    def comes_packed(self) -> bool:
+        """Whether the checkpoint is packed, and nothing is quantised when it is loaded."""
+        return self.quant_type in {"gptq", "awq"}
 
     @property
     def name(self) -> str:
-        """The code of the weights, as `--quantization` takes it."""
+        """The code of the weights, as `--quantization` takes it; of what comes packed, what it is."""
+        if self.comes_packed:
+            return f"{self.quant_type}-{self.bits}bit"
         return "int8" if self.bits == 8 else f"{self.quant_type}{'-double' if self.double_quant else ''}"
 
 

@@ -13,9 +13,10 @@ import pytest
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
+PACKED = ("gptq-001", "gptq-002", "gptq-003", "gptq-004")
 ALONE = ("fms-009", "fms-011", "fms-017", "fms-019", "fms-029", "fms-031", "fms-046", "fms-048", "fms-062")
 SHARDED = ("fms-010", "fms-018", "fms-020", "fms-047", "fms-049", "fms-063")
-A100_ROWS = (*ALONE, *SHARDED)
+A100_ROWS = (*ALONE, *SHARDED, *PACKED)
 
 
 def compared(*arguments: str, pythonpath: str = "") -> dict[str, Any]:
@@ -71,7 +72,7 @@ def test_what_torch_reserves_is_predicted_to_a_thousandth(lora_rows):
 
 @pytest.mark.parametrize("row_id", A100_ROWS)
 def test_an_a100_is_predicted_to_a_tenth_of_a_percent(a100_rows, row_id):
-    """Full, LoRA and QLoRA of 7B and 70B, alone and sharded by FSDP: peak and what is left, within 0.1 % (aim: 1 %)."""
+    """Full, LoRA, QLoRA, GPTQ of 7B and 70B, alone and under FSDP: peak and what is left, within 0.1 % (aim: 1 %)."""
     row = a100_rows[row_id]
     assert row["contradicts"] is None
     assert abs(error_of(row, "peak_allocated")) < 0.001

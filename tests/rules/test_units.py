@@ -43,6 +43,7 @@ AS_THE_FIELD_SPELLS_IT = {
     "hidden_size",
     "vocab_size",
     "bits",
+    "group_size",
     "freeze_trainable_layers",
     "sequence_parallel_size",
     "checkpoint_every_n_layers",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -21,6 +22,7 @@ from tests.search.worlds import CPU, GPU, OLD_GPU, a_cluster, a_job
 
 QLORA = {"method": "qlora", "sharding": "zero3"}
 UINT8, INT8 = Quantization(storage_dtype="uint8"), Quantization(bits=8)
+PACKED = Quantization(quant_type="gptq", storage_dtype="int32")
 MIXTRAL = {"model_type": "mixtral", "num_local_experts": 8}
 OLD_RELEASES = {
     "accelerate": "1.5.2",
@@ -116,6 +118,7 @@ BROKEN: dict[str, tuple[Any, ...]] = {
     "fsdp-offloads-everything": (a_configuration(sharding="fsdp2", offload="optimizer"), GPU),
     "replicas-share-the-processes": (a_configuration(sharding="fsdp2", num_replicas=2), GPU),
     "fsdp1-replicates-over-nodes": (a_configuration(sharding="fsdp1", num_processes=4, num_replicas=2), GPU),
+    "auto-gptq-needs-a-gpu": (a_configuration(method="qlora", quantization=replace(PACKED, kernel="auto_gptq")), CPU),
     "low-rank-optimizers-need-matrices": (a_configuration(sharding="zero1", optim="galore_adamw"), GPU),
     "adagrad-makes-its-state-at-once": (a_configuration(sharding="zero2", optim="adagrad"), GPU),
     "layerwise-optimizers-are-for-one-process": (
@@ -135,6 +138,8 @@ WITHOUT_PACKAGES = {
     "cpu-adam-needs-a-compiler": a_configuration(sharding="zero2", offload="optimizer"),
     "peft-is-not-installed": a_configuration(method="lora"),
     "bitsandbytes-is-not-installed": a_configuration(optim="adamw_8bit"),
+    "gptqmodel-is-not-installed": a_configuration(method="qlora", quantization=PACKED),
+    "optimum-is-not-installed": a_configuration(method="qlora", quantization=PACKED),
     "deepspeed-is-not-installed": a_configuration(sharding="zero2"),
     "flash-attn-is-not-installed": a_configuration(attention="flash_attention_2"),
     "liger-kernel-is-not-installed": a_configuration(loss="liger"),

@@ -90,6 +90,9 @@ NOT_RUN = {
     "flash-attention-needs-small-heads": "needs a GPU",
     "fsdp-offloads-everything": "accelerate offloads from an accelerator only",
     "fsdp1-replicates-over-nodes": "needs two nodes",
+    "auto-gptq-needs-a-gpu": "needs a GPU",
+    "gptqmodel-is-not-installed": "it is not among the packages that the tests run with",
+    "optimum-is-not-installed": "as above",
     "peft-is-not-installed": "without it there is nothing to import",
     "trl-is-not-installed": "as above",
 }

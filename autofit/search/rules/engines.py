@@ -34,7 +34,7 @@ ENGINE_RULES: tuple[Rule, ...] = (
         source="bitsandbytes/autograd/_functions.py 0.50, MatMul8bitLt.forward (`ctx.tensors`, on a CPU `ctx.A`)",
         axes=("path", "engine"),
         breaks=lambda c, _: (
-            c.quantization is not None and c.quantization.bits == 8 and c.gradient_checkpointing and not c.use_reentrant
+            c.quantization is not None and c.quantization.is_int8 and c.gradient_checkpointing and not c.use_reentrant
         ),
         waived_by=lambda asked: asked.use_reentrant is False,
     ),
@@ -88,7 +88,7 @@ ENGINE_RULES: tuple[Rule, ...] = (
         releases=">=0.43",
         source="bitsandbytes/nn/modules.py 0.50, Linear8bitLt.forward (`state.CB`)",
         axes=("path", "engine"),
-        breaks=lambda c, _: c.zero_stage == 3 and c.quantization is not None and c.quantization.bits == 8,
+        breaks=lambda c, _: c.zero_stage == 3 and c.quantization is not None and c.quantization.is_int8,
         waived_by=lambda asked: bool(asked.shardings),
     ),
     Rule(
@@ -168,7 +168,8 @@ ENGINE_RULES: tuple[Rule, ...] = (
 
 
 def _is_packed(configuration: Configuration) -> bool:
-    return configuration.quantization is not None and configuration.quantization.bits == 4
+    quantization = configuration.quantization
+    return quantization is not None and not quantization.is_int8 and not quantization.comes_packed
 
 
 def _storage(configuration: Configuration) -> str | None:

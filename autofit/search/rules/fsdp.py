@@ -119,7 +119,7 @@ FSDP_RULES: tuple[Rule, ...] = (
         source='torch/distributed/fsdp/_flat_param.py 2.13, "Cannot flatten integer dtype tensors"; '
         "bitsandbytes/nn/modules.py 0.50, Int8Params.CB",
         axes=("path", "engine"),
-        breaks=lambda c, _: c.uses_fsdp and c.quantization is not None and c.quantization.bits == 8,
+        breaks=lambda c, _: c.uses_fsdp and c.quantization is not None and c.quantization.is_int8,
     ),
     Rule(
         name="fsdp1-flattens-one-floating-dtype",
@@ -131,6 +131,7 @@ FSDP_RULES: tuple[Rule, ...] = (
         breaks=lambda c, _: (
             c.sharding == "fsdp1"
             and c.quantization is not None
+            and c.quantization.storage_dtype != "int32"
             and (c.quantization.storage_dtype != c.weights_dtype or c.quantization.prepares_kbit)
         ),
     ),
@@ -145,7 +146,7 @@ FSDP_RULES: tuple[Rule, ...] = (
             c.uses_fsdp
             and c.quantization is not None
             and c.mixed_precision != "no"
-            and c.quantization.storage_dtype not in {"uint8", autocast_dtype(c)}
+            and c.quantization.storage_dtype not in {"uint8", "int32", autocast_dtype(c)}
         ),
     ),
     Rule(

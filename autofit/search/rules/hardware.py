@@ -42,6 +42,15 @@ HARDWARE_RULES: tuple[Rule, ...] = (
         breaks=lambda c, on: c.mixed_precision == "fp16" and on.is_cpu,
     ),
     Rule(
+        name="auto-gptq-needs-a-gpu",
+        reason="the one layer of auto_gptq that trains is Triton's, which allocates on CUDA devices",
+        library="auto-gptq",
+        releases=">=0.7",
+        source='auto_gptq/nn_modules/triton_utils/dequant.py 0.7, dequant248 (`device="cuda"`)',
+        axes=("path",),
+        breaks=lambda c, on: on.is_cpu and c.quantization is not None and c.quantization.kernel == "auto_gptq",
+    ),
+    Rule(
         name="fp16-weights-cannot-be-unscaled",
         reason="the gradient scaler refuses gradients that are fp16 themselves",
         library="torch",

@@ -21,6 +21,10 @@ class _Need:
     uses: Callable[[Configuration], bool]
 
 
+def _is_auto_gptq(configuration: Configuration) -> bool:
+    return configuration.quantization is not None and configuration.quantization.kernel == "auto_gptq"
+
+
 _NEEDS: tuple[_Need, ...] = (
     _Need(
         library="peft",
@@ -33,7 +37,21 @@ _NEEDS: tuple[_Need, ...] = (
         axes=("path", "optim"),
         source='transformers/quantizers/quantizer_bnb_4bit.py 5.23, "4-bit quantization requires bitsandbytes"; '
         "trainer_optimizer.py, _get_bitsandbytes_optimizer",
-        uses=lambda c: c.quantization is not None or is_from_bitsandbytes(c.optim),
+        uses=lambda c: (
+            (c.quantization is not None and not c.quantization.comes_packed) or is_from_bitsandbytes(c.optim)
+        ),
+    ),
+    _Need(
+        library="gptqmodel",
+        axes=("path",),
+        source='transformers/quantizers/quantizer_gptq.py 5.23, "requires gptqmodel"; quantizer_awq.py',
+        uses=lambda c: c.quantization is not None and c.quantization.comes_packed and not _is_auto_gptq(c),
+    ),
+    _Need(
+        library="optimum",
+        axes=("path",),
+        source='transformers/quantizers/quantizer_gptq.py 5.23, "requires optimum"',
+        uses=lambda c: c.quantization is not None and c.quantization.quant_type == "gptq" and not _is_auto_gptq(c),
     ),
     _Need(
         library="deepspeed",
