@@ -14,6 +14,7 @@ from autofit.launch.launch import launch
 from autofit.launch.script import check_script
 from autofit.launch.summary import log_excerpt
 from autofit.plan import Plan
+from autofit.spec.configuration import Quantization
 from tests.plans import A100, a_configuration, a_plan
 
 
@@ -101,6 +102,15 @@ def test_a_foreign_file_in_the_run_folder_stops_the_launch(tmp_path: Path, name:
     with pytest.raises(InputError, match="did not write"):
         launch(a_plan(), tmp_path, tmp_path / "train.py")
     assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_checkpoint_that_comes_packed_is_not_started(tmp_path: Path) -> None:
+    """No road loads one, so that neither a plan nor a fallback with such weights is started."""
+    (tmp_path / "train.py").write_text("")
+    packed = a_configuration(method="qlora", quantization=Quantization(quant_type="gptq", storage_dtype="int32"))
+    for plan in (a_plan(packed), a_plan(a_configuration(method="qlora"), fallbacks=(packed,))):
+        with pytest.raises(InputError, match="comes packed"):
+            launch(plan, tmp_path / "run", tmp_path / "train.py")
 
 
 def test_the_log_excerpt_ends_where_the_launcher_begins() -> None:
