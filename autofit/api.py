@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from autofit.search.compare import Offer
     from autofit.search.nothing_fits import Change
     from autofit.search.whatif import Answer
+    from autofit.search.why import Knob
     from autofit.spec.configuration import Configuration, Sharding
     from autofit.spec.hardware import Cluster
     from autofit.spec.job import Job, Model, RunLength, Workload
@@ -51,6 +52,9 @@ class Explanation:
     phases: tuple[ExplainedPhase, ...]
     stored_peak_allocated_bytes: int | None = None
     """What the plan file said, where one was explained: another figure shows its age."""
+    knobs: tuple[Knob, ...] | None = None
+    """Of a plan file: what each knob's other values come to; none: the plan is not one that a search here would make.
+    None: what was explained was not searched."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,7 +209,21 @@ def explain_plan(path: Path, display: Display = silent) -> Explanation:
     stored = load_plan(path)
     job, cluster, configuration = stored.inputs.job, stored.inputs.cluster, stored.configuration
     explained = _explained(job, cluster, configuration, display)
-    return replace(explained, stored_peak_allocated_bytes=stored.memory.peak_allocated_bytes)
+    return replace(
+        explained, stored_peak_allocated_bytes=stored.memory.peak_allocated_bytes, knobs=_knobs(stored, display)
+    )
+
+
+def _knobs(stored: Plan, display: Display) -> tuple[Knob, ...]:
+    from autofit.search.solve import required_regimes
+    from autofit.search.why import knobs
+
+    job, cluster = stored.inputs.job, stored.inputs.cluster
+    try:
+        profiles, _ = traceable_of(job.model, required_regimes(job, cluster), job.workload.sequence_tokens, display)
+        return knobs(stored, profiles)
+    except InputError:
+        return ()
 
 
 def explain_job(job: Job, cluster: Cluster, display: Display = silent) -> Explanation:

@@ -567,6 +567,7 @@ def print_explanation(explained: Explanation, *, as_json: bool) -> None:
         explained.symbols,
         explained.phases,
         stored_peak_allocated_bytes=explained.stored_peak_allocated_bytes,
+        knobs=explained.knobs,
         width=console.width,
     )
     console.print(report)

@@ -11,10 +11,14 @@ from rich.text import Text
 from autofit.memory.explain import ExplainedPhase, ExplainedTerm, HeldTensors, Symbols
 from autofit.plan import Plan
 from autofit.report.plan import bullets, facts_grid, headline, memory_table, plain_table
-from autofit.report.words import SHARDING_WORDS
-from autofit.units import GIB, MIB, format_bytes
+from autofit.report.words import SHARDING_WORDS, excess_words
+from autofit.search.evaluate import usable_bytes
+from autofit.search.why import Knob, Rival
+from autofit.search.words import describe, misfit_words
+from autofit.units import GIB, MIB, format_bytes, format_seconds
 
 NUM_TENSORS_SHOWN = 5
+WIDTH_WITH_SETUP = 140
 SMALLEST_SHOWN_BYTES = GIB // 200
 STAGE_MARKS = {
     "W": ("weights", "quantized_weights", "master_weights", "gathered_weights", "buffers"),
@@ -37,18 +41,51 @@ def explanation_report(
     phases: Sequence[ExplainedPhase],
     *,
     stored_peak_allocated_bytes: int | None,
+    knobs: Sequence[Knob] | None,
     width: int,
 ) -> Group:
     """Lay out an explanation for a terminal of `width` columns."""
     parts: list[RenderableType] = [headline(plan)]
     if changed := age_words(stored_peak_allocated_bytes, plan.memory.peak_allocated_bytes):
         parts.append(Text(f"\n{changed}", style="bold"))
+    parts += [] if knobs is None else [knobs_table(plan, knobs, width=width)]
     parts += [memory_table(plan.memory, width=width), *definitions(symbols, phases)]
     peak = max(phases, key=lambda phase: phase.bytes)
     parts += [tensors_table(phase, is_peak=phase is peak) for phase in phases if shows_tensors(phase, peak)]
     routing = [reason for reason in plan.reasons if reason.startswith("routing")]
     parts += [bullets("Of", routing)] if routing else []
     return Group(*parts)
+
+
+def knobs_table(plan: Plan, knobs: Sequence[Knob], *, width: int) -> RenderableType:
+    """Set beside each knob its other values, each with what it needs and what a token costs."""
+    if not knobs:
+        return Text("\nWhy: nothing to set beside it; the search that is possible here has no other configuration.")
+    shows_setup = width >= WIDTH_WITH_SETUP
+    columns = ["knob", "instead", "needs GiB", "a step", "a token costs", *(["as"] if shows_setup else [])]
+    table = plain_table("Why: what the other values of each knob would need and cost, all else chosen best", *columns)
+    for column in {1, len(columns) - 1} if shows_setup else {1}:
+        table.columns[column].justify = "left"
+    for knob in knobs:
+        for number, rival in enumerate(knob.rivals):
+            name = "" if number else f"{knob.name.replace('_', ' ')} {knob.value}"
+            table.add_row(name, rival.value, *_rival_cells(plan, rival), *_setup(rival, shown=shows_setup))
+    return table
+
+
+def _rival_cells(plan: Plan, rival: Rival) -> tuple[str, ...]:
+    step = "?" if rival.step_seconds is None else format_seconds(rival.step_seconds)
+    needed = f"{rival.needed_bytes / GIB:.2f}"
+    if rival.misfit == "none":
+        return needed, step, excess_words(rival.excess_fraction)
+    if rival.misfit != "device memory":
+        return needed, step, f"does not fit {misfit_words(rival.misfit)}"
+    excess = rival.needed_bytes - usable_bytes(plan.memory.budget_bytes)
+    return needed, step, f"{format_bytes(excess)} too much"
+
+
+def _setup(rival: Rival, *, shown: bool) -> tuple[str, ...]:
+    return (describe(rival.configuration),) if shown else ()
 
 
 def shows_tensors(phase: ExplainedPhase, peak: ExplainedPhase) -> bool:

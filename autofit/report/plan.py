@@ -376,7 +376,11 @@ def by_folder(files: Iterable[Path]) -> list[str]:
 def next_commands(plan: Plan, run_folder: Path | None) -> Text:
     """Write the commands that start what was planned, whole and on lines of their own, to be copied."""
     if run_folder is None:
-        return Text("\nAdd -o FOLDER to write the files.", style="dim")
+        return Text(
+            "\nAdd -o FOLDER to write the files. What every other choice would need and cost: "
+            "autofit explain FOLDER/plan.json",
+            style="dim",
+        )
     script = [plan.inputs.job.script or "train.py", *plan.inputs.job.script_arguments]
     plain = ["accelerate", "launch", "--config_file", str(run_folder / ACCELERATE_FILE), *launch_options(plan), *script]
     own = ["autofit", "launch", "--plan", str(run_folder / PLAN_FILE), *_after_dashes(script)]
@@ -384,7 +388,9 @@ def next_commands(plan: Plan, run_folder: Path | None) -> Text:
         ("\nStart it with autofit, which applies, verifies, measures and falls back\n", "bold"),
         f"  {shlex.join(own)}\n",
         ("Start it without; the script must set what training_arguments.json says\n", "bold"),
-        f"  {shlex.join(plain)}",
+        f"  {shlex.join(plain)}\n",
+        ("See what every other choice would need and cost\n", "bold"),
+        f"  {shlex.join(['autofit', 'explain', str(run_folder / PLAN_FILE)])}",
     )
 
 

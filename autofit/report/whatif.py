@@ -9,7 +9,7 @@ from rich.text import Text
 
 from autofit.plan import Plan
 from autofit.report.plan import bullets, decision, plain_table
-from autofit.report.words import tokens_words
+from autofit.report.words import excess_words, tokens_words
 from autofit.search.whatif import Answer, binding_reasons
 from autofit.search.words import describe
 from autofit.units import GIB
@@ -66,5 +66,4 @@ def _against(made: Plan, plan: Plan) -> str:
     )
     if not before or after is None:
         return "?"
-    excess_percent = round((after / before - 1) * 100)
-    return f"{excess_percent:+d}%" if excess_percent else "as much"
+    return excess_words(after / before - 1)

@@ -123,3 +123,9 @@ def model_words(name: str) -> str:
 def params_words(num_params: int | None) -> str:
     """Write a parameter count, or that it is not known."""
     return "unknown" if num_params is None else format_count(num_params)
+
+
+def excess_words(excess_fraction: float) -> str:
+    """Write by how much more something costs than the plan."""
+    percent = round(excess_fraction * 100)
+    return f"{percent:+d}%" if percent else "as much"

@@ -52,8 +52,9 @@ class Ranking:
 
     def __init__(self, table: Table, objective: Objective) -> None:
         self._table, self._objective = table, objective
-        devices = 1 if objective == "time" else table.by_block(lambda block: block.first.num_processes)
-        self.cost: npt.NDArray[np.float64] = table.seconds * devices
+        self.spent: npt.NDArray[np.float64] = table.seconds * table.by_block(lambda block: block.first.num_processes)
+        """The time of all devices that are used."""
+        self.cost: npt.NDArray[np.float64] = table.seconds if objective == "time" else self.spent
 
     def cheapest(self, rows: Rows) -> int:
         """Return the cheapest; among those within a tie of it, the one with the fewest moving parts.

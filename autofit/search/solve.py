@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import msgspec
 import numpy as np
@@ -12,11 +12,11 @@ import numpy as np
 from autofit.errors import InputError
 from autofit.plan import Inputs, Plan, Rung
 from autofit.search.allowed import allowed
-from autofit.search.evaluate import Evaluated, Evaluator, MemoryEstimator, Misfit, stage_misfit
+from autofit.search.evaluate import Evaluated, Evaluator, MemoryEstimator, stage_misfit
 from autofit.search.nothing_fits import Search, changes, refusal
 from autofit.search.rank import Ranking
 from autofit.search.rules import Site, broken_rule, rules_for_given
-from autofit.search.space import Block
+from autofit.search.settle import Settled, as_it_fits, evaluating_less, evaluator_of, nearest_row, settled
 from autofit.search.table import Rows, Table, tabulate
 from autofit.search.truncate import truncations
 from autofit.search.words import (
@@ -81,14 +81,14 @@ def solve(job: Job, cluster: Cluster, profiles: ProfileSet, *, estimate_memory: 
         NothingFitsError: no configuration fits; says what would.
     """
     left = allowed(job, cluster)
-    evaluator = _evaluator(job, cluster, profiles, left.blocks, estimate_memory)
+    evaluator = evaluator_of(job, cluster, profiles, left.blocks, estimate_memory)
     table = tabulate(left, evaluator)
     if not len(table):
         raise _nothing_evaluated(job, table)
     ranking = Ranking(table, job.restrictions.objective)
-    table, chosen = _settled(table, np.arange(len(table)), evaluator, ranking)
+    table, chosen = settled(table, np.arange(len(table)), evaluator, ranking)
     if chosen is None:
-        row = _nearest(table, np.arange(len(table)))
+        row = nearest_row(table, np.arange(len(table)))
         nearest = replace(evaluator.evaluate(table.configuration(row)), misfit=table.misfit_of(row))
         if nearest.misfit not in {"device memory", "host memory"}:  # it was seen, of this or of another, in a replay
             nearest = replace(nearest, memory=evaluator.replay(nearest.configuration))
@@ -98,8 +98,8 @@ def solve(job: Job, cluster: Cluster, profiles: ProfileSet, *, estimate_memory: 
     for method in dict.fromkeys(methods.tolist()):
         if method != chosen.configuration.method:
             rows = np.flatnonzero(methods == method)
-            table, found = _settled(table, rows, evaluator, ranking)
-            alternatives.append(found or _Settled(row := _nearest(table, rows), table.configuration(row)))
+            table, found = settled(table, rows, evaluator, ranking)
+            alternatives.append(found or Settled(row := nearest_row(table, rows), table.configuration(row)))
     fallbacks = ranking.ladder(chosen.row, _smaller(table, chosen.row))
     return _plan(
         job,
@@ -182,26 +182,6 @@ def _refuse_broken(job: Job, cluster: Cluster, configuration: Configuration) -> 
         )
 
 
-def _evaluator(
-    job: Job,
-    cluster: Cluster,
-    profiles: ProfileSet,
-    blocks: Iterable[Block],
-    estimate_memory: MemoryEstimator | None,
-) -> Evaluator:
-    micro_batches = {micro_batch for block in blocks for micro_batch, _ in block.splits}
-    asked = job.restrictions
-    return Evaluator(
-        cluster,
-        job.workload,
-        profiles,
-        tuple(micro_batches),
-        estimate_memory,
-        held_stages=asked.held_stages,
-        frees_evaluation=asked.evaluation.per_device_eval_batch_size is None,
-    )
-
-
 def _nothing_evaluated(job: Job, table: Table) -> InputError:
     if table.unmodelled and not table.num_untraced:
         return InputError(
@@ -219,68 +199,11 @@ def _search_of_smallest(profiles: ProfileSet, estimate_memory: MemoryEstimator |
 
     def search(job: Job, cluster: Cluster) -> Table:
         left = allowed(job, cluster).of_smallest_micro_batch()
-        evaluator = _evaluator(job, cluster, profiles, left.blocks, estimate_memory)
+        evaluator = evaluator_of(job, cluster, profiles, left.blocks, estimate_memory)
         table = tabulate(left, evaluator)
-        return _settled(table, np.arange(len(table)), evaluator, Ranking(table, "cost"))[0] if len(table) else table
+        return settled(table, np.arange(len(table)), evaluator, Ranking(table, "cost"))[0] if len(table) else table
 
     return search
-
-
-def _nearest(table: Table, rows: Rows) -> int:
-    """Return what needs least; of several, by its name."""
-    needed = table.needed_bytes[rows]
-    least: list[int] = rows[needed == needed.min()].tolist()
-    return min(least, key=lambda row: describe(table.configuration(row)))
-
-
-@dataclass(frozen=True, slots=True)
-class _Settled:
-    row: int
-    configuration: Configuration
-    """The row's, or that one with segments that grow."""
-
-
-def _settled(table: Table, rows: Rows, evaluator: Evaluator, ranking: Ranking) -> tuple[Table, _Settled | None]:
-    """Find the best of some rows that still fits when every allocation is replayed.
-
-    One that does not fit is marked, with what fares no better: where it is fragmentation, those of its method that need
-    as much or more; where it is a stage, those of its block, which all load the same.
-    What the allocator cannot do without has to leave as much of the device free as tensors have.
-    """
-    methods = table.knob("method")
-    while (fitting := rows[table.fits[rows]]).size:
-        row = ranking.best(fitting)
-        configuration, misfit = _as_it_fits(table.configuration(row), evaluator)
-        if misfit == "none":
-            return table, _Settled(row, configuration)
-        fares_no_better = methods == methods[row] if misfit == "fragmentation" else table.block == table.block[row]
-        if misfit != "loading":
-            fares_no_better &= table.needed_bytes >= table.needed_bytes[row]
-        table = table.marked(table.fits & fares_no_better, misfit)
-    return table, None
-
-
-def _as_it_fits(configuration: Configuration, evaluator: Evaluator) -> tuple[Configuration, Misfit]:
-    """Return a configuration as it fits when replayed, or what of it does not fit.
-
-    As it is; or with what changes no result: evaluations on training's micro-batch, and segments that grow.
-    """
-    misfit = evaluator.replayed_misfit(configuration)
-    if misfit == "evaluation":
-        configuration = _evaluating_less(configuration, evaluator)
-        misfit = evaluator.replayed_misfit(configuration)
-    if misfit == "fragmentation" and evaluator.can_grow_segments:  # which is asked last: stages do not depend on it
-        configuration = replace(configuration, expandable_segments=True)
-        misfit = evaluator.replayed_misfit(configuration)
-    return configuration, misfit
-
-
-def _evaluating_less(configuration: Configuration, evaluator: Evaluator) -> Configuration:
-    """Return a configuration that evaluates on no more than training's micro-batch, where nobody fixed that."""
-    if not evaluator.frees_evaluation:
-        return configuration
-    smaller = min(configuration.per_device_train_batch_size, configuration.per_device_eval_batch_size)
-    return replace(configuration, evaluation=replace(configuration.evaluation, per_device_eval_batch_size=smaller))
 
 
 def _smaller(table: Table, chosen: int) -> Rows:
@@ -296,7 +219,7 @@ def _descending(chosen: Configuration, rungs: Iterable[Configuration], evaluator
     A rung evaluates less at a time too: it may have been an evaluation that ran out of memory.
     """
     kept, lowest = [], evaluator.replay(chosen)
-    for configuration, misfit in (_as_it_fits(_evaluating_less(rung, evaluator), evaluator) for rung in rungs):
+    for configuration, misfit in (as_it_fits(evaluating_less(rung, evaluator), evaluator) for rung in rungs):
         memory = evaluator.replay(configuration)
         is_less = memory.peak_allocated_bytes < lowest.peak_allocated_bytes
         if is_less and memory.needed_bytes < lowest.needed_bytes and misfit == "none":

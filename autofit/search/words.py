@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from autofit.search.allowed import Allowed
-from autofit.search.evaluate import HEADROOM_FRACTION, Evaluator
+from autofit.search.evaluate import HEADROOM_FRACTION, Evaluator, Misfit
 from autofit.search.rank import SAFETY_FRACTION, Ranking
 from autofit.search.rules.engines import routes
 from autofit.search.space import USUAL_EVAL_BATCH
@@ -208,26 +208,30 @@ def routing_reasons(job: Job, profile: RegimeProfile | None) -> tuple[str, ...]:
 
 
 def knob_reasons(chosen: int, table: Table, ranking: Ranking, evaluator: Evaluator) -> tuple[str, ...]:
-    """Say of each knob what its other values would need and take, everything else chosen best for them.
+    """Say of each knob what its other values would take, everything else chosen best for them.
 
-    What was replayed needs what its own plan says; of the rest it is what their tensors need at least.
+    What one needs is said where it was replayed, as what its own plan says; `autofit.search.why` replays all of them.
     """
-    return tuple(sentence for knob in KNOBS if (sentence := _knob_reason(knob, chosen, table, ranking, evaluator)))
+    return tuple(
+        f"{knob} {spelt(mine)}: "
+        + "; ".join(_compared(value, chosen, rows, table, ranking, evaluator) for value, rows in others)
+        + "."
+        for knob, mine, others in rivals(chosen, table)
+    )
 
 
-def _knob_reason(knob: str, chosen: int, table: Table, ranking: Ranking, evaluator: Evaluator) -> str | None:
-    values, methods = table.knob(knob), table.knob("method")
-    rivals = np.flatnonzero((methods == methods[chosen]) | (knob == "method"))
-    mine = values[chosen].item()
-    others = sorted(_distinct(values[rivals]) - {mine}, key=lambda value: (str(type(value)), value))
-    if not others:
-        return None
-    if knob == "per_device_train_batch_size":
-        others = _neighbours(others, mine)
-    compared = [
-        _compared(value, chosen, rivals[values[rivals] == value], table, ranking, evaluator) for value in others
-    ]
-    return f"{knob} {_spelt(mine)}: {'; '.join(compared)}."
+def rivals(chosen: int, table: Table) -> Iterator[tuple[str, object, list[tuple[object, Rows]]]]:
+    """Yield each knob that has other values, with its own value and each other one's rows, of the same method."""
+    methods = table.knob("method")
+    for knob in KNOBS:
+        values = table.knob(knob)
+        comparable = np.flatnonzero((methods == methods[chosen]) | (knob == "method"))
+        mine = values[chosen].item()
+        others = sorted(_distinct(values[comparable]) - {mine}, key=lambda value: (str(type(value)), value))
+        if knob == "per_device_train_batch_size":
+            others = _neighbours(others, mine)
+        if others:
+            yield knob, mine, [(value, comparable[values[comparable] == value]) for value in others]
 
 
 def _distinct(values: Values) -> set[Any]:
@@ -240,23 +244,16 @@ def _compared(value: object, chosen: int, group: Rows, table: Table, ranking: Ra
     fitting = group[table.fits[group]]
     if not fitting.size:
         least = int(group[np.argmin(table.needed_bytes[group])])
-        needed = format_bytes(int(table.needed_bytes[least]))
-        return f"{_spelt(value)} would need {needed} at least, {_too_much(table, least)}"
+        return f"{spelt(value)} would not fit{_too_much(table, least)}"
     best = ranking.cheapest(fitting)
-    needs = f"{_spelt(value)} would need {_needed(table, best, evaluator)}"
-    time = _slower(float(table.seconds[best] / table.seconds[chosen]) - 1, knows_time=table.knows_time)
-    devices = table.knob("num_processes")
-    if devices[best] == devices[chosen]:
-        return f"{needs} and {time}"
-    spent = table.seconds * devices
-    return f"{needs}, {_dearer(float(spent[best] / spent[chosen]) - 1)} and {time}"
-
-
-def _needed(table: Table, row: int, evaluator: Evaluator) -> str:
-    replayed = evaluator.known_replay(table.configuration(row))
-    if replayed is None:
-        return f"at least {format_bytes(int(table.needed_bytes[row]))}"
-    return format_bytes(replayed.needed_bytes)
+    replayed = evaluator.known_replay(table.configuration(best))
+    devices, spent = table.knob("num_processes"), ranking.spent
+    parts = [
+        *([] if replayed is None else [f"need {format_bytes(replayed.needed_bytes)}"]),
+        *([] if devices[best] == devices[chosen] else [_dearer(float(spent[best] / spent[chosen]) - 1)]),
+        _slower(float(table.seconds[best] / table.seconds[chosen]) - 1, knows_time=table.knows_time),
+    ]
+    return f"{spelt(value)} would {', '.join(parts[:-1])}{' and ' if parts[1:] else ''}{parts[-1]}"
 
 
 def _dearer(excess_fraction: float) -> str:
@@ -268,13 +265,16 @@ def _dearer(excess_fraction: float) -> str:
 
 def _too_much(table: Table, least: int) -> str:
     misfit = table.misfit_of(least)
-    if misfit == "host memory":
-        return "and more host memory than there is"
-    if misfit == "fragmentation":
-        return "which does not fit as torch's allocator lays it out"
+    if misfit == "device memory":
+        return f": {format_bytes(int(table.needed_bytes[least]) - table.usable_bytes)} too much before fragmentation"
+    return f" {misfit_words(misfit)}"
+
+
+def misfit_words(misfit: Misfit) -> str:
+    """Say what of a configuration does not fit, as the end of "does not fit"."""
     if misfit in STAGE_WORDS:
-        return f"which does not fit {STAGE_WORDS[misfit]}"
-    return f"{format_bytes(int(table.needed_bytes[least]) - table.usable_bytes)} too much"
+        return STAGE_WORDS[misfit]
+    return {"host memory": "the host's memory", "fragmentation": "as torch's allocator lays it out"}.get(misfit, "")
 
 
 def stage_words(memory: MemoryEstimate, name: StageName) -> str:
@@ -299,7 +299,8 @@ def _neighbours(values: Sequence[object], chosen: int) -> list[object]:
     return [*below[-1:], *above[:1]]
 
 
-def _spelt(value: object) -> str:
+def spelt(value: object) -> str:
+    """Write the value of a knob."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
 
 

@@ -1,0 +1,96 @@
+"""What of a table's configurations really fits: every allocation replayed, and every stage that has to be held."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from autofit.search.evaluate import Evaluator, MemoryEstimator, Misfit
+from autofit.search.rank import Ranking
+from autofit.search.space import Block
+from autofit.search.table import Rows, Table
+from autofit.search.words import describe
+from autofit.spec.configuration import Configuration
+from autofit.spec.hardware import Cluster
+from autofit.spec.job import Job
+from autofit.spec.profile import ProfileSet
+
+
+def evaluator_of(
+    job: Job,
+    cluster: Cluster,
+    profiles: ProfileSet,
+    blocks: Iterable[Block],
+    estimate_memory: MemoryEstimator | None = None,
+) -> Evaluator:
+    """Return what evaluates all configurations of a job's blocks."""
+    micro_batches = {micro_batch for block in blocks for micro_batch, _ in block.splits}
+    asked = job.restrictions
+    return Evaluator(
+        cluster,
+        job.workload,
+        profiles,
+        tuple(micro_batches),
+        estimate_memory,
+        held_stages=asked.held_stages,
+        frees_evaluation=asked.evaluation.per_device_eval_batch_size is None,
+    )
+
+
+def nearest_row(table: Table, rows: Rows) -> int:
+    """Return what needs least; of several, by its name."""
+    needed = table.needed_bytes[rows]
+    least: list[int] = rows[needed == needed.min()].tolist()
+    return min(least, key=lambda row: describe(table.configuration(row)))
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What fits, and where it is in the table."""
+
+    row: int
+    configuration: Configuration
+    """The row's, or that one with segments that grow."""
+
+
+def settled(table: Table, rows: Rows, evaluator: Evaluator, ranking: Ranking) -> tuple[Table, Settled | None]:
+    """Find the best of some rows that still fits when every allocation is replayed.
+
+    One that does not fit is marked, with what fares no better: where it is fragmentation, those of its method that need
+    as much or more; where it is a stage, those of its block, which all load the same.
+    What the allocator cannot do without has to leave as much of the device free as tensors have.
+    """
+    methods = table.knob("method")
+    while (fitting := rows[table.fits[rows]]).size:
+        row = ranking.best(fitting)
+        configuration, misfit = as_it_fits(table.configuration(row), evaluator)
+        if misfit == "none":
+            return table, Settled(row, configuration)
+        fares_no_better = methods == methods[row] if misfit == "fragmentation" else table.block == table.block[row]
+        if misfit != "loading":
+            fares_no_better &= table.needed_bytes >= table.needed_bytes[row]
+        table = table.marked(table.fits & fares_no_better, misfit)
+    return table, None
+
+
+def as_it_fits(configuration: Configuration, evaluator: Evaluator) -> tuple[Configuration, Misfit]:
+    """Return a configuration as it fits when replayed, or what of it does not fit.
+
+    As it is; or with what changes no result: evaluations on training's micro-batch, and segments that grow.
+    """
+    misfit = evaluator.replayed_misfit(configuration)
+    if misfit == "evaluation":
+        configuration = evaluating_less(configuration, evaluator)
+        misfit = evaluator.replayed_misfit(configuration)
+    if misfit == "fragmentation" and evaluator.can_grow_segments:  # which is asked last: stages do not depend on it
+        configuration = replace(configuration, expandable_segments=True)
+        misfit = evaluator.replayed_misfit(configuration)
+    return configuration, misfit
+
+
+def evaluating_less(configuration: Configuration, evaluator: Evaluator) -> Configuration:
+    """Return a configuration that evaluates on no more than training's micro-batch, where nobody fixed that."""
+    if not evaluator.frees_evaluation:
+        return configuration
+    smaller = min(configuration.per_device_train_batch_size, configuration.per_device_eval_batch_size)
+    return replace(configuration, evaluation=replace(configuration.evaluation, per_device_eval_batch_size=smaller))
