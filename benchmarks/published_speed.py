@@ -120,8 +120,8 @@ FACTS: dict[str, tuple[Fact, ...]] = {
             applies=lambda row: _notes("framework=baseline-peft-bnb")(row) and not _is_sharded(row),
         ),
         Fact(
-            fields={"refused": "layers of GPTQ run kernels that are not modelled"},
-            because="plugins/accelerated-peft, autogptq",
+            fields={"weights_dtype": "float16", "autocast": "fp16", "packed_by": "auto_gptq"},
+            because="scenarios*.yaml: fp16; plugins/accelerated-peft framework_plugin_autogptq.py: the Triton layer",
             applies=_notes("autogptq"),
         ),
         Fact(
@@ -167,8 +167,8 @@ FACTS: dict[str, tuple[Fact, ...]] = {
             applies=_is("method", "lora (multinode)"),
         ),
         Fact(
-            fields={"refused": "layers of GPTQ run kernels that are not modelled"},
-            because="README.md: Q-LoRA on the Int4 model",
+            fields={"refused": "layers of GPTQ run CUDA kernels of auto_gptq of 2023, which are not modelled"},
+            because="README.md: Q-LoRA on the Int4 model; finetune.py, GPTQConfig(disable_exllama=True)",
             applies=_is("method", "qlora"),
         ),
     ),
@@ -275,6 +275,10 @@ NOT_A_CHOICE_HERE = re.compile(
 )
 
 
+OF_QUANTIZATION = ("storage", "packed_by")
+"""Facts about a quantised model alone."""
+
+
 def state(row: Row, folder: Path) -> Stated:
     """Read a row.
 
@@ -306,7 +310,7 @@ def state(row: Row, folder: Path) -> Stated:
         "sharding": facts.pop("sharding", None) or _sharding(row),
         "offload": OFFLOADS.get(row["offload"] or "none", "none"),
         **_precision(row),
-        **{name: value for name, value in facts.items() if name != "storage"},
+        **{name: value for name, value in facts.items() if name not in OF_QUANTIZATION},
     }
     if stated["method"] == "qlora":
         stated["quantization"] = _quantization(row, facts, stated)
@@ -484,6 +488,8 @@ def _precision(row: Row) -> dict[str, str]:
 
 def _quantization(row: Row, facts: Mapping[str, Any], stated: Mapping[str, Any]) -> dict[str, Any]:
     bits = row.get("quant_bits") or 4
+    if "packed_by" in facts:
+        return {"bits": bits, "type": "gptq", "kernel": facts["packed_by"]}
     shards_weights = stated["sharding"] in {"fsdp1", "fsdp2", "zero3"}
     storage = facts.get("storage") or ("bfloat16" if shards_weights else None)
     given = {"bits": bits, "type": "nf4" if bits == 4 else None, "storage": storage}

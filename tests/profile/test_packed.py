@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from autofit.errors import InputError
 from autofit.memory.tensors import num_bytes_of
 from autofit.profile.models import load_config
-from autofit.profile.packed import packed_shapes
+from autofit.profile.packed import SavingLinear, packed_shapes
 from autofit.profile.trace import trace_steps
+from autofit.runtime.live_bytes import LiveBytes
 from autofit.spec.configuration import Lora, Quantization
 from tests.profile.tiny import CONFIGS, a_regime, every_layer_traced, highest_alive
 
@@ -102,3 +106,37 @@ def test_what_packed_layers_do_not_take_is_refused_in_words(said, config, lora):
     with pytest.raises(InputError, match=said) as error:
         held_by_kind(regime, {**LLAMA, **config})
     assert error.value.to_fix
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gptqmodels_own_layer_holds_and_takes_as_much(bits):
+    """gptqmodel's layer in training on this CPU: stored, forward's peak, what stays for backward, to the byte.
+
+    Once, before torch.compile takes its unpacking: `post_init` is not called.
+    """
+    qlinear = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch")
+    sizes = {"in_features": 1024, "out_features": 2048}
+    real = qlinear.TorchLinear(
+        bits=bits, group_size=128, sym=True, desc_act=True, bias=False, register_buffers=True, **sizes
+    )
+    real._init_wf_unsqueeze_buffers()
+    packed = Quantization(bits=bits, quant_type="gptq", storage_dtype="int32", compute_dtype="float16")
+    ours = SavingLinear(nn.Linear(*sizes.values(), bias=False, device="meta"), packed).to_empty(device="cpu")
+    for buffer in ours.buffers():
+        buffer.zero_()
+    assert taken(ours) == taken(real.train())
+
+
+def taken(layer: nn.Module) -> tuple[int, int, int]:
+    """Bytes that a layer holds, that its forward takes at most, and that stay for backward."""
+    layer(torch.randn(64, 1024, dtype=torch.bfloat16, requires_grad=True))
+    x = torch.randn(64, 1024, dtype=torch.bfloat16, requires_grad=True)
+    gc.collect()
+    with LiveBytes() as live:
+        live.count_existing()
+        live.reset_peak()
+        before = live.now_bytes
+        out = layer(x)
+        peak, kept = live.peak_bytes - before, live.now_bytes - before
+        del out
+    return sum(buffer.nbytes for buffer in layer.buffers()), peak, kept
