@@ -18,8 +18,11 @@ from autofit.errors import InputError
 from autofit.profile.dtypes import DTYPES
 from autofit.profile.layers import layer_stacks
 from autofit.spec.configuration import Quantization
+from autofit.spec.profile import Regime
 
 _WORD_BITS = 32
+AWQ_FUSED_ROWS = 1024
+"""Source: gptqmodel 7.7 nn_modules/qlinear/gemm_awq.py, AwqGemmFn.forward (`rows > 1024`)."""
 _ROUTERS = ("gate", "router")
 """Last part of the name of what chooses experts, which is never packed. Source: fms-acceleration-peft
 gptqmodel/models/mixtral.py, auto_gptq 0.7 modeling/mixtral.py (`layer_modules` without it)."""
@@ -87,7 +90,7 @@ class PackedLinear(nn.Module):
 
 
 class RecomputingLinear(PackedLinear):
-    """Unpacks in forward and again in backward. `auto_gptq`'s Triton layer, and gptqmodel's for AWQ."""
+    """`auto_gptq`'s Triton layer: unpacks in forward and again in backward."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Source: auto_gptq 0.7 and fms-acceleration-peft, qlinear_tritonv2.py, QuantLinear.forward."""
@@ -152,6 +155,71 @@ class _RecomputedProduct(torch.autograd.Function):
         return grad_output @ ctx.layer.unpack(ctx.layer.unpacked_dtype).t(), None
 
 
+class AwqLinear(PackedLinear):
+    """gptqmodel's CUDA layer for AWQ, with more rows than `AWQ_FUSED_ROWS`: unpacks in forward and in backward.
+
+    What its kernel allocates is the weight, in the dtype of the scales.
+    Source: gptqmodel 7.7 gptqmodel_ext/awq/quantization/gemm_cuda_gen.cu, dequantize_weights_cuda.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Source: gptqmodel 7.7 nn_modules/qlinear/gemm_awq.py, AwqGEMMLinear.forward."""
+        computed = x.dtype if x.dtype in {torch.float16, torch.bfloat16} else torch.float16
+        out: torch.Tensor = _AwqProduct.apply(x.to(computed).contiguous(), self)  # type: ignore[no-untyped-call]
+        return out.to(x.dtype)
+
+
+class _AwqProduct(torch.autograd.Function):
+    """Source: gptqmodel 7.7 nn_modules/qlinear/gemm_awq.py, AwqGemmFn: backward runs without autocast."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: PackedLinear) -> torch.Tensor:
+        ctx.layer, ctx.dtype, ctx.shape = layer, x.dtype, x.shape
+        weight = layer.unpack(x.dtype)
+        out = torch.matmul(x.reshape(-1, x.shape[-1]), weight)
+        if layer.quant_bias is not None:
+            out = out + layer.quant_bias
+        return out.reshape(*x.shape[:-1], layer.outfeatures)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, None]:
+        if not ctx.needs_input_grad[0]:
+            return None, None
+        weight = ctx.layer.unpack(ctx.dtype).to(grad_output.dtype)
+        rows = grad_output.reshape(-1, grad_output.shape[-1])
+        return torch.matmul(rows, weight.transpose(-1, -2)).reshape(ctx.shape), None
+
+
+def shortest_sequence_tokens(quantization: Quantization | None) -> int:
+    """Return the fewest tokens of a sequence, by eights, with which every product takes the path that is traced.
+
+    Up to `AWQ_FUSED_ROWS` rows AWQ's layer multiplies packed weights in a kernel of its own, which allocates eight fp32
+    copies of its result.
+    """
+    is_awq = quantization is not None and quantization.quant_type == "awq"
+    return AWQ_FUSED_ROWS + 8 if is_awq else 1
+
+
+def refuse_awq_elsewhere(regime: Regime, sequence_tokens: int | None) -> None:
+    """Refuse AWQ where another of its kernels runs than the one that is traced.
+
+    Raises:
+        InputError: on a CPU, for short sequences, or where processes share them.
+    """
+    if regime.quantization is None or regime.quantization.quant_type != "awq":
+        return
+    if regime.device == "cpu":
+        raise InputError(
+            "on a CPU other layers multiply AWQ's packed weights, which are not modelled", to_fix="plan for a GPU"
+        )
+    shortest = shortest_sequence_tokens(regime.quantization)
+    if regime.sequence_parallel_size > 1 or (sequence_tokens is not None and sequence_tokens < shortest):
+        raise InputError(
+            f"up to {AWQ_FUSED_ROWS} tokens at once AWQ's layers multiply by another kernel, which is not modelled",
+            to_fix=f"plan sequences of more than {AWQ_FUSED_ROWS} tokens, each on one process",
+        )
+
+
 def packed_shapes(inputs: int, outputs: int, quantization: Quantization) -> dict[str, tuple[int, int]]:
     """Return the shapes of the packed weight and of the packed zeros, in 32-bit words."""
     per_word = _WORD_BITS // quantization.bits
@@ -186,7 +254,9 @@ def pack(model: nn.Module, quantization: Quantization) -> None:
 
 
 def _stand_in(linear: nn.Module, quantization: Quantization) -> PackedLinear:
-    if quantization.quant_type == "gptq" and quantization.kernel == "gptqmodel":
+    if quantization.quant_type == "awq":
+        return AwqLinear(linear, quantization)
+    if quantization.kernel == "gptqmodel":
         return SavingLinear(linear, quantization)
     return RecomputingLinear(linear, quantization)
 
@@ -196,9 +266,10 @@ def peft_layers() -> dict[type[nn.Module], type[nn.Module]]:
 
     Source: peft/tuners/lora/gptq.py, dispatch_gptq; awq.py, dispatch_awq.
     """
-    from peft.tuners.lora import gptq
+    from peft.tuners.lora import awq, gptq
 
-    return {PackedLinear: getattr(gptq, "GPTQLoraLinear", None) or gptq.QuantLinear}
+    of_gptq = getattr(gptq, "GPTQLoraLinear", None) or gptq.QuantLinear
+    return {AwqLinear: awq.AwqLoraLinear, PackedLinear: of_gptq}
 
 
 def _refuse_odd_sizes(name: str, linear: nn.Module) -> None:

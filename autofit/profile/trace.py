@@ -38,6 +38,7 @@ from autofit.profile.loops import (
     refuse_long_loop,
 )
 from autofit.profile.models import build, build_plain, choose_depth, load_config, num_experts, width
+from autofit.profile.packed import refuse_awq_elsewhere, shortest_sequence_tokens
 from autofit.profile.parameters import fold_layers, static_tensors
 from autofit.profile.parts import text_config
 from autofit.profile.quantized import unpacking_as_an_operator
@@ -94,8 +95,11 @@ def trace(
     whole = load_config(config, None, regime)
     text = text_config(whole)
     subject = _Subject(config=config, whole=whole, regime=regime, chosen=_chosen_depth(config, whole, regime))
-    planned = max(planned_length(text, sequence_tokens), regime.image_tokens)
+    refuse_awq_elsewhere(regime, sequence_tokens)
+    shortest = shortest_sequence_tokens(regime.quantization)
+    planned = max(planned_length(text, sequence_tokens), regime.image_tokens, shortest)
     lengths = _lengths(whole, regime, sequence_tokens)
+    lengths = replace(lengths, min_sequence_tokens=max(lengths.min_sequence_tokens, shortest))
     if regime.sequence_parallel_size > 1:
         tape = _tape_of_shares(subject, lengths, progress)
     else:

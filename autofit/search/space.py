@@ -22,6 +22,7 @@ from autofit.spec.configuration import (
     MixedPrecision,
     Offload,
     Optim,
+    PackedKernel,
     Quantization,
     Sharding,
 )
@@ -258,7 +259,7 @@ def configuration(
         num_replicas=engine.num_replicas,
         reshard_after_forward=restrictions.reshard_after_forward,
         sequence_parallel_size=restrictions.sequence_parallel_size,
-        weights_dtype=restrictions.weights_dtype or dtypes.weights_dtype,
+        weights_dtype=_loaded_dtype(restrictions.weights_dtype or dtypes.weights_dtype, quantization),
         mixed_precision=dtypes.mixed_precision,
         attention=path.attention,
         sdpa_kernel=restrictions.sdpa_kernel,
@@ -343,6 +344,15 @@ def _quantization(wish: QuantizationWish, dtypes: Dtypes, sharding: Sharding) ->
     )
 
 
+def _loaded_dtype(asked: Dtype, quantization: Quantization | None) -> Dtype:
+    """On a GPU transformers loads an AWQ model in fp16 where bf16 is asked for.
+
+    Source: transformers/quantizers/quantizer_awq.py 5.23, update_dtype.
+    """
+    is_awq = quantization is not None and quantization.quant_type == "awq"
+    return "float16" if is_awq and asked == "bfloat16" else asked
+
+
 def _packed(wish: QuantizationWish, dtypes: Dtypes, sharding: Sharding) -> Quantization:
     """Complete what is known of a checkpoint that comes packed.
 
@@ -353,7 +363,8 @@ def _packed(wish: QuantizationWish, dtypes: Dtypes, sharding: Sharding) -> Quant
     framework_plugin_autogptq.py; gptqmodel 7.7 nn_modules/qlinear/__init__.py, _dequantize_from_codes;
     transformers/core_model_loading.py 5.23 (`empty_param.dtype`); peft/utils/other.py 0.21 (`is_gptq_quantized`).
     """
-    views = wish.kernel == "auto_gptq" and sharding.startswith("fsdp")
+    kernel: PackedKernel = "gptqmodel" if wish.quant_type == "awq" else wish.kernel
+    views = kernel == "auto_gptq" and sharding.startswith("fsdp")
     return Quantization(
         bits=wish.bits,
         quant_type=wish.quant_type,
@@ -362,7 +373,7 @@ def _packed(wish: QuantizationWish, dtypes: Dtypes, sharding: Sharding) -> Quant
         storage_dtype=dtypes.compute_dtype if views else "int32",
         prepares_kbit=wish.prepares_kbit and wish.quant_type != "gptq",
         group_size=wish.group_size,
-        kernel=wish.kernel,
+        kernel=kernel,
     )
 
 

@@ -13,9 +13,10 @@ from torch import nn
 from autofit.errors import InputError
 from autofit.memory.tensors import num_bytes_of
 from autofit.profile.models import load_config
-from autofit.profile.packed import SavingLinear, packed_shapes
-from autofit.profile.trace import trace_steps
+from autofit.profile.packed import AwqLinear, SavingLinear, packed_shapes
+from autofit.profile.trace import trace, trace_steps
 from autofit.runtime.live_bytes import LiveBytes
+from autofit.sources.rows import read_case
 from autofit.spec.configuration import Lora, Quantization
 from tests.profile.tiny import CONFIGS, a_regime, every_layer_traced, highest_alive
 
@@ -108,6 +109,65 @@ def test_what_packed_layers_do_not_take_is_refused_in_words(said, config, lora):
     assert error.value.to_fix
 
 
+@pytest.mark.parametrize(
+    ("changes", "tokens"), [({"device": "cpu"}, 2048), ({}, 1024), ({"sequence_parallel_size": 2}, 4096)]
+)
+def test_awq_is_refused_where_another_kernel_runs(changes, tokens):
+    """On a CPU, and where a product may have no more than 1,024 rows."""
+    with pytest.raises(InputError, match="AWQ") as refused:
+        trace("a small model", LLAMA, packed_regime({"quant_type": "awq"}, **changes), sequence_tokens=tokens)
+    assert refused.value.to_fix
+
+
+def test_awq_unpacks_again_in_backward():
+    """No whole weight stays from forward to backward, as with auto_gptq's layer and unlike gptqmodel's for GPTQ."""
+    peaks = {
+        name: highest_alive(every_layer_traced(LLAMA, packed_regime({"quant_type": name}), [SIZE])[0])
+        for name in ("awq", "gptq")
+    }
+    assert peaks["gptq"] - peaks["awq"] == pytest.approx(2 * LAYERS * IN_A_LAYER, rel=0.1)
+
+
+def test_a_bf16_model_of_awq_is_loaded_in_fp16():
+    """transformers casts it where a GPU is to run it, and GPTQ's it leaves."""
+    row = {"model": "Qwen/Qwen2.5-0.5B", "method": "qlora", "gpus": "1xA100-80G", "seq_len": 2048, "autocast": "bf16"}
+    dtypes = {
+        name: read_case({**row, "quantization": {"bits": 4, "type": name}}).configuration.weights_dtype
+        for name in ("awq", "gptq", "nf4")
+    }
+    assert dtypes == {"awq": "float16", "gptq": "bfloat16", "nf4": "bfloat16"}
+
+
+def test_awqs_own_product_takes_and_keeps_as_much(monkeypatch):
+    """gptqmodel's autograd function on this CPU, with its CUDA kernel replaced by what that allocates, to the byte."""
+    gemm = pytest.importorskip("gptqmodel.nn_modules.qlinear.gemm_awq")
+    from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
+
+    monkeypatch.setattr(
+        gemm,
+        "awq_dequantize_weights",
+        lambda words, scales, *_: torch.empty(words.shape[0], words.shape[1] * 8, dtype=scales.dtype),
+    )
+    sizes = {"in_features": 256, "out_features": 512}
+    stored = AwqTorchLinear(
+        bits=4, group_size=128, sym=False, desc_act=False, bias=False, register_buffers=True, **sizes
+    )
+
+    class Real(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.in_features = sizes["in_features"]
+            for name in ("qweight", "qzeros", "scales"):
+                self.register_buffer(name, getattr(stored, name))
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return gemm.AwqGemmFn.apply(x, self.qweight, self.qzeros, self.scales, 4, 128, None, 512, "cuda", True)
+
+    packed = Quantization(quant_type="awq", storage_dtype="int32", compute_dtype="float16")
+    ours = AwqLinear(nn.Linear(*sizes.values(), bias=False, device="meta"), packed).to_empty(device="cpu")
+    assert taken(ours, rows=2048, dtype=torch.float16) == taken(Real(), rows=2048, dtype=torch.float16)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_gptqmodels_own_layer_holds_and_takes_as_much(bits):
     """gptqmodel's layer in training on this CPU: stored, forward's peak, what stays for backward, to the byte.
@@ -127,10 +187,10 @@ def test_gptqmodels_own_layer_holds_and_takes_as_much(bits):
     assert taken(ours) == taken(real.train())
 
 
-def taken(layer: nn.Module) -> tuple[int, int, int]:
-    """Bytes that a layer holds, that its forward takes at most, and that stay for backward."""
-    layer(torch.randn(64, 1024, dtype=torch.bfloat16, requires_grad=True))
-    x = torch.randn(64, 1024, dtype=torch.bfloat16, requires_grad=True)
+def taken(layer: Any, *, rows: int = 64, dtype: torch.dtype = torch.bfloat16) -> tuple[int, int, int, int]:
+    """Bytes that a layer holds, that its forward takes at most, that stay for backward, and that backward takes."""
+    layer(torch.randn(rows, layer.in_features, dtype=dtype, requires_grad=True))
+    x = torch.randn(rows, layer.in_features, dtype=dtype, requires_grad=True)
     gc.collect()
     with LiveBytes() as live:
         live.count_existing()
@@ -138,5 +198,8 @@ def taken(layer: nn.Module) -> tuple[int, int, int]:
         before = live.now_bytes
         out = layer(x)
         peak, kept = live.peak_bytes - before, live.now_bytes - before
-        del out
-    return sum(buffer.nbytes for buffer in layer.buffers()), peak, kept
+        gradient = torch.ones_like(out)
+        live.reset_peak()
+        out.backward(gradient)
+        backward = live.peak_bytes - before
+    return sum(buffer.nbytes for buffer in layer.buffers()), peak, kept, backward
