@@ -211,9 +211,14 @@ FACTS: dict[str, tuple[Fact, ...]] = {
                 "optimizer": "adamw_torch",
                 "gradient_accumulation_steps": 4,
                 "use_reentrant": False,
+                "lora_rank": 4,
+                "lora_alpha": 16,
+                "lora_dropout": 0.05,
+                "lora_target_modules": ["q_proj", "v_proj"],
             },
             because="IBM/ado website/docs/actuators/sft-trainer.md: torch_dtype, bf16, optim, "
-            "gradient_accumulation_steps, gradient_checkpointing_use_reentrant; accelerate mixed_precision no",
+            "gradient_accumulation_steps, gradient_checkpointing_use_reentrant; accelerate mixed_precision no; its "
+            "experiments/lora.py: r, lora_alpha, and q_proj and v_proj for every Granite 3",
         ),
         Fact(
             fields={"inter_node_gb_s": 50.0},

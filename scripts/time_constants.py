@@ -9,7 +9,7 @@ from pathlib import Path
 
 from autofit.timing.rates import MeasuredRate, ProductDtype, matmul_fraction, measured_rates
 
-MODULES = ("rates", "kernels", "links", "collectives", "hooks", "optimizer")
+MODULES = ("rates", "kernels", "links", "collectives", "hooks", "copies", "optimizer")
 ROOT = Path(__file__).parents[1]
 
 

@@ -267,7 +267,22 @@ def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
         return int(flop_registry[func._overloadpacket](*args, **kwargs, out_val=out))
     if _is_quantized_product(func):
         return 2 * args[0].numel() * math.prod(args[2]) // args[0].shape[-1]
+    if func._overloadpacket is getattr(torch.ops.aten, "_grouped_mm", None):
+        return _grouped_flops(args[0].shape, args[1].shape)
     return 0
+
+
+def _grouped_flops(left: torch.Size, right: torch.Size) -> int:
+    """Count the FLOPs of experts' products in one operator, for which torch has no formula.
+
+    What one side has by expert the other has as rows or columns that are split among the experts, so that each is
+    multiplied by one of them; where neither has, the rows that are summed over are split.
+    Source: torch 2.13 torch/_meta_registrations.py, _meta_grouped_mm_common.
+    """
+    if len(left) == len(right) == 3:
+        return 2 * math.prod(left) * right[-1]
+    rows, columns = left[-2], right[-1]
+    return 2 * rows * left[-1] * columns
 
 
 def _attends_causally(func: Any, args: Any) -> bool:

@@ -16,6 +16,7 @@ from autofit.spec.job import Workload
 from autofit.spec.profile import RegimeProfile
 from autofit.timing.batches import IN_STEP, micro_batch_shape, step_tokens
 from autofit.timing.collectives import TrafficSeconds, step_traffic, traffic_seconds
+from autofit.timing.copies import CopySeconds, copied_bytes, copy_seconds
 from autofit.timing.hooks import HookSeconds, hook_seconds
 from autofit.timing.kernels import (
     Amount,
@@ -156,10 +157,11 @@ class TimeModel:
         engine, passes = self._engine(each[0], rates), self._passes(each[0], splits, rates)
         hooks = engine.hooks
         forward = _larger(
-            passes.forward_seconds + hooks.forward_waited_seconds, passes.forward_launch_seconds + hooks.forward_seconds
+            passes.forward_seconds + engine.forward_device_seconds,
+            passes.forward_launch_seconds + hooks.forward_seconds,
         )
         backward = _larger(
-            passes.backward_seconds + hooks.backward_waited_seconds,
+            passes.backward_seconds + engine.backward_device_seconds,
             passes.backward_launch_seconds + hooks.backward_seconds,
         )
         updates = [self._update(one, rates) for one in each]
@@ -188,6 +190,7 @@ class TimeModel:
         return EngineTime(
             traffic=traffic_seconds(traffic, configuration, rates.fabric, known(rates.memory_bytes_per_second)),
             hooks=hook_seconds(self._totals, configuration),
+            copies=copy_seconds(copied_bytes(self._totals, configuration), known(rates.memory_bytes_per_second)),
             forward_host_seconds=moved.forward_bytes / known(link) if moved.forward_bytes else 0.0,
             backward_host_seconds=moved.backward_bytes / known(link) if moved.backward_bytes else 0.0,
             step_host_seconds=moved.step_bytes / known(link) if moved.step_bytes else 0.0,
@@ -268,6 +271,7 @@ class EngineTime:
 
     traffic: TrafficSeconds
     hooks: HookSeconds
+    copies: CopySeconds
     optimizer_seconds: float
     host_update_seconds: float
     """Of offloaded parameters, on the host's processors."""
@@ -280,6 +284,16 @@ class EngineTime:
     def update_seconds(self) -> float:
         """The optimizer's step."""
         return _update_seconds(self.optimizer_seconds, self.host_update_seconds, self.paging_seconds)
+
+    @property
+    def forward_device_seconds(self) -> float:
+        """What the engine adds to the device's kernels in a forward pass."""
+        return self.hooks.forward_waited_seconds + self.copies.forward_seconds
+
+    @property
+    def backward_device_seconds(self) -> float:
+        """As in forward."""
+        return self.hooks.backward_waited_seconds + self.copies.backward_seconds
 
     def communication_seconds(self, num_micro_steps: Amount) -> Amount:
         """All collectives."""
@@ -320,6 +334,7 @@ class EngineTime:
         hidden = self.hidden_seconds(forward_seconds, backward_seconds, num_micro_steps)
         beside = self.communication_seconds(num_micro_steps) + self.offload_seconds(num_micro_steps) - hidden
         beside = beside + hidden * self.traffic.occupied_fraction
+        beside = beside + self.copies.some_seconds(num_micro_steps)
         return num_micro_steps * (forward_seconds + backward_seconds) + update_seconds + beside
 
 
@@ -355,14 +370,14 @@ class StepTime:
     def forward_seconds(self) -> float:
         """The host runs ahead of the device, so the slower of the two sets the pace, where it may."""
         each, hooks = self.micro_step.forward, self.engine.hooks
-        device_seconds = each.device_seconds + hooks.forward_waited_seconds
+        device_seconds = each.device_seconds + self.engine.forward_device_seconds
         return max(device_seconds, each.launch_seconds + hooks.forward_seconds)
 
     @property
     def backward_seconds(self) -> float:
         """As in forward."""
         each, hooks = self.micro_step.backward, self.engine.hooks
-        device_seconds = each.device_seconds + hooks.backward_waited_seconds
+        device_seconds = each.device_seconds + self.engine.backward_device_seconds
         return max(device_seconds, each.launch_seconds + hooks.backward_seconds)
 
     @property
@@ -382,6 +397,11 @@ class StepTime:
         return float(self.engine.hidden_seconds(self.forward_seconds, self.backward_seconds, num))
 
     @property
+    def copy_seconds(self) -> float:
+        """All copies of weights and gradients, and adding these up."""
+        return float(self.engine.copies.seconds(float(self.num_micro_steps)))
+
+    @property
     def expected_seconds(self) -> float:
         """Kernels, and what cannot hide behind them; see `EngineTime`."""
         num, update = float(self.num_micro_steps), self.engine.update_seconds
@@ -394,7 +414,7 @@ class StepTime:
         seconds = {
             "matmul": num * (micro.total("product_seconds") + micro.total("product_bytes_seconds")),
             "attention": num * micro.total("attention_seconds"),
-            "memory": num * micro.total("memory_seconds"),
+            "memory": num * micro.total("memory_seconds") + self.copy_seconds,
             "dequantization": num * micro.total("dequantization_seconds"),
             "launch": num * self.launch_seconds,
             "optimizer": self.engine.optimizer_seconds + self.engine.host_update_seconds,
@@ -414,7 +434,7 @@ class StepTime:
         num, micro = self.num_micro_steps, self.micro_step
         return (
             (num * micro.total("arithmetic_seconds"), ARITHMETIC_SPREAD),
-            (num * micro.total("bytes_seconds") + self.engine.optimizer_seconds, MEMORY_SPREAD),
+            (num * micro.total("bytes_seconds") + self.copy_seconds + self.engine.optimizer_seconds, MEMORY_SPREAD),
             (num * self.launch_seconds, LAUNCH_SPREAD),
             (self.engine.host_update_seconds, MEMORY_SPREAD),
             (self.offload_seconds + num * micro.total("host_link_seconds"), MEMORY_SPREAD),

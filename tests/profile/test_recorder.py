@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from autofit.profile.recorder import Recorder
 from autofit.spec.profile import ACTIVATION, GRADIENT, INSIDE
@@ -95,6 +98,23 @@ def test_flops_of_a_product_are_two_for_each_multiplication(recording):
     assert recording.segments[0].matmul_bytes == 3 * MIB
     assert recording.segments[0].other_bytes == before
     del product
+
+
+def test_experts_products_in_one_operator_count_as_one_by_one():
+    """A grouped product and its backward are as many FLOPs as torch counts for each expert's rows by themselves."""
+    rows, experts, columns, splits = 48, 3, (32, 64), (16, 32, 48)
+    weights = torch.randn(experts, *columns, dtype=torch.bfloat16)
+    tokens = torch.randn(rows, columns[0], dtype=torch.bfloat16)
+    with FlopCounterMode(display=False) as counter:
+        x, w = tokens.clone().requires_grad_(), weights.clone().requires_grad_()
+        begins = (0, *splits)
+        sum((x[a:b] @ w[n]).square().sum() for n, (a, b) in enumerate(itertools.pairwise(begins))).backward()
+    recorder = Recorder({})
+    recorder.mark("layer", "forward", 0)
+    with recorder:
+        x, w = tokens.clone().requires_grad_(), weights.clone().requires_grad_()
+        torch._grouped_mm(x, w, offs=torch.tensor(splits, dtype=torch.int32)).square().sum().backward()
+    assert sum(segment.matmul_flops for segment in recorder.segments) == counter.get_total_flops()
 
 
 def test_temporaries_inside_a_kernel_live_while_it_runs():
