@@ -352,8 +352,11 @@ def infer(
     from autofit.memory.overheads import context_bytes, workspace_bytes
     from autofit.memory.static import static_bytes
     from autofit.memory.tensors import tensors
+    from autofit.sources.models import resolve_model
+    from autofit.sources.packed import refuse_generating
     from autofit.spec.regimes import regime_of
 
+    refuse_generating(resolve_model(str(model), allow_hub=allow_hub).config)
     job, cluster = estimated_job(
         model=model,
         gpus=gpus,

@@ -63,7 +63,7 @@ def unmodelled_but_optim(configuration: Configuration) -> str | None:
         (c.uses_fsdp and c.loss != "stock", f"loss {c.loss} under FSDP"),
         (c.uses_fsdp and c.num_processes == c.num_replicas, "FSDP whose copies are each held by one process"),
         (c.loss != "stock" and c.zero_stage == 3, f"loss {c.loss} under zero3, which gathers the head for it,"),
-        (_is_packed_apart(c), f"a checkpoint that comes packed under {c.sharding}, but for auto_gptq's under FSDP1,"),
+        (_is_packed_apart(c), f"{c.sharding} of a checkpoint that comes packed"),
     )
     return next((name for applies, name in checks if applies), None)
 

@@ -80,9 +80,11 @@ def broadcast_buckets(profile: RegimeProfile) -> list[int]:
 
     Source: torch v2.13 nn/parallel/distributed.py, `_sync_module_states`; c10d/comm.cpp, broadcast_coalesced.
     """
+    quantization = profile.regime.quantization
+    sends_packed = quantization is not None and quantization.comes_packed
     by_dtype: dict[str, list[int]] = {}
     for tensor, _ in in_model_order(profile):
-        if tensor.kind != "quant_state":  # neither a parameter nor a buffer
+        if tensor.kind != "quant_state" or sends_packed:  # bitsandbytes' is neither a parameter nor a buffer
             by_dtype.setdefault(tensor.dtype, []).append(num_bytes_of(tensor))
     return [bucket for sizes in by_dtype.values() for bucket in buckets(sizes, (BROADCAST_BUCKET_BYTES,))]
 

@@ -49,6 +49,21 @@ def with_packed_weights(restrictions: Restrictions, config: Mapping[str, Any]) -
     return replace(restrictions, methods=("qlora",), quantization=packed)
 
 
+def refuse_generating(config: Mapping[str, Any]) -> None:
+    """Refuse to estimate what generating from a checkpoint that comes packed needs: its kernels pack it anew.
+
+    Raises:
+        InputError: the checkpoint comes packed.
+    """
+    declared = config.get("quantization_config")
+    method = declared.get("quant_method") if isinstance(declared, Mapping) else None
+    if method in FORMATS:
+        raise InputError(
+            f"the checkpoint is packed with {method.upper()}, and generating from it is not modelled.",
+            to_fix="estimate training an adapter on it, or generating from the checkpoint that it was made from",
+        )
+
+
 def _declared(method: str, declared: Mapping[str, Any]) -> QuantizationWish:
     """Read how a checkpoint was packed. Names are those of GPTQConfig and AwqConfig.
 

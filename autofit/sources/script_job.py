@@ -344,7 +344,8 @@ def _method(discovered: Discovered) -> Method:
     if (quantization.bits, quantization.quant_type) not in _PLANNED_CODES:
         raise InputError(
             f"the script quantises with {quantization.quant_type}, which is not planned for.",
-            to_fix="load it with bitsandbytes, in four bits or in eight, or give --method",
+            to_fix="load it with bitsandbytes, in four bits or in eight; a checkpoint that GPTQ or AWQ packed can be "
+            "planned with autofit plan --model, and started without autofit",
         )
     return "qlora"
 

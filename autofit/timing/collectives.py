@@ -13,6 +13,8 @@ from autofit.timing.parameters import ParameterTotals
 
 DDP_BUCKET_BYTES = 25 * 2**20
 """Source: torch/nn/parallel/distributed.py, `bucket_cap_mb`."""
+BROADCAST_BUCKET_BYTES = 250 * 2**20
+"""Source: torch/nn/parallel/distributed.py, `broadcast_bucket_size`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +64,9 @@ def step_traffic(totals: ParameterTotals, configuration: Configuration, settings
     """
     sharding = configuration.sharding
     if sharding == "ddp":
-        return Traffic(last_backward=(_buckets(totals.trained_bytes, DDP_BUCKET_BYTES),), overlaps=True)
+        summed = (_buckets(totals.trained_bytes, DDP_BUCKET_BYTES),)
+        sent = _sent_buffers(totals, configuration)
+        return Traffic(forward=sent, last_backward=summed, overlaps=not sent)
     if sharding in {"zero1", "zero2"}:
         return _partitioned(totals, configuration, settings)
     if sharding == "zero3":
@@ -72,6 +76,22 @@ def step_traffic(totals: ParameterTotals, configuration: Configuration, settings
 
 def _buckets(num_bytes: float, bucket_bytes: float) -> Collective:
     return Collective(kind="all_reduce", num_bytes=num_bytes, num_messages=max(1, ceil(num_bytes / bucket_bytes)))
+
+
+def _sent_buffers(totals: ParameterTotals, configuration: Configuration) -> tuple[Collective, ...]:
+    """The first rank's packed weights, which are buffers, go to all before each forward pass, and nothing runs beside.
+
+    Trainer leaves `ddp_broadcast_buffers` to DDP, which sends. A ring takes as long for all bytes as for gathering what
+    every rank has an even share of, and the share of one more.
+    Source: torch v2.13 nn/parallel/distributed.py, `_pre_forward` (`will_sync_module_buffers`); transformers/trainer.py
+    5.23, `ddp_broadcast_buffers`.
+    """
+    ranks = configuration.num_processes
+    if not totals.packed_bytes or ranks == 1:
+        return ()
+    messages = ceil(totals.packed_bytes / BROADCAST_BUCKET_BYTES)
+    num_bytes = totals.packed_bytes * ranks / (ranks - 1)
+    return (Collective(kind="all_gather", num_bytes=num_bytes, num_messages=messages),)
 
 
 def _partitioned(totals: ParameterTotals, configuration: Configuration, settings: DeepSpeedSettings) -> Traffic:

@@ -25,6 +25,8 @@ class ParameterTotals:
     """What FSDP gathers together: the layers, and the rest."""
     num_adapters: int
     """An adapter's weights, each of which FSDP1 gathers by itself."""
+    packed_bytes: int = 0
+    """Of a checkpoint that comes packed: what of it are buffers."""
 
     @property
     def trained_bytes_per_param(self) -> float:
@@ -36,6 +38,8 @@ def parameter_totals(profile: RegimeProfile) -> ParameterTotals:
     """Add up the parameters of the real model."""
     parameters = [tensor for tensor in profile.tensors if tensor.kind in _SHARDABLE]
     trained = [tensor for tensor in parameters if tensor.trains]
+    quantization = profile.regime.quantization
+    packed = quantization is not None and quantization.comes_packed
     return ParameterTotals(
         num_trained=sum(num_elements(tensor, profile) for tensor in trained),
         trained_bytes=sum(_bytes(tensor, profile) for tensor in trained),
@@ -43,6 +47,7 @@ def parameter_totals(profile: RegimeProfile) -> ParameterTotals:
         num_matrices=max(1, sum(_count(tensor, profile) for tensor in parameters if tensor.rows > 1)),
         num_units=profile.num_layers + 1,
         num_adapters=sum(_count(tensor, profile) for tensor in trained if tensor.kind == "adapter"),
+        packed_bytes=sum(_bytes(t, profile) for t in profile.tensors if t.kind == "quant_state") if packed else 0,
     )
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autofit.spec.configuration import Quantization
 from autofit.spec.deepspeed import bucket_settings
+from autofit.spec.profile import StaticTensor
 from autofit.timing.collectives import step_traffic
 from autofit.timing.links import sent_bytes
 from autofit.timing.parameters import parameter_totals
@@ -62,6 +66,24 @@ def test_what_is_kept_from_forward_is_not_gathered_again():
         for reshards in (False, True)
     )
     assert kept / gathered == pytest.approx(2 / 3)
+
+
+def test_ddp_sends_packed_weights_before_every_forward():
+    """Buffers go from the first rank to all, once for each micro-step; under ZeRO, and of bitsandbytes, they do not."""
+    packed = Quantization(quant_type="gptq", storage_dtype="int32")
+    words = StaticTensor(
+        name="quant_qweight", num_elements=PSI // 8, dtype="int32", trains=False, repeats=False, kind="quant_state"
+    )
+
+    def sent(quantization: Quantization, sharding: str) -> float:
+        adapted = an_adapted_profile(num_frozen=PSI, num_trained=PSI // 1000)
+        regime = replace(adapted.regime, quantization=quantization)
+        profile = replace(adapted, regime=regime, tensors=(*adapted.tensors, words))
+        return traffic(profile, method="qlora", sharding=sharding, num_processes=4, gradient_accumulation_steps=8)
+
+    more = sent(packed, "ddp") - sent(Quantization(), "ddp")
+    assert more == pytest.approx(8 * PSI / 2)
+    assert sent(packed, "zero2") == sent(Quantization(), "zero2")
 
 
 def test_stage_3_gathers_the_frozen_weights_of_lora():
