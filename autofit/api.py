@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, replace
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from autofit.options import (
     SearchWish,
     for_inference,
     one_of_each,
+    refuse_absurd,
     restrictions,
     wishes_of,
 )
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from autofit.spec.lengths import Cut, LengthDistribution
     from autofit.spec.profile import ProfileSet, Regime
 
+MOST_TRAINED = 1e18
+"""Tokens, or times over a data set: no model has been trained on a hundred-thousandth."""
 Progress = Callable[[str, int, int], None]
 Display = Callable[[], AbstractContextManager[Progress]]
 """Opens what shows a trace while it runs."""
@@ -458,6 +460,8 @@ def workload_of(
     """
     from autofit.spec.job import Workload
 
+    refuse_absurd("global-batch", sequences)
+    refuse_absurd("seq-len", seq_len or 0)
     if wishes.data is None:
         for field in fields(DataWish):
             if getattr(wishes, field.name) != field.default:
@@ -500,9 +504,11 @@ def run_length(wishes: RunWish) -> RunLength | None:
         return None
     if len(given) > 1:
         raise InputError("--tokens and --epochs are both given.", to_fix="leave one of them out")
-    if not all(isfinite(value) and value > 0 for value in given.values()):
+    if not all(0 < value <= MOST_TRAINED for value in given.values()):
         name, value = next(iter(given.items()))
-        raise InputError(f"--{name} {value:g} is not a positive number.", to_fix="give one, for instance 3")
+        raise InputError(
+            f"--{name} {value:g} is not a positive number, or beyond all reason.", to_fix="give one, for instance 3"
+        )
     if "epochs" in given and wishes.data is None:
         raise InputError("--epochs has no effect without --data.", to_fix="give --data, or --tokens instead")
     return RunLength(**given)
@@ -640,9 +646,9 @@ def export_runs(path: str | Path) -> tuple[RunRecord, ...]:
     from autofit.files import replace_text
 
     records = remembered_runs().records
-    if Path(path).exists():
-        raise InputError(f"{str(path)!r} is there already.", to_fix="give another name, or move it away")
     try:
+        if Path(path).exists():
+            raise InputError(f"{str(path)!r} is there already.", to_fix="give another name, or move it away")
         replace_text(Path(path), export_text(records))
     except OSError as error:
         raise InputError(f"cannot write {str(path)!r}: {error}", to_fix="give a file that can be written") from error
@@ -693,6 +699,7 @@ def estimated_job(
     from autofit.sources.packed import with_packed_weights
     from autofit.spec.job import Job
 
+    refuse_absurd("gradient-accumulation-steps", gradient_accumulation_steps)
     cluster = cluster_of(gpus, wishes)
     resolved = resolve_model(str(model), allow_hub=allow_hub)
     chosen = with_packed_weights(restrictions(one_of_each(wishes)), resolved.config)

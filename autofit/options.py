@@ -49,6 +49,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 """What `--adapter` takes, as `Lora` says it."""
 PLACES = ("none", "cpu")
+MOST = 10**9
+"""Of anything that is counted one by one: more is a slip of the pen."""
 
 MODEL = typer.Option(
     "--model",
@@ -716,6 +718,19 @@ _UNREAD = object()
 _PLAIN_NUMBER = re.compile("[0-9]{1,18}")
 
 
+def _refuse_slip(value: Any, name: str, *, is_path: bool) -> None:
+    """Refuse what is no value: the text of an unset variable, or the next option where a file is meant."""
+    if not isinstance(value, str):
+        return
+    if not value.strip() or "\0" in value:
+        raise InputError(f"{name} is empty, or holds a NUL.", to_fix="give a value, or leave the option out")
+    if is_path and value.startswith("-"):
+        raise InputError(
+            f"{name} {value} names an option, where a file or a folder is meant.",
+            to_fix=f"give one; ./{value} is a file of that name",
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class _Reader:
     """Reads what needs no validation, and leaves all else to typer: that imports pydantic, which takes 50 ms."""
@@ -725,7 +740,10 @@ class _Reader:
     usual: Callable[[], Any]
 
     def coerce(self, value: Any, param: Any, ctx: Any) -> Any:
-        """Return what an option holds."""
+        """Return what an option holds; an empty one holds nothing, and is no way to leave it out."""
+        if param.param_type_name == "option":
+            for each in value if isinstance(value, list | tuple) else (value,):
+                _refuse_slip(each, param.opts[0], is_path="Path" in str(self.annotation))
         read = self._read(value, is_multiple=param.multiple or param.nargs == -1)
         return self.usual().coerce(value, param=param, ctx=ctx) if read is _UNREAD else read
 
@@ -956,6 +974,19 @@ def _from_text(text: str, hint: Any) -> Any:
     return text
 
 
+def refuse_absurd(name: str, given: Any) -> None:
+    """Refuse a number that nothing has so much of, of an option that may be repeated.
+
+    Raises:
+        InputError: one is beyond all reason.
+    """
+    for number in given if isinstance(given, list | tuple) else (given,):
+        if isinstance(number, int | float) and not number <= MOST:
+            raise InputError(
+                f"--{name.replace('_', '-')} {number:g} is beyond all reason.", to_fix=f"give at most {MOST:,}"
+            )
+
+
 def _with_parts(now: Any, wanted: Any, parts: Sequence[str]) -> Any:
     """Give each group of settings that there is the parts that were asked for; all others stay."""
     groups, wishes = ((each if isinstance(each, tuple) else (each,)) for each in (now, wanted))
@@ -977,6 +1008,10 @@ def restrictions(wishes: Wishes) -> Restrictions:
 
     from autofit.spec.job import Restrictions
 
+    of_run = {field.name for field in fields(RunWish)}
+    for field in fields(wishes):
+        if field.name not in of_run:
+            refuse_absurd(field.name, getattr(wishes, field.name))
     given = {
         "methods": _methods(wishes),
         "weights_dtype": _one_of("weights-dtype", wishes.weights_dtype, get_args(Dtype)),

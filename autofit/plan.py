@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,7 @@ _DOES = {
     "full": "trains all weights",
     "freeze": "trains the last layers",
     "lora": "trains a LoRA adapter",
-    "qlora": "trains a LoRA adapter on weights in four bits",
+    "qlora": "trains a LoRA adapter on quantised weights",
 }
 
 
@@ -155,7 +156,7 @@ def from_json(text: str | bytes, *, origin: str = "plan") -> Plan:
     """
     try:
         version = msgspec.json.decode(text, type=dict[str, Any]).get("schema_version")
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise InputError(f"{origin} is not JSON: {error}", to_fix="give a plan.json that autofit wrote") from error
     if version != SCHEMA_VERSION:
         raise InputError(
@@ -163,9 +164,42 @@ def from_json(text: str | bytes, *, origin: str = "plan") -> Plan:
             to_fix="make the plan anew with this release, or use the release that wrote it",
         )
     try:
-        return msgspec.json.decode(text, type=Plan)
+        plan = msgspec.json.decode(text, type=Plan)
     except msgspec.ValidationError as error:
         raise InputError(f"{origin} is not a plan: {error}", to_fix="give a plan.json that autofit wrote") from error
+    if (nonsense := next(_nonsense(plan), None)) is not None:
+        raise InputError(f"{origin} is not a plan: {nonsense}.", to_fix="give a plan.json that autofit wrote")
+    return plan
+
+
+def _nonsense(plan: Plan) -> Iterator[str]:
+    """Yield what has the right type and is still no plan: counts that are none, choices among nothing."""
+    job, cluster = plan.inputs.job, plan.inputs.cluster
+    counts = {
+        "num_nodes": cluster.num_nodes,
+        "num_devices_per_node": cluster.num_devices_per_node,
+        "memory_bytes": cluster.device.memory_bytes,
+        "budget_bytes": plan.memory.budget_bytes,
+        "sequence_tokens": job.workload.sequence_tokens,
+        "global_batch_sequences": job.workload.global_batch_sequences,
+    }
+    yield from (f"{name} is {count}" for name, count in counts.items() if not 0 < count < 2**63)
+    restricted = job.restrictions
+    choices = ("precision", "attention", "loss", "lora", "quantization", "num_replicas")
+    yield from (f"{name} allows nothing" for name in choices if getattr(restricted, name) == ())
+    for each in (plan.configuration, *(rung.configuration for rung in (*plan.fallbacks, *plan.alternatives))):
+        yield from _nonsense_of(each, job)
+
+
+def _nonsense_of(configuration: Configuration, job: Job) -> Iterator[str]:
+    adapts, quantises = configuration.method in {"lora", "qlora"}, configuration.method == "qlora"
+    if (configuration.lora is not None) is not adapts or (configuration.quantization is not None) is not quantises:
+        yield f"{configuration.method} has an adapter or quantised weights too many, or too few"
+    split = configuration.per_device_train_batch_size, configuration.gradient_accumulation_steps
+    if min(*split, configuration.num_processes, configuration.sequence_parallel_size, configuration.num_replicas) < 1:
+        yield "a configuration does not train"
+    elif configuration.global_batch_sequences != job.workload.global_batch_sequences:
+        yield f"{configuration.global_batch_sequences} sequences a step are another global batch than the job's"
 
 
 def load_plan(path: Path) -> Plan:

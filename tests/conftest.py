@@ -145,7 +145,14 @@ def plan(llama: Model, a100_pair: Cluster, lora_configuration: Configuration) ->
         Phase(name="optimizer step", bytes=35 * GIB // 2, terms={**terms, "activations": 0}),
     )
     smaller = _with(lora_configuration, per_device_train_batch_size=2, gradient_accumulation_steps=16)
-    full = _with(lora_configuration, method="full", lora=None, sharding="zero3", per_device_train_batch_size=1)
+    full = _with(
+        lora_configuration,
+        method="full",
+        lora=None,
+        sharding="zero3",
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=32,
+    )
     return Plan(
         inputs=Inputs(
             job=Job(

@@ -296,7 +296,7 @@ def import_text(text: bytes, *, origin: str) -> tuple[RunRecord, ...]:
     to_fix = "give a file that `autofit runs --export` wrote"
     try:
         document = msgspec.json.decode(text)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{origin} is not JSON: {error}", to_fix=to_fix) from error
     if not isinstance(document, dict) or not isinstance(document.get("records"), list):
         raise InputError(f"{origin} holds no records.", to_fix=to_fix)

@@ -24,6 +24,7 @@ from autofit.spec.hardware import Cluster, Device
 from autofit.spec.libraries import software_here
 from autofit.units import GIB, parse_bytes
 
+MOST_DEVICES = 1_000_000
 _TEXT = re.compile(r"(?:(?P<first>[-+]?\d+)\s*[xX]\s*)?(?:(?P<second>[-+]?\d+)\s*[xX]\s*)?(?P<device>.+)", re.DOTALL)
 _FORMS = "2xA100-80G, A100-80G, 4x8xH100-80G (nodes x devices), 2xCPU-8G, auto, or a .yaml file"
 
@@ -79,6 +80,8 @@ def _split_counts(text: str) -> tuple[int, int, str]:
     first, second = (int(match[group]) if match[group] else 1 for group in ("first", "second"))
     if min(first, second) < 1:
         raise InputError(f"{text!r} asks for {min(first, second)} devices.", to_fix=f"ask for one or more: {_FORMS}")
+    if first * second > MOST_DEVICES:
+        raise InputError(f"{text[:40]!r} asks for more devices than there are.", to_fix=f"at most {MOST_DEVICES:,}")
     nodes, devices = (first, second) if match["second"] else (1, first)
     return nodes, devices, match["device"].strip()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,10 @@ from autofit.spec.hardware import Cluster, Device
 
 Purchase = Literal["on-demand", "spot"]
 _FORM = "`A100-80G: 1.39`, or `A100-80G: {on-demand: 1.39, spot: 0.7}`, one a line"
+
+
+MOST_DOLLARS = 1_000_000
+"""For an hour of one device: more is a slip of the pen."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +72,7 @@ def _number(text: str) -> float | None:
 
 def _price(value: Any, origin: str) -> float:
     dollars = _number(str(value))
-    if isinstance(value, bool) or dollars is None or not math.isfinite(dollars) or dollars < 0:
+    if isinstance(value, bool) or dollars is None or not 0 <= dollars <= MOST_DOLLARS:
         raise InputError(f"{origin}: {value!r} is no price.", to_fix="give dollars per device-hour, for instance 1.39")
     return dollars
 
@@ -79,7 +82,7 @@ def _content(file: Path) -> dict[Any, Any]:
 
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # no text, or a name with a NUL
         raise InputError(
             f"--price: cannot read {str(file)!r}: {getattr(error, 'strerror', None) or error}",
             to_fix="give dollars per device-hour, or a readable .yaml or .json file (FILE:spot for spot prices)",
@@ -108,4 +111,4 @@ def _chosen(price: Any, purchase: Purchase, origin: str) -> float | None:
         return _price(price, origin) if purchase == "on-demand" else None
     if unknown := set(price) - {*get_args(Purchase)}:
         raise InputError(f"{origin}: {min(map(str, unknown))!r} is no kind of price.", to_fix=f"write {_FORM}")
-    return _price(price[purchase], origin) if purchase in price else None
+    return {kind: _price(dollars, origin) for kind, dollars in price.items()}.get(purchase)

@@ -19,6 +19,13 @@ def write_files(files: Mapping[str, str], run_folder: Path) -> None:
         InputError: the folder cannot be written, or holds files of these names that are not autofit's.
     """
     try:
+        str(run_folder).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the name of the run folder {str(run_folder)!r} is not UTF-8, which its files are written in.",
+            to_fix="give another folder with -o",
+        ) from error
+    try:
         run_folder.mkdir(parents=True, exist_ok=True)
         refuse_foreign_files(files, run_folder)
         for name in sorted(files, key=lambda name: name == PLAN_FILE):

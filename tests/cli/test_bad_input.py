@@ -9,6 +9,9 @@ import sys
 
 import pytest
 
+from autofit.plan import to_json
+from tests.plans import a_configuration, a_plan
+
 PLAN = {"--model": "meta-llama/Llama-3.1-8B", "--seq-len": "512", "--global-batch": "8", "--gpus": "2xA100-80G"}
 
 
@@ -46,6 +49,17 @@ def assert_refused(result, *words):
         ({"precision": "fp8"}, ["fp8", "bf16"]),
         ({"lora_target_modules": " , "}, ["--lora-target-modules", "To fix:"]),
         ({"zero": "2", "sharding": "ddp"}, ["--zero and --sharding"]),
+        ({"output": ""}, ["--output", "leave the option out"]),
+        ({"output": "a\0b"}, ["--output", "NUL"]),
+        ({"output": "--gpus"}, ["--gpus names an option", "./--gpus"]),
+        ({"price": "a\0b"}, ["--price"]),
+        ({"price": "nan"}, ["is no price"]),
+        ({"price": "1" + "0" * 30}, ["is no price"]),
+        ({"global_batch": "9" * 24}, ["--global-batch", "beyond all reason"]),
+        ({"gpus": "999999999999xA100-80G"}, ["more devices than there are"]),
+        ({"per_device_eval_batch_size": "9" * 24}, ["--per-device-eval-batch-size", "beyond all reason"]),
+        ({"lora_alpha": "9" * 24}, ["--lora-alpha", "beyond all reason"]),
+        ({"tokens": "1e30"}, ["--tokens"]),
     ],
     ids=str,
 )
@@ -142,3 +156,47 @@ def test_a_scripts_own_arguments_are_told_their_place(autofit, arguments, is_of_
     result = autofit("launch", *arguments)
     assert_refused(result)
     assert ("the script's own arguments after --" in result.stderr) == is_of_script
+
+
+def test_a_list_of_prices_with_a_price_of_the_wrong_kind_is_refused(autofit, tmp_path):
+    """Also where that price is not the one that is asked for."""
+    (tmp_path / "prices.yaml").write_text("A100-80G: {spot: cheap, on-demand: 1.5}\n")
+    assert_refused(autofit(*plan_arguments(price=str(tmp_path / "prices.yaml"))), "'cheap' is no price")
+
+
+def test_a_run_folder_whose_name_is_no_text_is_refused(autofit, tmp_path):
+    """A name in another encoding than UTF-8 cannot be written into the run's files."""
+    assert_refused(autofit(*plan_arguments(output=f"{tmp_path}/run\udcff", method="lora")), "UTF-8", "To fix:")
+    assert not list(tmp_path.iterdir())
+
+
+NONSENSE = {
+    "num_processes is 0": ("configuration", "num_processes", 0),
+    "a micro-batch of nothing": ("configuration", "per_device_train_batch_size", 0),
+    "negative accumulation": ("configuration", "gradient_accumulation_steps", -3),
+    "another global batch": ("configuration", "gradient_accumulation_steps", 7),
+    "no adapter": ("configuration", "lora", None),
+    "a budget of nothing": ("memory", "budget_bytes", 0),
+    "no devices": ("inputs.cluster", "num_devices_per_node", 0),
+    "memory below nothing": ("inputs.cluster.device", "memory_bytes", -1),
+    "tokens beyond 64 bits": ("inputs.job.workload", "sequence_tokens", 10**30),
+    "no precision": ("inputs.job.restrictions", "precision", []),
+}
+
+
+@pytest.mark.parametrize("name", NONSENSE)
+def test_a_plan_that_makes_no_sense_is_none(autofit, tmp_path, name):
+    """Values of the right type that no plan has are refused by whatever reads the plan, and so is half a file."""
+    path, field, value = NONSENSE[name]
+    configuration = a_configuration(method="lora", gradient_accumulation_steps=2)
+    document = json.loads(to_json(a_plan(configuration)))
+    part = document
+    for key in path.split("."):
+        part = part[key]
+    part[field] = value
+    (tmp_path / "train.py").write_text("")
+    for text in (json.dumps(document), json.dumps(document)[:-40], '{"schema_version": 1, "inputs":' + "[" * 100_000):
+        (tmp_path / "plan.json").write_text(text)
+        for command in (["explain", "plan.json"], ["launch", "train.py", "--plan", "plan.json", "--dry-run"]):
+            arguments = [str(tmp_path / each) if "." in each else each for each in command]
+            assert_refused(autofit(*arguments), "plan.json", "To fix:")
