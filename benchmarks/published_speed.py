@@ -440,7 +440,13 @@ def _device(name: str) -> str:
     llm-foundry's MFU column is relative to 989 TFLOPS on an H100 and 312 on an A100.
     """
     bare = re.sub(r"\(.*\)", "", name).replace("NVIDIA", "").replace("GeForce", "").strip(" -")
-    usual = {"A100": "A100-SXM-80G", "H100": "H100-SXM-80G", "A100-80GB": "A100-SXM-80G", "A100-40GB": "A100-SXM-40G"}
+    usual = {
+        "A100": "A100-SXM-80G",
+        "H100": "H100-SXM-80G",
+        "A100-80GB": "A100-SXM-80G",
+        "A100-40GB": "A100-SXM-40G",
+        "A100-80GB-PCIe": "A100-PCIe-80G",
+    }
     bare = usual.get(bare, bare)
     spelt = (bare, f"{bare}-80G", bare.replace("H100-80GB", "H100-SXM-80G"), re.sub(r"[ -]?\d+ ?GB?$", "", bare))
     for each in spelt:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -27,8 +27,9 @@ from autofit.spec.profile import Regime
 MOST_MULTIPROCESSORS = 160
 """Of any GPU so far: Liger makes a row of a norm's gradient for each. Source: NVIDIA Blackwell Ultra (B300), 160."""
 _FUSED = "liger_kernel.ops.fused_linear_cross_entropy"
-Launched = Callable[[Sequence[Any]], None]
-"""Is told of every kernel that is launched: what it reads and what it writes, a tensor that it does both to twice."""
+Launched = Callable[..., None]
+"""Is told of every kernel that is launched: what it reads and what it writes, a tensor that it does both to twice; and
+its FLOPs, if it multiplies matrices."""
 OVERWRITTEN: Mapping[str, tuple[int, ...]] = {
     "_swiglu_backward_kernel": (1, 2),
     "_swiglu_backward_kernel_tiled": (1, 2),
@@ -41,6 +42,19 @@ OVERWRITTEN: Mapping[str, tuple[int, ...]] = {
 """Which arguments Liger's kernels read and write over. All others are read or written, once.
 
 Source: liger_kernel/ops/swiglu.py, geglu.py, rope.py, qwen2vl_mrope.py, llama4_rope.py and utils.py 0.8.5.
+"""
+EXPERT_PRODUCTS: Mapping[str, tuple[int, int]] = {
+    "_fused_up_proj_swiglu_kernel": (2, 6),
+    "_fused_down_proj_kernel": (1, 0),
+    "_moe_bwd_down_proj_kernel": (1, 5),
+    "_moe_bwd_dW2_kernel": (1, 0),
+    "_moe_bwd_dX_expanded_kernel": (2, 0),
+    "_moe_bwd_dW1_kernel": (2, 1),
+}
+"""Of Liger's kernels that multiply experts' matrices: how many of `H_dim` x `I_dim`, and which argument has a row for
+each token of each expert.
+
+Source: liger_kernel/ops/fused_moe.py 0.8.5, LigerFusedMoEFunction.
 """
 
 
@@ -228,10 +242,16 @@ def _telling_of_launches(launched: Launched) -> Iterator[None]:
     """Launch nothing, neither kernels of an installed Triton nor those of its stand-in, and tell of each."""
 
     def launcher(kernel: Any, _grid: Any) -> Callable[..., None]:
-        again = OVERWRITTEN.get(_name(kernel), ())
+        name = _name(kernel)
+        again = OVERWRITTEN.get(name, ())
 
-        def launch(*args: Any, **_options: Any) -> None:
-            launched([*args, *(args[position] for position in again)])
+        def launch(*args: Any, **options: Any) -> None:
+            moved = [*args, *(args[position] for position in again)]
+            if name in EXPERT_PRODUCTS:
+                matrices, rows = EXPERT_PRODUCTS[name]
+                launched(moved, 2 * matrices * args[rows].shape[0] * options["H_dim"] * options["I_dim"])
+            else:
+                launched(moved)
 
         return launch
 

@@ -142,11 +142,15 @@ class Recorder(TorchDispatchMode):
         finally:
             self._category = before
 
-    def launched(self, args: Sequence[Any]) -> None:
-        """Count a kernel that no dispatch sees: it moves each tensor it is given once."""
+    def launched(self, args: Sequence[Any], flops: int = 0) -> None:
+        """Count a kernel that no dispatch sees: it moves each tensor it is given once, and may multiply matrices."""
         segment = self.segments[-1]
         segment.num_kernels += 1
-        segment.other_bytes += _moved_bytes(args)
+        if flops:
+            segment.matmul_flops += flops
+            segment.matmul_bytes += _moved_bytes(args)
+        else:
+            segment.other_bytes += _moved_bytes(args)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -42,7 +42,7 @@ from autofit.sources.script_job import job_from_discovery
 from autofit.spec.configuration import Evaluation, Lora, Loss
 from autofit.spec.discovered import Discovered, FoundLengths
 from autofit.spec.job import Workload
-from autofit.spec.profile import ON_HOST, RegimeProfile
+from autofit.spec.profile import MONOMIALS, ON_HOST, RegimeProfile
 from tests.plans import a_configuration
 from tests.profile.tiny import CONFIGS, a_regime, every_layer_traced
 
@@ -341,6 +341,20 @@ def test_ligers_own_layers_and_head(checkpoints, monkeypatch):
         vars(modeling_llama).update(library)
     profile = traced("llama", loss="liger", flash_kernel=False, gradient_checkpointing=checkpoints)
     assert predicted(profile) == pytest.approx(real, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_experts_multiply_as_much_in_ligers_kernels():
+    """A Mixtral's FLOPs are the same whether torch's operators or Liger's kernels multiply its experts' matrices."""
+    config = {**CONFIGS["llama"], "model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+    config |= {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+    def flops(loss):
+        profile = trace("mixtral", config, a_regime(device="cuda", loss=loss))
+        each = [(profile.repeats(s), s.matmul_flops) for s in profile.segments]
+        return [sum(times * polynomial[n] for times, polynomial in each) for n in range(len(MONOMIALS))]
+
+    assert flops("liger") == pytest.approx(flops("stock"))
 
 
 def test_what_ligers_kernels_move_is_counted_by_hand(monkeypatch):
