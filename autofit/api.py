@@ -703,6 +703,11 @@ def estimated_job(
     cluster = cluster_of(gpus, wishes)
     resolved = resolve_model(str(model), allow_hub=allow_hub)
     chosen = with_packed_weights(restrictions(one_of_each(wishes)), resolved.config)
+    if wishes.packed_kernel and not chosen.quantizations[0].comes_packed:
+        raise InputError(
+            "--packed-kernel has no effect on a checkpoint that does not come packed.",
+            to_fix="leave it out, or give a model whose config.json says that GPTQ packed it",
+        )
     num_groups = max(1, cluster.num_devices // chosen.sequence_parallel_size)
     sequences = chosen.micro_batch_sequences[0] * gradient_accumulation_steps * num_groups
     workload = workload_of(

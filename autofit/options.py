@@ -20,7 +20,18 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from autofit.errors import InputError, nearest
-from autofit.spec.configuration import Attention, Batching, Dtype, Loss, Method, Optim, SdpaKernel, Sharding, Task
+from autofit.spec.configuration import (
+    Attention,
+    Batching,
+    Dtype,
+    Loss,
+    Method,
+    Optim,
+    PackedKernel,
+    SdpaKernel,
+    Sharding,
+    Task,
+)
 from autofit.spec.estimate import STAGES
 from autofit.spec.job import Objective, Precision, StorageDtype
 
@@ -597,6 +608,16 @@ class EveryWish(Wishes):
             help="After --prepare-kbit, embeddings and head become bf16 again, as TRL did up to 0.13.",
         ),
     ] = False
+    packed_kernel: Annotated[
+        str | None,
+        _option(
+            "--packed-kernel",
+            section=_QUANT,
+            metavar=_any_of(get_args(PackedKernel)),
+            help="Whose layers multiply a checkpoint that GPTQ packed (default: gptqmodel, as transformers loads it; "
+            "auto_gptq: as fms-acceleration does).",
+        ),
+    ] = None
     precision: Annotated[
         str,
         _option(
@@ -1266,6 +1287,7 @@ def _quantization(wishes: Wishes) -> dict[str, Any] | list[dict[str, Any]]:
         given |= {
             "bits": 8 if wishes.load_in_8bit else None,
             "recasts_tables": wishes.recasts_tables,
+            "kernel": _one_of("packed-kernel", wishes.packed_kernel, get_args(PackedKernel)),
             "skip_modules": _names("llm-int8-skip-modules", wishes.llm_int8_skip_modules),
         }
     assert isinstance(wishes, EveryWish | SearchWish), "every wish is one of a search or of an estimate"

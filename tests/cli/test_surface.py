@@ -76,6 +76,7 @@ ESTIMATED = SHARED | {
     "--load-in-8bit",
     "--llm-int8-skip-modules",
     "--recasts-tables",
+    "--packed-kernel",
     "--num-replicas",
     "--reshard-after-forward",
     "--no-reshard-after-forward",
@@ -233,7 +234,7 @@ def test_every_knob_of_a_configuration_can_be_set():
     assert same == {
         *("method", "freeze", "bits", "num_processes", "sequence_parallel_size"),
         "cache_elements_per_sequence",  # follows from the model
-        *("group_size", "kernel"),  # of a checkpoint that comes packed: in its config, and in a row
+        *("group_size", "kernel"),  # of a checkpoint that comes packed
     }
 
 

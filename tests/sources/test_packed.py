@@ -81,3 +81,12 @@ def test_generating_from_packed_weights_is_refused():
     """Kernels for that pack weights anew, which nothing here counts."""
     with pytest.raises(InputError, match="generating from it"):
         autofit.estimate_inference(model="TheBloke/Mistral-7B-v0.1-GPTQ", gpus="1xA100-80G", seq_len=512)
+
+
+def test_whose_layers_multiply_is_said_of_a_packed_checkpoint_alone():
+    """Of another it would be without effect."""
+    with pytest.raises(InputError, match="packed-kernel") as refused:
+        autofit.estimate(
+            model="mistralai/Mistral-7B-v0.1", gpus="1xA100-80G", seq_len=512, method="qlora", packed_kernel="auto_gptq"
+        )
+    assert refused.value.to_fix
