@@ -238,6 +238,8 @@ DEFAULT_CELLS = (
         "lora-ddp-bf16-adamw_torch_fused",
         "full-zero2-bf16-adamw_torch_fused",
         "full-zero3-bf16-adamw_torch_fused",
+        "full-fsdp1-bf16-adamw_torch_fused",
+        "full-fsdp2-bf16-adamw_torch_fused",
     ),
     # Two ranks share each sequence.
     *_cells(

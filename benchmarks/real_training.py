@@ -8,6 +8,7 @@ Reads RUN_FOLDER/request.json, writes RUN_FOLDER/rankN.json: the peak of each ph
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import sys
 import time
@@ -115,6 +116,13 @@ def let_go_after_waiting() -> None:
         return done
 
     torch.distributed._functional_collectives.wait_tensor = wait_for_tensor_and_settle  # noqa: SLF001
+    send = torch.distributed._broadcast_coalesced  # noqa: SLF001 - with which DDP sends parameters
+
+    def send_and_settle(*arguments: Any) -> None:
+        send(*arguments)
+        time.sleep(DROPPING_SECONDS)
+
+    torch.distributed._broadcast_coalesced = send_and_settle  # noqa: SLF001
 
 
 def train(run_folder: Path) -> None:
@@ -223,12 +231,20 @@ def train_with_trainer(
     after_step = live.now_bytes
     # bitsandbytes evaluates and saves packed weights otherwise on a CPU.
     if configuration.quantization is None:
-        peaks.enter("evaluation")
+        evaluate_and_save_twice(trainer, configuration, peaks)
+    return after_step
+
+
+def evaluate_and_save_twice(trainer: Any, configuration: Configuration, peaks: PhasePeaks) -> None:
+    """Let an evaluation and a save come after another save, before Python has looked for circles: by chance else."""
+    gc.disable()
+    for again in ("", " again"):
+        peaks.enter(f"evaluation{again}")
         trainer.evaluate()
         if can_be_saved(configuration):
-            peaks.enter("saving")
+            peaks.enter(f"saving{again}")
             trainer._save_checkpoint(trainer.model, None)  # noqa: SLF001 (what `save_strategy` calls)
-    return after_step
+    gc.enable()
 
 
 def can_be_saved(configuration: Configuration) -> bool:

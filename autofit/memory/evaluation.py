@@ -22,13 +22,15 @@ Source: accelerate/data_loader.py 1.15, DataLoaderShard.__iter__."""
 
 
 @dataclass(frozen=True, slots=True)
-class Gathers:
-    """What an engine gathers around the segments of a forward pass."""
+class EngineForward:
+    """What an engine does around a forward pass: what it gathers, and what it hands on."""
 
     moments: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     """Of a traced segment: the most before it begins, and what is there while it runs."""
     left: int = 0
     """What stays when the pass is done."""
+    halves_outputs: bool = False
+    """Whether outputs are handed on in 16 bits."""
 
     def highest(self, segment: int, own_bytes: int) -> int:
         """The most that a segment and what is gathered for it hold."""
@@ -36,7 +38,7 @@ class Gathers:
         return max(before, during + own_bytes)
 
 
-NOTHING_GATHERED = Gathers()
+PLAIN_FORWARD = EngineForward()
 
 
 def evaluation_bytes(
@@ -47,12 +49,13 @@ def evaluation_bytes(
     keeps_logits: bool,
     num_batches: int,
     num_processes: int = 1,
-    gathers: Gathers = NOTHING_GATHERED,
+    engine: EngineForward = PLAIN_FORWARD,
 ) -> int:
     """Return the most bytes alive in an evaluation, besides the weights and what training left on the device.
 
     Predictions are gathered from every process, and each batch's are concatenated to those before: the old, the new and
-    their concatenation are alive together, twice what is kept in the end.
+    their concatenation are alive together, twice what is kept in the end. A process's own are gone by then: they are
+    there beside what is gathered of one batch.
 
     Args:
         profile: of a regime that evaluates, which is exact; or of a training step, whose forward pass gives a bound.
@@ -62,27 +65,27 @@ def evaluation_bytes(
             `prediction_loss_only` is set.
         num_batches: of a process, or `eval_accumulation_steps` where that is set and smaller.
         num_processes: that predictions are gathered from.
-        gathers: what the engine gathers in a forward pass.
+        engine: what it does around a forward pass.
     """
-    forward = forward_bytes(profile, micro_batch, sequence_tokens, gathers)
+    forward = forward_bytes(profile, micro_batch, sequence_tokens, engine)
     inputs = input_bytes(profile, micro_batch, sequence_tokens)
     waiting = NUM_BATCHES_AHEAD * inputs + inputs - traced_input_bytes(profile, micro_batch, sequence_tokens)
     if not keeps_logits:
         return forward + waiting
-    logits = prediction_bytes(profile, micro_batch, sequence_tokens) * num_processes
+    logits = prediction_bytes(profile, micro_batch, sequence_tokens, engine) * num_processes
     labels = micro_batch * sequence_tokens * TOKEN_ID_BYTES * num_processes
     kept = logits + labels
     before = num_batches - 1
     last = kept if before > 1 else 0  # the batch before is still a variable of the loop; the first is what is kept
     newest = kept if before else 0
-    gathering = logits // num_processes if num_processes > 1 else 0
-    concatenated = gathering + num_batches * (logits * (2 if before else 1) + labels)
-    as_arrays = num_batches * (logits * _array_factor(profile) + labels) + newest
-    return waiting + max(before * kept + last + forward, gathers.left + max(concatenated + inputs, as_arrays))
+    gathered = before * kept + logits // num_processes + kept if num_processes > 1 else 0
+    concatenated = max(gathered, num_batches * (logits * (2 if before else 1) + labels))
+    as_arrays = num_batches * (logits * _array_factor(profile, engine) + labels) + newest
+    return waiting + max(before * kept + last + forward, engine.left + max(concatenated + inputs, as_arrays))
 
 
 def forward_bytes(
-    profile: RegimeProfile, micro_batch: int, sequence_tokens: int, gathers: Gathers = NOTHING_GATHERED
+    profile: RegimeProfile, micro_batch: int, sequence_tokens: int, engine: EngineForward = PLAIN_FORWARD
 ) -> int:
     """Return the peak of one forward pass without gradients, with what is gathered for it.
 
@@ -98,32 +101,37 @@ def forward_bytes(
         if segment.kind != "forward":
             break
         peak, left = _own_bytes(segment, number, sizes, fleeting)
-        highest = max(highest, held + gathers.highest(number, peak))
+        highest = max(highest, held + engine.highest(number, peak))
         cached = _own_bytes(segment, number, _fixed_sizes(profile), fleeting)[1]
         held += left if segment.layer is None else profile.repeats(segment) * cached
     return highest
 
 
-def prediction_bytes(profile: RegimeProfile, micro_batch: int, sequence_tokens: int) -> int:
+def prediction_bytes(
+    profile: RegimeProfile, micro_batch: int, sequence_tokens: int, engine: EngineForward = PLAIN_FORWARD
+) -> int:
     """Return the bytes of one batch's predictions on one process.
 
-    They die in the last segment of a tape that evaluates. From a training step's tape they are taken to be logits, in
-    fp32 under autocast, as accelerate converts them, and otherwise in the weights' dtype.
+    They die in the last segment of a tape that evaluates. From a training step's tape they are taken to be logits: in
+    fp32 under autocast, as accelerate converts them; in 16 bits where the engine halves them; else in the weights'
+    dtype.
     """
     if profile.regime.evaluates:
         sizes = size_table(profile, [micro_batch], sequence_tokens)[:, 0]
         return int(sum(sizes[event[0]] for event in profile.segments[-1].events if len(event) > BIRTH_FIELDS))
     dtype = profile.regime.weights_dtype if profile.regime.autocast == "no" else "float32"
-    return micro_batch * sequence_tokens * profile.vocab_size * BYTES_PER_ELEMENT[dtype]
+    element = HALF_BYTES if engine.halves_outputs else BYTES_PER_ELEMENT[dtype]
+    return micro_batch * sequence_tokens * profile.vocab_size * element
 
 
-def _array_factor(profile: RegimeProfile) -> int:
+def _array_factor(profile: RegimeProfile, engine: EngineForward) -> int:
     """How often the predictions are there when they become arrays: a CPU, which moves nothing, copies bf16 to fp32.
 
     Source: transformers/trainer_pt_utils.py 5.23, nested_numpify.
     """
     regime = profile.regime
-    return 3 if regime.device == "cpu" and regime.autocast == "no" and regime.weights_dtype == "bfloat16" else 1
+    are_halves = engine.halves_outputs or (regime.autocast == "no" and regime.weights_dtype == "bfloat16")
+    return 3 if regime.device == "cpu" and are_halves else 1
 
 
 def _fixed_sizes(profile: RegimeProfile) -> np.ndarray:

@@ -19,7 +19,7 @@ import numpy as np
 
 from autofit.errors import InputError
 from autofit.memory.engines import Layout, Terms, with_optimizer
-from autofit.memory.evaluation import Gathers
+from autofit.memory.evaluation import EngineForward
 from autofit.memory.host import fsdp_buffers
 from autofit.memory.static import OptimizerBytes, optimizer_bytes, rounded
 from autofit.memory.tape import BIRTH_FIELDS, PER_TOKEN, Bytes, size_table
@@ -851,12 +851,13 @@ def _trains_but_adapters(unit: Unit) -> bool:
     return bool(unit.parts) and bool(unit.parts[0].gradient)
 
 
-def gathers_in_evaluation(configuration: Configuration, profile: RegimeProfile, units: Units) -> Gathers:
+def forward_in_evaluation(configuration: Configuration, profile: RegimeProfile, units: Units) -> EngineForward:
     """Return what a forward pass of an evaluation gathers, after another one: the root and the head stay gathered.
 
-    A backward pass, or a save, frees them.
+    A backward pass, or a save, frees them. FSDP2 hands outputs on in the dtype that computes.
     Source: torch v2.13 distributed/fsdp/_runtime_utils.py, `_post_forward_reshard` (`_is_root`);
-    _fully_shard/_fsdp_state.py, `_post_forward` (`reshard_after_forward`).
+    _fully_shard/_fsdp_state.py, `_post_forward` (`reshard_after_forward`);
+    accelerate 1.15 utils/dataclasses.py, `set_mixed_precision` (`output_dtype`).
     """
     held: dict[Key, int] = {}
     moments: dict[int, tuple[int, int]] = {}
@@ -875,7 +876,8 @@ def gathers_in_evaluation(configuration: Configuration, profile: RegimeProfile, 
                 highest = 0
             case _:
                 pass
-    return Gathers(moments, left=sum(held.values()))
+    halves = configuration.sharding == "fsdp2" and configuration.mixed_precision != "no"
+    return EngineForward(moments, left=sum(held.values()), halves_outputs=halves)
 
 
 def script(configuration: Configuration, profile: RegimeProfile, units: Units) -> list[Operation]:

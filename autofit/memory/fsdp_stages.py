@@ -11,12 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from autofit.memory.evaluation import Gathers
+from autofit.memory.evaluation import EngineForward
 from autofit.memory.fsdp import (
     MASTER_BYTES,
     Sharded,
     Units,
-    gathers_in_evaluation,
+    forward_in_evaluation,
     make_units,
     num_shards,
     sharded,
@@ -78,9 +78,9 @@ class FsdpStages:
         """Whether the model was loaded on the device, packed."""
         return self.configuration.quantization is not None
 
-    def gathers(self) -> Gathers:
-        """What an evaluation's forward pass gathers."""
-        return gathers_in_evaluation(self.configuration, self.profile, self.units)
+    def forward(self) -> EngineForward:
+        """What FSDP does around an evaluation's forward pass."""
+        return forward_in_evaluation(self.configuration, self.profile, self.units)
 
     def preparing(self) -> Held:
         """While accelerate shards the model, up to where every process has its shards in the dtype that is stored."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from autofit.memory.engines import MASTER_BYTES, Layout
-from autofit.memory.evaluation import NOTHING_GATHERED, evaluation_bytes, forward_bytes
+from autofit.memory.evaluation import PLAIN_FORWARD, evaluation_bytes, forward_bytes
 from autofit.memory.fsdp_stages import FsdpStages
 from autofit.memory.host import NUM_MOMENTS
 from autofit.memory.loading import broadcast_bytes
@@ -328,6 +328,8 @@ def evaluation(run: Run) -> Stage | None:
 
     What generates reads a prompt as long as all of a sequence and has the cache of as much beside it: a bound.
 
+    Under stage 3 the first process may still have what a save before collected; see `saving`.
+
     Processes that share sequences in training each evaluate whole ones, of which their tape is of a part.
     Source: accelerate/accelerator.py 1.15, _prepare_deepspeed (`disable_in_eval`).
     """
@@ -336,7 +338,7 @@ def evaluation(run: Run) -> Stage | None:
         return None
     tokens = run.sequence_tokens * run.configuration.sequence_parallel_size
     profile = run.profile if run.fsdp is None else run.fsdp.profile
-    gathers = NOTHING_GATHERED if run.fsdp is None else run.fsdp.gathers()
+    engine = PLAIN_FORWARD if run.fsdp is None else run.fsdp.forward()
     needed = evaluation_bytes(
         profile,
         micro_batch,
@@ -344,14 +346,15 @@ def evaluation(run: Run) -> Stage | None:
         keeps_logits=asked.keeps_predictions,
         num_batches=_batches_kept(run.configuration),
         num_processes=run.configuration.num_processes,
-        gathers=gathers,
+        engine=engine,
     )
     if asked.predict_with_generate:
         element = HALF_BYTES if run.configuration.mixed_precision != "no" else run.weight_bytes
         cache = micro_batch * (asked.cache_elements_per_sequence or 0) * element
-        needed = max(needed, cache + forward_bytes(profile, micro_batch, tokens, gathers))
+        needed = max(needed, cache + forward_bytes(profile, micro_batch, tokens, engine))
     gathered = run.plan.forward.get("gathered_weights", 0)
-    return run.placed(run.always_bytes + gathered + needed, _host_between_steps(run))
+    earlier = _collected_bytes(run) if run.configuration.zero_stage == 3 else 0
+    return run.placed(run.always_bytes + gathered + needed, _host_between_steps(run), first_process=earlier)
 
 
 def _host_between_steps(run: Run) -> int:
@@ -372,14 +375,15 @@ def saving(run: Run) -> Stage:
     """While a checkpoint is written.
 
     DeepSpeed's stages 1 and 2 copy the whole model to the host in every process. Stage 3 gathers module by module (what
-    an evaluation gathered is still there) and the first process collects what trains of an adapter, else all of it.
+    an evaluation gathered is still there) and the first process collects what trains of an adapter, else all of it:
+    twice, for the function that collected it for an earlier checkpoint calls itself by a name in its own closure, and
+    such a circle, with all that it names, is there until Python looks for circles.
     FSDP's full state dicts, which accelerate's config asks for, are gathered for the first process.
     Source: transformers/trainer.py 5.23 (save_model); accelerate/accelerator.py 1.15 (get_state_dict);
     deepspeed/checkpoint/utils.py (clone_tensors_for_torch_save), runtime/engine.py
     (_zero3_consolidated_16bit_state_dict).
     """
-    model = sum(t.num_bytes for t in run.model)
-    written = sum(t.num_bytes for t in run.trained) if run.configuration.lora else model
+    model, written = sum(t.num_bytes for t in run.model), _collected_bytes(run)
     device = run.always_bytes
     if run.fsdp is not None:
         held = run.fsdp.saving()
@@ -387,10 +391,15 @@ def saving(run: Run) -> Stage:
     if run.configuration.zero_stage == 3:
         gathered = run.plan.forward.get("gathered_weights", 0)
         if run.cluster.device.kind == "cpu":  # what the first process collects is what it gathered
-            return run.placed(device + max(gathered, written), run.plan.host)
-        return run.placed(device + gathered, run.plan.host, first_process=written)
+            return run.placed(device + max(gathered, written), run.plan.host, first_process=written)
+        return run.placed(device + gathered, run.plan.host, first_process=2 * written)
     if run.configuration.uses_deepspeed:
         return run.placed(device, run.plan.host + model)
     if run.cluster.device.kind == "cpu":
         return run.placed(device, 0)
     return run.placed(device, run.plan.host, first_process=min(written, LARGEST_SAVED_FILE_BYTES))
+
+
+def _collected_bytes(run: Run) -> int:
+    """What the first process writes: of an adapter what trains."""
+    return sum(t.num_bytes for t in (run.trained if run.configuration.lora else run.model))

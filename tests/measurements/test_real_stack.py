@@ -18,7 +18,7 @@ from real_stack import parse_cell  # noqa: E402 (a script beside the package)
 
 pytestmark = pytest.mark.slow
 CELLS = (
-    "full-ddp-bf16-adamw_torch_fused-b2-s256-ga2",
+    "full-ddp-bf16-adamw_torch_fused-b2-s256-ga2-keeps",
     "freeze-zero3-bf16-adamw_torch_fused-b2-s256-ga1",
     "lora-zero3-bf16-adamw_torch_fused-b2-s256-ga1-ckpt",
     "qlora-zero2-bf16-adamw_torch_fused-b2-s256-ga1-ckpt",

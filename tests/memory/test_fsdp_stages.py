@@ -102,6 +102,15 @@ def test_what_an_evaluation_gathered_last_stays():
     for sharding, kept in (("fsdp1", ("root",)), ("fsdp2", ("root", "tail"))):
         configuration = a_configuration(sharding=sharding, mixed_precision="no")
         stages = FsdpStages(configuration, traced(configuration))
-        units, gathers = dict(stages.units.named()), stages.gathers()
-        assert gathers.left == sum(units[name].total("whole") for name in kept) > 0
-        assert max(during for _, during in gathers.moments.values()) > gathers.left
+        units, forward = dict(stages.units.named()), stages.forward()
+        assert forward.left == sum(units[name].total("whole") for name in kept) > 0
+        assert max(during for _, during in forward.moments.values()) > forward.left
+
+
+@pytest.mark.parametrize(
+    ("sharding", "precision", "halves"), [("fsdp2", "bf16", True), ("fsdp2", "no", False), ("fsdp1", "bf16", False)]
+)
+def test_fsdp2_hands_predictions_on_in_the_dtype_that_computes(sharding, precision, halves):
+    """accelerate asks FSDP2 for outputs in 16 bits, FSDP1 for none: there they stay as accelerate converts them."""
+    configuration = replace(a_choice(sharding), mixed_precision=precision)
+    assert the_stages(configuration).forward().halves_outputs is halves
