@@ -446,7 +446,7 @@ def _figures(predicted: MemoryEstimate, ranks: Ranks) -> Iterator[tuple[str, Fig
     for name, held in PHASES.items():
         highest = max(phase.bytes for phase in predicted.phases if phase.name in held) + _host_bytes(predicted, ranks)
         yield name, Figure(predicted_bytes=highest, measured_bytes=_measured(ranks, f"steady {name}"))
-    if kept := _measured(ranks, "first ", "early ", "steady ", peaks="host_peaks"):
+    if kept := _measured(ranks, "early ", "steady ", peaks="host_peaks"):
         yield "host", Figure(predicted_bytes=predicted.host_bytes or 0, measured_bytes=kept)
     for name, start in STAGES.items():
         stage = getattr(predicted.stages, name)

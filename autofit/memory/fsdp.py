@@ -601,15 +601,21 @@ class _Script:
 
         FSDP2 gathers into one buffer and copies out of it; the buffer lives until the next unit is copied out.
         """
-        if name in self._unsharded or not unit.parts:
-            return
+        is_there = name in self._unsharded or not unit.parts
         self._gather(name, unit)
-        if self._is_second:
+        if self._is_second and not is_there:
             self._copy_out(name, unit)
             self._free_gathered()
             self._last_gathered = name
 
     def _gather(self, name: str, unit: Unit) -> None:
+        """Gather a unit unless it is; FSDP1 fetches an offloaded shard again all the same.
+
+        Source: torch v2.13 distributed/fsdp/_flat_param.py, `pre_unshard`.
+        """
+        if name in self._unsharded and self._offloads and not self._is_second:
+            for copy in self._copy_to_gather(name, unit):
+                self._give(copy)
         if name in self._gathered or name in self._unsharded or not unit.parts:
             return
         copies = self._copy_to_gather(name, unit)

@@ -16,6 +16,7 @@ from autofit.memory.fsdp import (
     MASTER_BYTES,
     Sharded,
     Units,
+    between_steps,
     forward_in_evaluation,
     make_units,
     num_shards,
@@ -98,8 +99,9 @@ class FsdpStages:
         if self.is_quantized:
             whole = sum(each.loaded for each in parameters)
             largest = max((each.shard for each in parameters), default=0)
-            kept = largest if self.offloads else shards
-            return Held(device=whole + kept, host=shards if self.offloads else 0)
+            if self.offloads:  # a shard is copied to the host, and then into pinned memory
+                return Held(device=whole + largest, host=shards + largest)
+            return Held(device=whole + shards)
         device = done = 0
         for each in parameters:
             device = max(device, done + each.whole + each.shard)
@@ -143,13 +145,19 @@ class FsdpStages:
         return [*units.values()]
 
     def host_in_first_step(self) -> int:
-        """Host memory of a process in its first step, where everything is offloaded: FSDP1 has made no zeros yet."""
+        """Host memory of a process in its first step, where everything is offloaded: FSDP1 has made no zeros yet.
+
+        Before the optimizer's state is there, FSDP1 has each shard twice: it copies all of them into pinned memory when
+        forward begins, and lets go of the first ones unit by unit, when it has freed what it gathered.
+        Source: torch v2.13 distributed/fsdp/_flat_param.py, `init_flat_param_attributes`, `_use_sharded_flat_param`.
+        """
         device, units = self.profile.regime.device, self.units
         parts = [part for unit in units.all() for part in unit.parts]
         shards = [part.shard for part in parts]
         optimizer = optimizer_bytes(units.state, self.configuration.optim, "cpu")
         gradients = [part.kept for part in parts] if self.is_second else shards
-        return fsdp_buffers(shards, gradients, optimizer.state + optimizer.step).num_bytes(device)
+        again = 0 if self.is_second else sum(shards)
+        return fsdp_buffers(shards, gradients, max(again, optimizer.state + optimizer.step)).num_bytes(device)
 
     def host_between_steps(self) -> int:
         """Host memory of a process between two steps, where everything is offloaded, once it has evaluated.
@@ -166,6 +174,10 @@ class FsdpStages:
             return fsdp_buffers(shards, gradients, state_bytes).num_bytes(device)
         zeros = sum(part.kept for part in parts)
         return fsdp_buffers(shards, shards, state_bytes + zeros).num_bytes(device)
+
+    def last_gradients(self) -> int:
+        """What the device has besides until an evaluation's forward pass, or a save, begins."""
+        return sum(between_steps(self.configuration, self.units).values())
 
     def saving(self) -> Held:
         """While the full state dicts are gathered, of the model and then of the optimizer; above what is always held.

@@ -353,6 +353,8 @@ def evaluation(run: Run) -> Stage | None:
         cache = micro_batch * (asked.cache_elements_per_sequence or 0) * element
         needed = max(needed, cache + forward_bytes(profile, micro_batch, tokens, engine))
     gathered = run.plan.forward.get("gathered_weights", 0)
+    if run.fsdp is not None:
+        needed = max(needed, run.fsdp.last_gradients())
     earlier = _collected_bytes(run) if run.configuration.zero_stage == 3 else 0
     return run.placed(run.always_bytes + gathered + needed, _host_between_steps(run), first_process=earlier)
 
@@ -387,7 +389,8 @@ def saving(run: Run) -> Stage:
     device = run.always_bytes
     if run.fsdp is not None:
         held = run.fsdp.saving()
-        return run.placed(device + held.device, _host_between_steps(run), first_process=held.first_process)
+        device += max(held.device, run.fsdp.last_gradients())
+        return run.placed(device, _host_between_steps(run), first_process=held.first_process)
     if run.configuration.zero_stage == 3:
         gathered = run.plan.forward.get("gathered_weights", 0)
         if run.cluster.device.kind == "cpu":  # what the first process collects is what it gathered
