@@ -2,12 +2,13 @@
 
     python benchmarks/real_stack.py [--cells CELL,CELL | --all] [--loop accelerate] [--measured FILE [--again]] [--json]
 
-A cell is `METHOD-SHARDING-PRECISION-OPTIM-bB-sS-gaN[-ckpt[-reentrant]][-sp2][-accelerate][-keeps]`, for instance
-`lora-zero2-bf16-adamw_torch_fused-b2-s256-ga1-ckpt`. `zero2_offload` keeps the optimizer on the host,
-`zero3_offload_all` the weights as well; `qlora_bf16` stores packed weights in bf16, which FSDP shards. `-accelerate`
-runs a bare Accelerate loop, which keeps the model's output alive through backward, in place of the Trainer; in `-sp2`
-the two ranks share each sequence. In `-half` weights that train are loaded in 16 bits, where they would be in fp32. In
-`-keeps` evaluation keeps its predictions, for a `compute_metrics`.
+A cell is `METHOD-SHARDING-PRECISION-OPTIM-bB-sS-gaN`, and then any of `-ckpt[-reentrant]`, `-sp2`, `-accelerate`,
+`-half`, `-fp32file` and `-keeps`: for instance `lora-zero2-bf16-adamw_torch_fused-b2-s256-ga1-ckpt`. `zero2_offload`
+keeps the optimizer on the host, `zero3_offload_all` the weights as well; `qlora_bf16` stores packed weights in bf16,
+which FSDP shards. `-accelerate` runs a bare Accelerate loop, which keeps the model's output alive through backward, in place of the Trainer; in `-sp2`
+the two ranks share each sequence. In `-half` weights that train are loaded in 16 bits, where they would be in fp32; in
+`-fp32file` the checkpoint is stored in fp32, whatever it is loaded in, where it would be as it is loaded. In `-keeps`
+evaluation keeps its predictions, for a `compute_metrics`.
 
 Sharded cells run on two gloo ranks; under FSDP, `cpu_fsdp/` makes accelerate take them for GPUs. Measured is the most
 bytes that tensor storages held at one time, on the rank that held most: from the first step to the last, and in each
@@ -231,6 +232,9 @@ DEFAULT_CELLS = (
     ),
     # Weights that train are loaded in 16 bits.
     *_cells("b1-s32-ga1-half", "full-fsdp1-bf16-adamw_torch_fused", "full-fsdp2-bf16-adamw_torch_fused"),
+    # The checkpoint is stored in fp32, and loaded in bf16.
+    *_cells("b1-s32-ga1-fp32file", "full-zero3-bf16-adamw_torch_fused", "lora-none-bf16-adamw_torch_fused"),
+    *_cells("b1-s32-ga1-half-fp32file", "full-fsdp2-bf16-adamw_torch_fused"),
     # Evaluation keeps its predictions.
     *_cells(
         "b2-s256-ga1-keeps",
@@ -390,6 +394,7 @@ def parse_cell(cell: str) -> tuple[Configuration, int]:
         "sharding": sharding,
         "offload": OFFLOADS.get(place.removeprefix(sharding), "none"),
         "weights_dtype": dtype,
+        "stored_dtype": "float32" if "fp32file" in rest else None,
         "mixed_precision": "no" if precision == "fp32" else "bf16",
         "attention": "sdpa",
     }
@@ -482,7 +487,7 @@ def save_model(folder: Path, dtype: str) -> Path:
 
 
 def measure(cell: str, model_folders: dict[str, Path], folder: Path) -> Ranks:
-    """Train a cell in processes of its own, from weights stored as they are loaded; return what each rank measured.
+    """Train a cell in processes of its own; return what each rank measured.
 
     Raises:
         RuntimeError: the training failed.
@@ -492,7 +497,7 @@ def measure(cell: str, model_folders: dict[str, Path], folder: Path) -> Ranks:
     request = {
         "configuration": msgspec.to_builtins(configuration),
         "tokens": tokens,
-        "model": str(model_folders[configuration.weights_dtype]),
+        "model": str(model_folders[configuration.stored_dtype or configuration.weights_dtype]),
         "hidden_size": HIDDEN_SIZE,
         "vocab_size": VOCAB_SIZE,
     }

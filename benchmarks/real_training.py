@@ -231,14 +231,14 @@ def train_with_trainer(
     after_step = live.now_bytes
     # bitsandbytes evaluates and saves packed weights otherwise on a CPU.
     if configuration.quantization is None:
-        evaluate_and_save_twice(trainer, configuration, peaks)
+        evaluate_and_save(trainer, configuration, peaks)
     return after_step
 
 
-def evaluate_and_save_twice(trainer: Any, configuration: Configuration, peaks: PhasePeaks) -> None:
-    """Let an evaluation and a save come after another save, before Python has looked for circles: by chance else."""
+def evaluate_and_save(trainer: Any, configuration: Configuration, peaks: PhasePeaks) -> None:
+    """Evaluate and save; under stage 3 once more, before Python has looked for circles: else that is chance."""
     gc.disable()
-    for again in ("", " again"):
+    for again in ("", " again") if configuration.zero_stage == 3 else ("",):
         peaks.enter(f"evaluation{again}")
         trainer.evaluate()
         if can_be_saved(configuration):

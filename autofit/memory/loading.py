@@ -75,6 +75,27 @@ def write_loading(program: Program, profile: RegimeProfile, device_bytes: int) -
     program.hold(each.num_bytes for each in adapters)
 
 
+def read_bytes(profile: RegimeProfile, stored_bytes: int, loaded_bytes: int) -> int:
+    """Return the most bytes that reading a checkpoint of a model that is not quantised takes on the host.
+
+    A tensor that is stored in another dtype than it is loaded in is there in both, one at a time, in order of names.
+    transformers reads four at a time in threads (`GLOBAL_WORKERS`): up to three more such tensors may be there.
+    Source: transformers/core_model_loading.py 5.23, `_materialize_copy`, `dot_natural_key`.
+
+    Args:
+        profile: the model.
+        stored_bytes: of an element in the checkpoint.
+        loaded_bytes: of an element as it is loaded.
+    """
+    named = [_Named(tensor, layer) for tensor, layer in in_model_order(profile) if tensor.kind == "parameter"]
+    highest = there = 0
+    for each in sorted(named, key=lambda each: each.load_order):
+        there += each.tensor.num_elements * loaded_bytes
+        passing = each.tensor.num_elements * stored_bytes if stored_bytes != loaded_bytes else 0
+        highest = max(highest, there + passing)
+    return highest
+
+
 def broadcast_buckets(profile: RegimeProfile) -> list[int]:
     """List the copies in which DDP sends rank 0's parameters and buffers: together, those of one dtype.
 

@@ -12,7 +12,7 @@ from autofit.memory.engines import MASTER_BYTES, Layout
 from autofit.memory.evaluation import PLAIN_FORWARD, evaluation_bytes, forward_bytes
 from autofit.memory.fsdp_stages import FsdpStages
 from autofit.memory.host import NUM_MOMENTS
-from autofit.memory.loading import broadcast_bytes
+from autofit.memory.loading import broadcast_bytes, read_bytes
 from autofit.memory.static import rounded
 from autofit.memory.tensors import Tensor
 from autofit.spec.configuration import Configuration
@@ -118,18 +118,19 @@ def stages(run: Run) -> Stages:
 def loading(run: Run) -> Stage:
     """While `from_pretrained` and peft make the model, up to where it is on the device.
 
-    The checkpoint is taken to be stored in the dtype that is loaded; a file's pages count as memory, though processes
-    of a node share them. Not quantised, the model is made whole in the host memory of each process, then moved. Under
-    stage 3 it is made in shards on the device, each parameter whole for a moment, and the first process reads the whole
-    checkpoint. Quantised, it is made on the device, also under stage 3: one weight at a time is there in both forms;
-    adapters come when all are packed. Under FSDP every process has it in host memory too, though its config lets the
-    first one alone load it: `cpu_ram_efficient_loading` spares the others the initialisation of missing weights.
+    A file's pages count as memory, though processes of a node share them. Not quantised, the model is made whole in the
+    host memory of each process, then moved. Under stage 3 it is made in shards on the device, each parameter whole for
+    a moment, and the first process reads the whole checkpoint, as it is stored. Quantised, it is made on the device,
+    also under stage 3: one weight at a time is there in both forms; adapters come when all are packed. Under FSDP every
+    process has it in host memory too, though its config lets the first one alone load it: `cpu_ram_efficient_loading`
+    spares the others the initialisation of missing weights.
 
     Source: transformers/modeling_utils.py 5.23 (_load_pretrained_model, get_init_context), core_model_loading.py
     (convert_and_load_state_dict_in_model), integrations/deepspeed.py (_load_state_dict_into_zero3_model),
     trainer.py (`_move_model_to_device`).
     """
     element = BYTES_PER_ELEMENT[run.configuration.weights_dtype]
+    stored = BYTES_PER_ELEMENT[run.configuration.stored_dtype or run.configuration.weights_dtype]
     loaded = [_loaded_bytes(t, element) for t in run.model]
     quantization = run.configuration.quantization
     if quantization is not None and not quantization.comes_packed:
@@ -139,16 +140,17 @@ def loading(run: Run) -> Stage:
         adapters = sum(t.num_elements * ADAPTER_BYTES for t in run.parameters if t.kind == "adapter")
         base = [t for t in run.parameters if t.kind != "adapter"]
         largest = max((t.num_bytes for t in base), default=0)
-        checkpoint = sum(t.num_elements * element for t in base)
+        checkpoint = sum(t.num_elements * stored for t in base)
         shards, buffers = run.shards(base), _buffers(run)
         offloads = run.configuration.offload == "optimizer_and_parameters"
         device = buffers + max(largest, adapters) + (0 if offloads else shards)
         return run.placed(device, shards if offloads else 0, first_process=checkpoint)
+    on_host = max(sum(loaded), read_bytes(run.profile, stored, element))
     if run.fsdp is not None:
-        return run.placed(0, sum(loaded))
+        return run.placed(0, on_host)
     if run.cluster.device.kind == "cpu":
-        return run.placed(sum(loaded), 0)
-    return run.placed(run.total(t.num_bytes for t in run.model), sum(loaded))
+        return run.placed(on_host, 0)
+    return run.placed(run.total(t.num_bytes for t in run.model), on_host)
 
 
 def _loaded_bytes(tensor: Tensor, bytes_per_element: int) -> int:

@@ -146,6 +146,7 @@ def blocks(job: Job, cluster: Cluster) -> tuple[Block, ...]:
                 split=splits[engine.num_processes][0],
                 restrictions=restrictions,
                 evaluation=evaluation,
+                stored_dtype=job.model.stored_dtype,
             ),
         )
         for path, engine in every
@@ -231,7 +232,14 @@ def evaluation_of(job: Job) -> Evaluation:
 
 
 def configuration(
-    *, path: Path, engine: Engine, optim: Optim, split: Split, restrictions: Restrictions, evaluation: Evaluation
+    *,
+    path: Path,
+    engine: Engine,
+    optim: Optim,
+    split: Split,
+    restrictions: Restrictions,
+    evaluation: Evaluation,
+    stored_dtype: Dtype | None = None,
 ) -> Configuration:
     """Complete the free knobs with what follows from them.
 
@@ -260,6 +268,7 @@ def configuration(
         reshard_after_forward=restrictions.reshard_after_forward,
         sequence_parallel_size=restrictions.sequence_parallel_size,
         weights_dtype=_loaded_dtype(restrictions.weights_dtype or dtypes.weights_dtype, quantization),
+        stored_dtype=stored_dtype,
         mixed_precision=dtypes.mixed_precision,
         attention=path.attention,
         sdpa_kernel=restrictions.sdpa_kernel,

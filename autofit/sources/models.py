@@ -15,6 +15,7 @@ import msgspec
 
 from autofit.errors import InputError, nearest
 from autofit.sources.attention import usual_attention
+from autofit.sources.checkpoints import stored_dtype
 from autofit.spec.job import Model, Origin
 
 
@@ -117,8 +118,10 @@ def resolve_model(text: str, *, allow_hub: bool = False, environment: Mapping[st
     )
 
 
-def model_from_config(config: Mapping[str, Any], *, name: str, origin: Origin, source: str) -> Model:
-    """Return the model that a config.json's content describes.
+def model_from_config(
+    config: Mapping[str, Any], *, name: str, origin: Origin, source: str, folder: Path | None = None
+) -> Model:
+    """Return the model that a config.json's content describes, which lies in a folder if it is on this machine.
 
     Raises:
         InputError: it names no `model_type`, or no class to build.
@@ -130,7 +133,14 @@ def model_from_config(config: Mapping[str, Any], *, name: str, origin: Origin, s
         )
     if config.get("architectures"):
         attention = usual_attention(config)
-        return Model(name=name, config=dict(config), origin=origin, source=source, usual_attention=attention)
+        return Model(
+            name=name,
+            config=dict(config),
+            origin=origin,
+            source=source,
+            usual_attention=attention,
+            stored_dtype=stored_dtype(config, folder),
+        )
     architecture = _usual_architecture(model_type)
     if architecture is None:
         raise InputError(
@@ -142,6 +152,7 @@ def model_from_config(config: Mapping[str, Any], *, name: str, origin: Origin, s
         config={**config, "architectures": [architecture]},
         usual_attention=usual_attention({**config, "architectures": [architecture]}),
         origin=origin,
+        stored_dtype=stored_dtype(config, folder),
         source=f"{source} (names no architectures: taken as {architecture}, as every {model_type} in the catalogue)",
     )
 
@@ -184,7 +195,7 @@ def _from_path(path: Path) -> Model:
 
 
 def _from_file(path: Path, *, name: str, origin: Origin, source: str) -> Model:
-    return model_from_config(read_config(path), name=name, origin=origin, source=source)
+    return model_from_config(read_config(path), name=name, origin=origin, source=source, folder=path.parent)
 
 
 def _from_catalogue(text: str) -> Model | None:
@@ -203,6 +214,7 @@ def _from_catalogue(text: str) -> Model | None:
         origin="catalogue",
         num_params=entry.num_params,
         usual_attention=usual_attention(entry.config),
+        stored_dtype=stored_dtype(entry.config),
         source=known.config_source.format(id=entry.id) + same,
     )
 

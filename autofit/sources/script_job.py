@@ -13,6 +13,7 @@ from autofit.errors import InputError
 from autofit.memory.optimizers import OPTIMIZERS
 from autofit.search.space import engines, values
 from autofit.sources.attention import usual_attention
+from autofit.sources.checkpoints import stored_dtype
 from autofit.sources.lengths import distribution
 from autofit.sources.script_loops import refuse_split, script_loop, unsharded_only
 from autofit.sources.script_words import found_words, said_at
@@ -99,7 +100,16 @@ def _model(discovered: Discovered) -> Model:
         origin="script",
         source=said_at(discovered, "model"),
         usual_attention=usual_attention(discovered.config),
+        stored_dtype=stored_dtype(discovered.config, _folder(discovered.model_name)),
     )
+
+
+def _folder(name: str) -> Path | None:
+    """The folder that a script's model is in, where its name is one."""
+    try:
+        return Path(name) if Path(name).is_dir() else None
+    except (OSError, ValueError):  # not a path at all
+        return None
 
 
 def _sequence_tokens(discovered: Discovered) -> int:

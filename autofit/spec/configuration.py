@@ -181,6 +181,8 @@ class Configuration:
     """Processes that share each sequence (DeepSpeed's Ulysses, accelerate's `sp_size`)."""
     weights_dtype: Dtype
     """Dtype the weights are loaded in (of a quantised model: of what is not quantised)."""
+    stored_dtype: Dtype | None = None
+    """Dtype of the checkpoint's file; None: that which is loaded."""
     mixed_precision: MixedPrecision
     """`no`; or the autocast dtype, under DeepSpeed the dtype of its bf16/fp16 block."""
     attention: Attention

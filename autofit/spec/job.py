@@ -50,6 +50,8 @@ class Model:
     """Where the config was taken from."""
     usual_attention: Attention = "sdpa"
     """What is planned where none is asked for: sdpa, or eager where the installed transformers has no sdpa for it."""
+    stored_dtype: Dtype | None = None
+    """Dtype of the checkpoint's weights: as its file says where it is on this machine, else as the config does."""
 
     @property
     def max_positions(self) -> int | None:

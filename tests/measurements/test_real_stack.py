@@ -72,7 +72,7 @@ def test_the_peak_of_a_real_run_is_predicted(results):
 
 
 def test_each_phase_of_a_real_run_is_predicted(results):
-    """Phases of a steady step and the stages around it, each by itself: within 1 %, an evaluation up to 3 % too high.
+    """Phases of a steady step and the stages around it, each by itself: within 2 %, an evaluation up to 3 % too high.
 
     On the device, and under FSDP on the host.
     """
@@ -80,7 +80,7 @@ def test_each_phase_of_a_real_run_is_predicted(results):
         slack_bytes = held_by_the_loop_bytes(result["cell"])
         for name, figure in result["figures"].items():
             stage = name.removesuffix(" host")
-            near = pytest.approx(figure["measured_bytes"], rel=0.01, abs=slack_bytes)
+            near = pytest.approx(figure["measured_bytes"], rel=0.02, abs=slack_bytes)
             if stage in SURE:
                 assert figure["predicted_bytes"] == near, (result["cell"], name, figure)
             else:

@@ -87,6 +87,16 @@ def test_stage_3_loads_in_shards():
     assert stage.device_bytes == pytest.approx(2 * NUM_PARAMS / 8 + 2 * MATRIX, rel=1e-3)
 
 
+def test_a_checkpoint_is_read_in_the_dtype_that_it_is_stored_in():
+    """Stage 3's first process holds all of it so; elsewhere one tensor at a time.
+
+    Names in order: embed, head, eight matrices; the last of them is there in fp32 and in bf16.
+    """
+    stored = {"stored_dtype": "float32"}
+    assert loading(a_run(a_choice("zero3", **stored))).host_bytes == 4 * NUM_PARAMS
+    assert loading(a_run(a_choice(**stored))).host_bytes == 8 * (2 * NUM_PARAMS + 4 * MATRIX)
+
+
 def test_a_cpu_rank_has_one_memory():
     """Its device is the host: nothing is counted twice, and the host's figure is not known apart."""
     stage = loading(a_run(a_choice(), on_cpu=True))
