@@ -5,10 +5,10 @@
 A cell is `METHOD-SHARDING-PRECISION-OPTIM-bB-sS-gaN`, and then any of `-ckpt[-reentrant]`, `-sp2`, `-accelerate`,
 `-half`, `-fp32file` and `-keeps`: for instance `lora-zero2-bf16-adamw_torch_fused-b2-s256-ga1-ckpt`. `zero2_offload`
 keeps the optimizer on the host, `zero3_offload_all` the weights as well; `qlora_bf16` stores packed weights in bf16,
-which FSDP shards. `-accelerate` runs a bare Accelerate loop, which keeps the model's output alive through backward, in place of the Trainer; in `-sp2`
-the two ranks share each sequence. In `-half` weights that train are loaded in 16 bits, where they would be in fp32; in
-`-fp32file` the checkpoint is stored in fp32, whatever it is loaded in, where it would be as it is loaded. In `-keeps`
-evaluation keeps its predictions, for a `compute_metrics`.
+which FSDP shards. `-accelerate` runs a bare Accelerate loop, which keeps the model's output alive through backward, in
+place of the Trainer; in `-sp2` the two ranks share each sequence. In `-half` weights that train are loaded in 16 bits,
+where they would be in fp32; in `-fp32file` the checkpoint is stored in fp32, whatever it is loaded in, where it would
+be as it is loaded. In `-keeps` evaluation keeps its predictions, for a `compute_metrics`.
 
 Sharded cells run on two gloo ranks; under FSDP, `cpu_fsdp/` makes accelerate take them for GPUs. Measured is the most
 bytes that tensor storages held at one time, on the rank that held most: from the first step to the last, and in each

@@ -233,7 +233,7 @@ def test_every_knob_of_a_configuration_can_be_set():
     }
     assert same == {
         *("method", "freeze", "bits", "num_processes", "sequence_parallel_size"),
-        "cache_elements_per_sequence",  # follows from the model
+        *("cache_elements_per_sequence", "stored_dtype"),  # follow from the model
         *("group_size", "kernel"),  # of a checkpoint that comes packed
     }
 

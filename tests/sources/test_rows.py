@@ -39,7 +39,7 @@ ROW = {
 
 
 def test_a_row_is_the_configuration_that_it_describes():
-    """Every field of a row arrives, under the name that a configuration has for it."""
+    """Every field of a row arrives, under the name that a configuration has for it; the rest is the model's."""
     case = read_case(ROW)
     assert case.configuration == Configuration(
         method="qlora",
@@ -52,6 +52,7 @@ def test_a_row_is_the_configuration_that_it_describes():
         gradient_checkpointing=True,
         sharding="none",
         weights_dtype="float16",
+        stored_dtype="bfloat16",
         mixed_precision="no",
         attention="eager",
         keeps_outputs=True,
