@@ -40,11 +40,17 @@ def measuring_display(console: Console) -> Iterator[Report]:
 @contextmanager
 def tracing_display(console: Console) -> Iterator[Report]:
     """Show the tracing of a model that has no stored profile; show nothing where nothing is traced."""
-    if console.is_terminal:
-        with _bar("Tracing", console) as report:
-            yield report
-    else:
-        yield _announce_once(console, _tracing_words)
+    announce = _announce_once(console, _tracing_words)
+    if not console.is_terminal:
+        yield announce
+        return
+    with _bar("Tracing", console) as report:
+
+        def both(name: str, num_done: int, num_total: int) -> None:
+            announce(name, num_done, num_total)
+            report(name, num_done, num_total)
+
+        yield both
 
 
 @contextmanager
@@ -74,7 +80,8 @@ def _bar(verb: str, console: Console, *, counts_bytes: bool = False, beginning: 
 
 
 def _tracing_words(_name: str, num_done: int, num_total: int) -> str:
-    return f"No stored profile: tracing {num_total - num_done} variants of the training step, some seconds each."
+    count = num_total - num_done
+    return f"No stored profile: tracing {count} variants of the training step, some seconds each; they are kept."
 
 
 def _announce_once(console: Console, words: Callable[[str, int, int], str]) -> Report:

@@ -39,7 +39,9 @@ def answers_table(made: Plan, planned: Sequence[Answer], *, width: int) -> Rende
     for words, plan in [("as planned", made), *((answer.words, answer.plan) for answer in planned)]:
         assert plan is not None, "only what was planned is listed"
         setup = [describe(plan.configuration)] if shows_setup else []
-        table.add_row(words, *_cells(made, plan), *setup, style="bold" if plan is made else "")
+        is_other = not shows_setup and plan.configuration.method != made.configuration.method
+        name = f"{words}: {plan.configuration.method}" if is_other else words
+        table.add_row(name, *_cells(made, plan), *setup, style="bold" if plan is made else "")
     if shows_setup:
         table.columns[-1].justify = "left"
     return table

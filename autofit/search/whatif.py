@@ -88,10 +88,15 @@ def _other_counts(job: Job, cluster: Cluster) -> Iterator[Change]:
     for number in (*more[:1], *fewer[-1:]):
         nodes = f"{cluster.num_nodes} nodes of " if cluster.num_nodes > 1 else ""
         yield Change(
-            words=f"{nodes}{number} {'devices' if number > 1 else 'device'}",
+            words=f"{nodes}{number} {'devices' if number > 1 else 'device'}" + _skipped(now, number, batch),
             kind="devices",
             cluster=lambda on, number=number: replace(on, num_devices_per_node=number),  # type: ignore[misc]
         )
+
+
+def _skipped(now: int, number: int, batch: int) -> str:
+    """Say why it is not one device more or less."""
+    return "" if abs(number - now) == 1 else f" (to share {batch} sequences)"
 
 
 def _of_length(tokens: int) -> Callable[[Job], Job]:

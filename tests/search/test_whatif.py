@@ -89,6 +89,8 @@ def test_other_numbers_of_devices_keep_the_global_batch(batch, num_devices, othe
     cluster = a_cluster(num_devices)
     changes = [c for c in counterfactuals(plan_of(a_job(global_batch=batch), cluster)) if c.kind == "devices"]
     assert [change.cluster(cluster).num_devices for change in changes] == others
+    for change, other in zip(changes, others, strict=True):  # what is not one more or less says why
+        assert ("to share" in change.words) is (abs(other - num_devices) > 1)
 
 
 def test_a_larger_rank_is_asked_about_where_there_is_an_adapter():
@@ -141,6 +143,8 @@ def test_a_person_reads_the_plan_and_each_answer(width):
     text = console.file.getvalue()
     assert all(len(line) <= width for line in text.splitlines())
     assert "as planned" in text
+    other_method = [each for each in found if each.plan and each.plan.configuration.method != made.configuration.method]
+    assert all((f"{each.words}: " in " ".join(text.split())) is (width < 100) for each in other_method)
     assert "4 devices" in text
 
 
