@@ -180,7 +180,7 @@ def plan(llama: Model, a100_pair: Cluster, lora_configuration: Configuration) ->
             tokens_per_second=64 * 4096 / 20.0,
             tokens_per_second_lower=64 * 4096 / 25.0,
             tokens_per_second_upper=64 * 4096 / 15.0,
-            terms={"compute": 18.0, "communication": 2.0},
+            terms={"matmul": 18.0, "communication": 2.0},
             model_flops_utilization_fraction=0.42,
         ),
         cost=CostEstimate(

@@ -27,6 +27,7 @@ from autofit.report.words import (
 from autofit.spec.configuration import Configuration
 from autofit.spec.estimate import STAGES, MemoryEstimate, Phase, Stages
 from autofit.timing.batches import step_tokens
+from autofit.timing.binding import binding_resource
 from autofit.units import GIB, format_bytes, format_count, format_seconds
 from autofit.writers.render import ACCELERATE_FILE, PLAN_FILE
 from autofit.writers.scripts import launch_options
@@ -151,7 +152,7 @@ def _bounds(interval_bytes: tuple[int, int] | None) -> str:
 
 
 def speed_line(plan: Plan) -> str:
-    """Write the rate over all devices with its bounds."""
+    """Write the rate over all devices with its bounds, and what holds it back."""
     time = plan.time
     if time.step_seconds is None or time.tokens_per_second is None:
         return "not known"
@@ -160,7 +161,9 @@ def speed_line(plan: Plan) -> str:
         bounds = f" ({tokens_words(time.tokens_per_second_lower)} to {tokens_words(time.tokens_per_second_upper)})"
     utilization = time.model_flops_utilization_fraction
     mfu = "" if utilization is None else f", MFU {utilization:.0%}"
-    return f"{tokens_words(time.tokens_per_second)} tokens/s{bounds}, {format_seconds(time.step_seconds)} a step{mfu}"
+    bound = binding_resource(time.terms, plan.configuration, plan.inputs.cluster)
+    step = f"{format_seconds(time.step_seconds)} a step{mfu}{f', bound by {bound}' if bound else ''}"
+    return f"{tokens_words(time.tokens_per_second)} tokens/s{bounds}, {step}"
 
 
 def price_line(plan: Plan) -> str:

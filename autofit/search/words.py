@@ -39,6 +39,8 @@ KNOBS = (
     "per_device_train_batch_size",
 )
 
+LEAST_SHOWN_FRACTION = 0.005
+"""Less is written as no difference."""
 STAGE_WORDS: dict[StageName, str] = {
     "loading": "while the model is loaded",
     "preparing": "while the engine is made",
@@ -210,7 +212,8 @@ def routing_reasons(job: Job, profile: RegimeProfile | None) -> tuple[str, ...]:
 def knob_reasons(chosen: int, table: Table, ranking: Ranking, evaluator: Evaluator) -> tuple[str, ...]:
     """Say of each knob what its other values would take, everything else chosen best for them.
 
-    What one needs is said where it was replayed, as what its own plan says; `autofit.search.why` replays all of them.
+    What one needs is said where it was replayed, and of each that is cheaper: with what its own plan says.
+    `autofit.search.why` replays all of them.
     """
     return tuple(
         f"{knob} {spelt(mine)}: "
@@ -246,8 +249,14 @@ def _compared(value: object, chosen: int, group: Rows, table: Table, ranking: Ra
         least = int(group[np.argmin(table.needed_bytes[group])])
         return f"{spelt(value)} would not fit{_too_much(table, least)}"
     best = ranking.cheapest(fitting)
-    replayed = evaluator.known_replay(table.configuration(best))
+    configuration = table.configuration(best)
     devices, spent = table.knob("num_processes"), ranking.spent
+    if spent[best] < (1 - LEAST_SHOWN_FRACTION) * spent[chosen]:  # it was not taken for what it needs
+        misfit = evaluator.replayed_misfit(configuration)
+        if misfit != "none":
+            needed = format_bytes(evaluator.replay(configuration).needed_bytes)
+            return f"{spelt(value)} would not fit {misfit_words(misfit)}, {needed}"
+    replayed = evaluator.known_replay(configuration)
     parts = [
         *([] if replayed is None else [f"need {format_bytes(replayed.needed_bytes)}"]),
         *([] if devices[best] == devices[chosen] else [_dearer(float(spent[best] / spent[chosen]) - 1)]),
@@ -258,7 +267,7 @@ def _compared(value: object, chosen: int, group: Rows, table: Table, ranking: Ra
 
 def _dearer(excess_fraction: float) -> str:
     """Say what another number of devices costs: the time of all of them."""
-    if abs(excess_fraction) < 0.005:
+    if abs(excess_fraction) < LEAST_SHOWN_FRACTION:
         return "cost as much"
     return f"cost {abs(excess_fraction):.0%} {'more' if excess_fraction > 0 else 'less'}"
 
@@ -287,7 +296,7 @@ def stage_words(memory: MemoryEstimate, name: StageName) -> str:
 
 def _slower(excess_fraction: float, *, knows_time: bool) -> str:
     verb, more, less = ("take", "longer", "less long") if knows_time else ("be", "more work", "less work")
-    if abs(excess_fraction) < 0.005:
+    if abs(excess_fraction) < LEAST_SHOWN_FRACTION:
         return f"{verb} as {'long' if knows_time else 'much work'}"
     return f"{verb} {abs(excess_fraction):.0%} {more if excess_fraction > 0 else less}"
 

@@ -63,9 +63,16 @@ def test_memory_is_shown_in_gib_against_the_budget(plan):
 
 def test_speed_is_said_with_the_share_of_the_devices_arithmetic(plan):
     """MFU stands beside tokens a second, and is left out where the data sheet gives no peak."""
-    assert "13,107 tokens/s (10,486 to 17,476), 20.00 s a step, MFU 42%" in rendered(plan_report(plan, width=110))
+    said = "13,107 tokens/s (10,486 to 17,476), 20.00 s a step, MFU 42%, bound by the devices' arithmetic"
+    assert said in rendered(plan_report(plan, width=110))
     unknown = replace(plan, time=replace(plan.time, model_flops_utilization_fraction=None))
     assert "MFU" not in rendered(plan_report(unknown, width=110))
+
+
+def test_speed_is_said_with_what_binds_it(plan):
+    """The links between devices, where most of a step's seconds are spent on collectives."""
+    slow = replace(plan, time=replace(plan.time, terms={"matmul": 2.0, "communication": 18.0}))
+    assert "bound by the links between devices" in " ".join(rendered(plan_report(slow, width=110)).split())
 
 
 def test_every_knob_that_is_not_usual_is_named(plan):
