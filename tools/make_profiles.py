@@ -1,8 +1,8 @@
 """Makes the profiles that are shipped: `python tools/make_profiles.py [MODEL ...]`, with the pinned libraries.
 
 For the models people ask for most, every regime that an unrestricted plan needs on one and on eight bf16 GPUs, on an
-fp16 GPU and on two CPU ranks; for the rest of the catalogue, what one bf16 GPU needs. Seconds for each regime:
-about an hour for all on two cores.
+fp16 GPU and on two CPU ranks; for some, on one and on eight bf16 GPUs; for the rest of the catalogue, what one bf16 GPU
+needs. Seconds for each regime: about an hour for all on two cores.
 """  # noqa: INP001 - a script, not a module
 
 from __future__ import annotations
@@ -31,7 +31,23 @@ POPULAR = (
     "Qwen/Qwen2.5-7B",
     "meta-llama/Llama-2-7b-hf",
 )
+OFTEN_SHARDED = (
+    "Qwen/Qwen3-4B",
+    "Qwen/Qwen3-8B",
+    "Qwen/Qwen3-14B",
+    "Qwen/Qwen3-32B",
+    "Qwen/Qwen3-30B-A3B",
+    "Qwen/Qwen2.5-14B",
+    "Qwen/Qwen2.5-32B",
+    "Qwen/Qwen2.5-72B",
+    "google/gemma-2-9b",
+    "meta-llama/Llama-3.2-3B",
+    "microsoft/phi-4",
+    "mistralai/Mistral-7B-v0.3",
+    "mistralai/Mixtral-8x7B-v0.1",
+)
 POPULAR_ON = ("A100-80G", "8xA100-80G", "T4-16G", "2xCPU-8G")
+OFTEN_SHARDED_ON = ("A100-80G", "8xA100-80G")
 OTHERS_ON = ("A100-80G",)
 WORKLOAD = Workload(sequence_tokens=1024, global_batch_sequences=8)
 """The length decides on which side of an attention window a profile holds; longer ones are traced on first use."""
@@ -54,7 +70,7 @@ def main() -> None:
         model = resolve_model(name)
         path = SHIPPED_FOLDER / pack_name(model.config, installed_versions())
         path.unlink(missing_ok=True)
-        gpus = POPULAR_ON if name in POPULAR else OTHERS_ON
+        gpus = POPULAR_ON if name in POPULAR else OFTEN_SHARDED_ON if name in OFTEN_SHARDED else OTHERS_ON
         profiles, refused = profiles_and_refusals(
             model, regimes_of(model, gpus), WORKLOAD.sequence_tokens, progress=lambda *_: None
         )

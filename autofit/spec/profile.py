@@ -24,7 +24,7 @@ from autofit.spec.configuration import (
 )
 from autofit.spec.hardware import DeviceKind
 
-PROFILE_SCHEMA_VERSION = 2
+PROFILE_SCHEMA_VERSION = 3
 
 MONOMIALS: tuple[tuple[int, int], ...] = ((0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2))
 """Exponents (of b, of s) of a polynomial's coefficients, in their order."""
