@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,13 +18,12 @@ from autofit.spec.hardware import Cluster, Device
 from autofit.spec.job import Job, Model, Restrictions, Workload
 from autofit.units import GIB
 
-TESTS = Path(__file__).parent
 STARTING_RANKS = (
-    "launch/",
-    "measurements/test_real_stack.py",
-    "search/test_rules_hold.py",
-    "cli/test_scripts.py",
-    "cli/test_pipeline.py",
+    "tests/launch/",
+    "tests/measurements/test_real_stack.py",
+    "tests/search/test_rules_hold.py",
+    "tests/cli/test_scripts.py",
+    "tests/cli/test_pipeline.py",
 )
 """Tests that start several processes of training: one worker runs them all, one after the other."""
 
@@ -40,17 +40,21 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(os.environ["AUTOFIT_CACHE"], ignore_errors=True)
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each file to one worker of `pytest -n`, for its fixtures, and all that starts ranks to one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "starting ranks" if file.startswith(STARTING_RANKS) else file
+
+    return ByFile(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say which tests a worker of `pytest -n` runs by itself, and skip what needs a GPU where there is none."""
-    for item in items:
-        file = item.path.relative_to(TESTS).as_posix()
-        item.add_marker(pytest.mark.xdist_group("ranks" if file.startswith(STARTING_RANKS) else file))
-    _skip_what_needs_a_gpu(items)
-
-
-def _skip_what_needs_a_gpu(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where there is none, asking torch only if such a test was collected."""
+    """Skip what needs a GPU where there is none, asking torch only if such a test was collected."""
     needing = [item for item in items if item.get_closest_marker("gpu")]
     if not needing:
         return
