@@ -1,5 +1,6 @@
 """What `--model` may say, and that the catalogue's configs build the models that were published."""
 
+import copy
 import json
 import re
 
@@ -17,7 +18,7 @@ def built(config: dict) -> "torch.nn.Module":  # noqa: F821
     import torch
     import transformers
 
-    values = dict(config)
+    values = copy.deepcopy(config)  # transformers writes into what is nested in it
     hosted = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
     with torch.device("meta"):
         model = getattr(transformers, config["architectures"][0])(hosted)
