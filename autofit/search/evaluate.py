@@ -364,3 +364,26 @@ def refuse_length(profile: RegimeProfile, sequence_tokens: int) -> None:
         f"sequences of {sequence_tokens} tokens take a code path of {profile.model} that was not traced.",
         to_fix=f"choose a length of {allowed} tokens",
     )
+
+
+def as_it_fits(configuration: Configuration, evaluator: Evaluator) -> tuple[Configuration, Misfit]:
+    """Return a configuration as it fits when replayed, or what of it does not fit.
+
+    As it is; or with what changes no result: evaluations on training's micro-batch, and segments that grow.
+    """
+    misfit = evaluator.replayed_misfit(configuration)
+    if misfit == "evaluation":
+        configuration = evaluating_less(configuration, evaluator)
+        misfit = evaluator.replayed_misfit(configuration)
+    if misfit == "fragmentation" and evaluator.can_grow_segments:  # which is asked last: stages do not depend on it
+        configuration = replace(configuration, expandable_segments=True)
+        misfit = evaluator.replayed_misfit(configuration)
+    return configuration, misfit
+
+
+def evaluating_less(configuration: Configuration, evaluator: Evaluator) -> Configuration:
+    """Return a configuration that evaluates on no more than training's micro-batch, where nobody fixed that."""
+    if not evaluator.frees_evaluation:
+        return configuration
+    smaller = min(configuration.per_device_train_batch_size, configuration.per_device_eval_batch_size)
+    return replace(configuration, evaluation=replace(configuration.evaluation, per_device_eval_batch_size=smaller))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from autofit.search.evaluate import Evaluator, MemoryEstimator, Misfit
+from autofit.search.evaluate import Evaluator, MemoryEstimator, as_it_fits
 from autofit.search.rank import Ranking
 from autofit.search.space import Block
 from autofit.search.table import Rows, Table
@@ -71,26 +71,3 @@ def settled(table: Table, rows: Rows, evaluator: Evaluator, ranking: Ranking) ->
             fares_no_better &= table.needed_bytes >= table.needed_bytes[row]
         table = table.marked(table.fits & fares_no_better, misfit)
     return table, None
-
-
-def as_it_fits(configuration: Configuration, evaluator: Evaluator) -> tuple[Configuration, Misfit]:
-    """Return a configuration as it fits when replayed, or what of it does not fit.
-
-    As it is; or with what changes no result: evaluations on training's micro-batch, and segments that grow.
-    """
-    misfit = evaluator.replayed_misfit(configuration)
-    if misfit == "evaluation":
-        configuration = evaluating_less(configuration, evaluator)
-        misfit = evaluator.replayed_misfit(configuration)
-    if misfit == "fragmentation" and evaluator.can_grow_segments:  # which is asked last: stages do not depend on it
-        configuration = replace(configuration, expandable_segments=True)
-        misfit = evaluator.replayed_misfit(configuration)
-    return configuration, misfit
-
-
-def evaluating_less(configuration: Configuration, evaluator: Evaluator) -> Configuration:
-    """Return a configuration that evaluates on no more than training's micro-batch, where nobody fixed that."""
-    if not evaluator.frees_evaluation:
-        return configuration
-    smaller = min(configuration.per_device_train_batch_size, configuration.per_device_eval_batch_size)
-    return replace(configuration, evaluation=replace(configuration.evaluation, per_device_eval_batch_size=smaller))

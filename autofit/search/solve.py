@@ -12,11 +12,11 @@ import numpy as np
 from autofit.errors import InputError
 from autofit.plan import Inputs, Plan, Rung
 from autofit.search.allowed import allowed
-from autofit.search.evaluate import Evaluated, Evaluator, MemoryEstimator, stage_misfit
+from autofit.search.evaluate import Evaluated, Evaluator, MemoryEstimator, as_it_fits, evaluating_less, stage_misfit
 from autofit.search.nothing_fits import Search, changes, refusal
 from autofit.search.rank import Ranking
 from autofit.search.rules import Site, broken_rule, rules_for_given
-from autofit.search.settle import Settled, as_it_fits, evaluating_less, evaluator_of, nearest_row, settled
+from autofit.search.settle import Settled, evaluator_of, nearest_row, settled
 from autofit.search.table import Rows, Table, tabulate
 from autofit.search.truncate import truncations
 from autofit.search.words import (

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from autofit.search.allowed import Allowed
-from autofit.search.evaluate import HEADROOM_FRACTION, Evaluator, Misfit
+from autofit.search.evaluate import HEADROOM_FRACTION, Evaluator, Misfit, as_it_fits
 from autofit.search.rank import SAFETY_FRACTION, Ranking
 from autofit.search.rules.engines import routes
 from autofit.search.space import USUAL_EVAL_BATCH
@@ -252,10 +252,9 @@ def _compared(value: object, chosen: int, group: Rows, table: Table, ranking: Ra
     configuration = table.configuration(best)
     devices, spent = table.knob("num_processes"), ranking.spent
     if spent[best] < (1 - LEAST_SHOWN_FRACTION) * spent[chosen]:  # it was not taken for what it needs
-        misfit = evaluator.replayed_misfit(configuration)
+        configuration, misfit = as_it_fits(configuration, evaluator)
         if misfit != "none":
-            needed = format_bytes(evaluator.replay(configuration).needed_bytes)
-            return f"{spelt(value)} would not fit {misfit_words(misfit)}, {needed}"
+            return f"{spelt(value)} would not fit {misfit_words(misfit)}"
     replayed = evaluator.known_replay(configuration)
     parts = [
         *([] if replayed is None else [f"need {format_bytes(replayed.needed_bytes)}"]),

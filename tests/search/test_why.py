@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from autofit.search.why import knobs
 from autofit.sources.hardware import parse_cluster
 from autofit.sources.models import resolve_model
 from autofit.spec.job import Job, Restrictions, Workload
+from autofit.units import format_bytes
 from tests.plans import shipped_profiles
 
 MODEL = "meta-llama/Llama-3.1-8B"
@@ -36,9 +38,9 @@ def profiles():
     return {profile.regime: profile for profile in shipped_profiles(MODEL)}
 
 
-def the_plan(gpus, batch, profiles, **restrictions):
+def the_plan(gpus, batch, profiles, tokens=2048, **restrictions):
     """Search as a user would."""
-    workload = Workload(sequence_tokens=2048, global_batch_sequences=batch)
+    workload = Workload(sequence_tokens=tokens, global_batch_sequences=batch)
     job = Job(model=resolve_model(MODEL), workload=workload, restrictions=Restrictions(**restrictions))
     return solve(job, parse_cluster(gpus), profiles)
 
@@ -86,3 +88,20 @@ def test_a_plan_of_another_search_has_nothing_beside_it(profiles):
             assert all(len(line) <= width for line in text.splitlines())
             assert ("nothing to set beside it" in text) is (plan is foreign)
             assert ("adamw_8bit" in text) is (plan is made)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("gpus", "tokens"), [("8xA100-80G", 4096), ("2xA100-80G", 2048)])
+def test_a_plan_says_of_a_faster_micro_batch_what_it_would_need(gpus, tokens, profiles):
+    """What a search for it finds, segments that grow or not; or that it does not fit, where such a search fails."""
+    made = the_plan(gpus, 64, profiles, tokens, methods=("lora",))
+    mine = made.configuration.per_device_train_batch_size
+    (said,) = (reason for reason in made.reasons if reason.startswith("per_device_train_batch_size"))
+    larger = re.search(rf"[:;] {2 * mine} would (.*?)[;.]$", said)[1]
+    try:
+        other = the_plan(gpus, 64, profiles, tokens, methods=("lora",), micro_batch_sequences=(2 * mine,))
+    except NothingFitsError:
+        assert larger.startswith("not fit")
+    else:
+        assert other.time.step_seconds < made.time.step_seconds
+        assert larger.startswith(f"need {format_bytes(other.memory.needed_bytes)} and take")
