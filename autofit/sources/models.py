@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -53,9 +54,9 @@ class Entry:
         return (self.id, *self.variants, *self.packed)
 
     def config_of(self, name: str) -> dict[str, Any]:
-        """Return the content of one id's config.json."""
+        """Return the content of one id's config.json, as the caller's own: transformers writes into nested values."""
         declared = self.packed.get(name)
-        return dict(self.config) if declared is None else {**self.config, "quantization_config": declared}
+        return copy.deepcopy(self.config if declared is None else {**self.config, "quantization_config": declared})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -61,6 +61,21 @@ def test_the_catalogue_is_broad_and_sourced():
     assert all(isinstance(entry.config["model_type"], str) for entry in ENTRIES)
 
 
+def test_what_is_done_to_a_resolved_model_does_not_reach_the_next():
+    """Every resolved model has a config of its own, as transformers writes into the nested values of what it reads.
+
+    Otherwise the shapes would get another key, and the profiles that ship would not be found.
+    """
+    import transformers
+
+    name = "meta-llama/Llama-3.1-405B"
+    before = copy.deepcopy(resolve_model(name).config)
+    values = dict(resolve_model(name).config)
+    transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+    assert values["rope_scaling"] != before["rope_scaling"]
+    assert resolve_model(name).config == before
+
+
 def test_no_id_means_two_models():
     """Every Hub id, in any case, belongs to one entry."""
     ids = [name.casefold() for name in model_catalogue().ids]
