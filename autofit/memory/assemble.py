@@ -12,8 +12,8 @@ import numpy.typing as npt
 from autofit.errors import InputError
 from autofit.memory.adapter_casts import without_adapter_casts
 from autofit.memory.engines import Layout, Terms, engine_layout, optimizer_on_device, with_optimizer
-from autofit.memory.fsdp import MAX_MICRO_STEPS as FSDP_MICRO_STEPS
 from autofit.memory.fsdp import FsdpModel
+from autofit.memory.fsdp_script import MAX_MICRO_STEPS as FSDP_MICRO_STEPS
 from autofit.memory.fsdp_stages import FsdpStages
 from autofit.memory.inputs import TOKEN_ID_BYTES, later_inputs, untraced_bytes
 from autofit.memory.limits import refuse_absurd_numbers, refuse_unmodelled

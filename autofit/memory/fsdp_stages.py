@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from autofit.memory.evaluation import EngineForward
-from autofit.memory.fsdp import (
+from autofit.memory.fsdp_script import forward_in_evaluation
+from autofit.memory.fsdp_units import (
     MASTER_BYTES,
     Sharded,
     Units,
     between_steps,
-    forward_in_evaluation,
     make_units,
     num_shards,
     sharded,

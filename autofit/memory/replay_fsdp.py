@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from autofit.memory.fsdp import FsdpModel, Give, GiveGradients, Key, Operation, Play, Retain, Take, logits_gradient
+from autofit.memory.fsdp import FsdpModel, logits_gradient
+from autofit.memory.fsdp_script import Give, GiveGradients, Key, Operation, Play, Retain, Take
 from autofit.memory.inputs import further_inputs
 from autofit.memory.optimizers import OPTIMIZERS
 from autofit.memory.program import Events, Program

@@ -162,7 +162,7 @@ def rounds_updates(configuration: Configuration) -> bool:
     """Tell whether what trains is kept in 16 bits alone: DeepSpeed and FSDP keep fp32 beside it in mixed precision.
 
     peft makes adapters fp32 unless everything is to be 16-bit. Source: peft/tuners/tuners_utils.py 0.21,
-    cast_adapter_dtype; see autofit.memory.engines and autofit.memory.fsdp for the engines.
+    cast_adapter_dtype; see autofit.memory.engines and autofit.memory.fsdp_units for the engines.
     """
     keeps_fp32 = configuration.mixed_precision != "no" and (configuration.uses_deepspeed or configuration.uses_fsdp)
     return configuration.lora is None and configuration.weights_dtype != "float32" and not keeps_fp32

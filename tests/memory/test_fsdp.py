@@ -15,7 +15,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from autofit.errors import InputError
 from autofit.memory.adapter_casts import without_adapter_casts
 from autofit.memory.assemble import estimate_memory
-from autofit.memory.fsdp import FsdpModel, Give, Take, make_units
+from autofit.memory.fsdp import FsdpModel
+from autofit.memory.fsdp_script import Give, Take
+from autofit.memory.fsdp_units import make_units
 from autofit.memory.tape import left_by_forward_bytes
 from autofit.profile.trace import trace
 from autofit.spec.configuration import Configuration
