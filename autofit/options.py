@@ -815,13 +815,20 @@ class SectionedCommand(TyperCommand):
         return _reading_plainly(super().get_params(ctx))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Say which word has no option before what is missing: most often it was meant for just that."""
+        """Say which word has no option, most often meant for what is missing; else say all that is missing."""
         given, words, _ = self.make_parser(ctx).parse_args(list(args))
         parameters = self.get_params(ctx)
         takes_words = ctx.allow_extra_args or any(each.param_type_name == "argument" for each in parameters)
         if words and not takes_words and not given.get("help"):
             example = f", as --model {words[0]}" if any("--model" in each.opts for each in parameters) else ""
             ctx.fail(f"{words[0]!r} belongs to no option: everything here is given by name{example}.")
+        missing = [
+            f"{each.opts[0]} {each.metavar}: {each.help}"
+            for each in parameters
+            if each.param_type_name == "option" and each.required and each.name not in given
+        ]
+        if missing and not given.get("help"):
+            ctx.fail("\n".join([f"{ctx.info_name} needs what was not given:", *(f"  {each}" for each in missing)]))
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

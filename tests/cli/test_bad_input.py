@@ -86,9 +86,11 @@ def test_a_model_in_a_folder_with_a_strange_name_is_found(autofit, weird_tmp_pat
     assert_refused(autofit(*plan_arguments(model=weird_tmp_path)), "JSON")
 
 
-def test_a_missing_option_is_named(autofit):
-    """A command that lacks an option says which, and where to read on."""
-    assert_refused(autofit("plan", "--seq-len", "8"), "--model", "autofit plan --help")
+def test_every_missing_option_is_named_with_what_it_means(autofit):
+    """What a command needs and was not given is said at once, each with its value and its meaning, and nothing else."""
+    refused = autofit("plan", "--model", "meta-llama/Llama-3.1-8B")
+    assert_refused(refused, "--global-batch SEQUENCES: Sequences in one optimizer step", "--gpus GPUS: 2xA100-80G")
+    assert "--model" not in refused.stderr
 
 
 def test_a_misspelt_command_is_answered_with_the_right_one(autofit):
