@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from multiprocessing import get_context
 from typing import Any
@@ -19,10 +20,11 @@ from autofit.errors import AutofitError, InputError
 from autofit.memory.assemble import MemoryModel, WholeModel
 from autofit.memory.limits import refuse_unmodelled
 from autofit.search.evaluate import refuse_length
-from autofit.search.rules import Site, broken_rule, rules_for_given
+from autofit.search.rules import LIBRARIES, Rule, Site, broken_rule, rules_for_given
 from autofit.sources.profiles import Progress, profiles_and_refusals
 from autofit.sources.rows import Case, Row, read_case
 from autofit.spec.job import Model
+from autofit.spec.libraries import software_here
 from autofit.spec.profile import Regime, RegimeProfile
 from autofit.timing import TimeModel
 
@@ -101,9 +103,15 @@ def _refuse_impossible(case: Case) -> None:
     """Refuse what is not modelled, and what a library refuses to run in a Trainer; a loop of one's own may do it."""
     refuse_unmodelled(case.configuration)
     site = Site(cluster=case.cluster, config=case.model.config)
-    rule = broken_rule(case.configuration, site, rules_for_given(case.cluster.software))
+    rule = broken_rule(case.configuration, site, _rules_here())
     if rule is not None and not case.configuration.keeps_outputs:
         raise InputError(f"{rule.reason} ({rule.name}: {rule.library} {rule.releases}).", to_fix="correct the row")
+
+
+@lru_cache(maxsize=1)
+def _rules_here() -> tuple[Rule, ...]:
+    """Rules of the releases that are traced; what is not installed is taken to be current."""
+    return rules_for_given(software_here(LIBRARIES, trains_here=False))
 
 
 def _refused(row_id: Any, error: Exception) -> bytes:

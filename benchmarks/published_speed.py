@@ -374,6 +374,17 @@ def second_speed(row: Row) -> float | None:
     return speed if is_whole else None
 
 
+def was_stopped(row: Row) -> bool:
+    """Tell a run that ended before its data did.
+
+    None does by the actuator's defaults, which all else that a row leaves open is taken from.
+    Source: IBM/ado plugins/actuators/sfttrainer experiments/common.py, `stop_after_seconds` -1.0, and actuators.py on
+    the token counts of runs that it stops; no column of coastline's run_database.csv says which were.
+    """
+    states_end = any(row["source"].startswith(prefix) for prefix in WHOLE_RUN_SAMPLES)
+    return states_end and "train_runtime" in (row.get("notes") or "") and second_speed(row) is None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeedModel:
     """An architecture that only published speeds name."""

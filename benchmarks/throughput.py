@@ -22,7 +22,7 @@ from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from published_speed import RefusedError, Row, Stated, second_speed, state
+from published_speed import RefusedError, Row, Stated, second_speed, state, was_stopped
 
 from autofit.api import profiles_of
 from autofit.errors import AutofitError
@@ -70,6 +70,8 @@ class Compared:
     """Whether a plan may choose it; it ran, so it does where its memory is not modelled."""
     nearest: str | None = None
     refused: str | None = None
+    contradicts: str | None = None
+    """How the row's own figures contradict its description; then it is in no table."""
 
     @property
     def error(self) -> float:
@@ -129,6 +131,7 @@ def compare(row: Row, folder: Path) -> Compared:
     memory = memory_of(stated, profile)
     return Compared(
         **bare,
+        contradicts=contradiction(row, memory),
         software=stated.software,
         nearest=stated.nearest,
         needed_bytes=None if memory is None else memory.needed_bytes,
@@ -165,6 +168,13 @@ def memory_of(stated: Stated, profile: RegimeProfile) -> MemoryEstimate | None:
         return None
 
 
+def contradiction(row: Row, memory: MemoryEstimate | None) -> str | None:
+    """Say that a run that was stopped, so not by the defaults, could not have run as described; None if it could."""
+    if memory is None or not was_stopped(row) or memory.needed_bytes <= memory.budget_bytes:
+        return None
+    return "was stopped, which no default does, and as described needs more memory than its device has"
+
+
 def source_name(source: str) -> str:
     """Shorten a source to whom and what it is from."""
     whole = re.split(r"README\.md|\(IB|\(Ra", source)
@@ -173,7 +183,7 @@ def source_name(source: str) -> str:
 
 def print_all(compared: Sequence[Compared], *, with_rows: bool) -> None:
     """Print errors by source, then what matters for choosing, then what was not compared."""
-    predicted = [row for row in compared if row.refused is None]
+    predicted = [row for row in compared if row.refused is None and row.contradicts is None]
     if with_rows:
         _print_rows(predicted)
     halves: dict[str, list[Compared]] = {"held out": [], "development": [], "all": list(predicted)}
@@ -194,6 +204,7 @@ def print_all(compared: Sequence[Compared], *, with_rows: bool) -> None:
     for title, key in (("model, GPUs and length", _group), ("model, GPUs, length and software", _group_of_software)):
         _print_regrets(title, predicted, key)
     _print_reasons("Rows stated as the nearest that is modelled", ((row.id, row.nearest) for row in compared))
+    _print_reasons("Rows that contradict their own description", ((row.id, row.contradicts) for row in compared))
     _print_reasons("Rows that were not compared", ((row.id, row.refused) for row in compared))
 
 

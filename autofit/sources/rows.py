@@ -8,6 +8,7 @@ Fields and their meaning are those of published measurements: `id`, `model`, `gp
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,13 +17,14 @@ from typing import Any
 import msgspec
 
 from autofit.errors import InputError, nearest
-from autofit.search.space import candidates
+from autofit.search.space import ADAPTER_METHODS, candidates
 from autofit.sources.hardware import parse_cluster
 from autofit.sources.models import resolve_model
 from autofit.sources.packed import with_packed_weights
 from autofit.spec.configuration import Configuration
 from autofit.spec.hardware import Cluster
 from autofit.spec.job import Job, Model, Restrictions, Workload
+from autofit.spec.libraries import installed_versions
 from autofit.spec.profile import Regime
 from autofit.spec.regimes import regime_of
 
@@ -38,6 +40,9 @@ which casts embeddings and head to bf16 again where bf16 is asked for.
 
 Source: foundation-model-stack/fms-acceleration plugins/accelerated-peft framework_plugin_bnb.py; trl 0.11-0.13
 trainer/sft_trainer.py and trainer/utils.py, peft_module_casting_to_bf16."""
+SCENARIO_IN_NOTES = re.compile("(baseline|accelerated)-peft-(bnb|autogptq)")
+SCENARIO_DROPOUT = 0.1
+"""`lora_dropout` of those. Source: foundation-model-stack/fms-acceleration scripts/benchmarks/scenarios.yaml."""
 REQUIRED = ("model", "gpus", "seq_len")
 SHARDINGS = {"fsdp_full_shard": "fsdp1", "fsdp2_full_shard": "fsdp2", "fsdp": "fsdp1", "fsdp_shard_grad_op": "fsdp1"}
 """accelerate's words for FSDP, which mean the first of its versions unless they say otherwise."""
@@ -55,6 +60,8 @@ AUTO_GPTQ_IN_NOTES = "accelerated-peft-autogptq"
 Source: foundation-model-stack/fms-acceleration plugins/accelerated-peft framework_plugin_autogptq.py."""
 PACKED = ("gptq", "awq")
 """What a checkpoint comes packed with, at any number of bits."""
+FIRST_WITHOUT_REENTRY = 5
+"""Of transformers."""
 ALWAYS_UNQUANTISED = ("lm_head",)
 """What transformers leaves unquantised unasked."""
 
@@ -115,8 +122,11 @@ def read_restrictions(row: Row, cluster: Cluster) -> Restrictions:
         "offload": _offload(row),
         "micro_batch_sequences": (_number(row, "micro_batch_size", 1),),
         "gradient_checkpointing": _flag(row, "gradient_checkpointing"),
+        "use_reentrant": _reenters_unasked(row),
         "attention": _text(row, "attention") or "auto",
-        "lora": _stated({"r": row.get("lora_rank"), "target_modules": _targets(row)}),
+        "lora": _stated(
+            {"r": row.get("lora_rank"), "target_modules": _targets(row), "lora_dropout": _scenario_dropout(row)}
+        ),
         "quantization": _quantization(row),
         "loss": _text(row, "loss") or "stock",
         "keeps_outputs": _flag(row, "outputs_kept"),
@@ -234,6 +244,16 @@ def _text(row: Row, name: str) -> str:
     return value
 
 
+def _reenters_unasked(row: Row) -> bool | None:
+    """Transformers before 5 checkpointed with reentry unless told otherwise; later ones do not, which follows anyway.
+
+    Source: transformers 4.35 to 4.57 and 5.0 modeling_utils.py, `gradient_checkpointing_enable`.
+    """
+    release = installed_versions(("transformers",)).get("transformers", "")
+    is_old = release.split(".")[0].isdigit() and int(release.split(".")[0]) < FIRST_WITHOUT_REENTRY
+    return True if is_old and _flag(row, "gradient_checkpointing") else None
+
+
 def _flag(row: Row, name: str) -> bool:
     value = row.get(name)
     if value is not None and not isinstance(value, bool):
@@ -286,6 +306,11 @@ def _targets(row: Row) -> list[str] | None:
     return [stated] if isinstance(stated, str) else stated
 
 
+def _scenario_dropout(row: Row) -> float | None:
+    has_adapter = _method(row) in ADAPTER_METHODS
+    return SCENARIO_DROPOUT if has_adapter and SCENARIO_IN_NOTES.search(_notes(row)) else None
+
+
 def _quantization(row: Row) -> dict[str, Any]:
     stated = row.get("quantization") or {}
     known = {"bits", "type", "double_quant", "storage", "skip", "compute_dtype", "group_size", "kernel"}
@@ -301,7 +326,7 @@ def _quantization(row: Row) -> dict[str, Any]:
             "double_quant": stated.get("double_quant"),
             "storage_dtype": stated.get("storage"),
             "compute_dtype": stated.get("compute_dtype"),
-            "prepares_kbit": row.get("kbit_prepare"),
+            "prepares_kbit": False if _is_left_sharded_to_trl(row) else row.get("kbit_prepare"),
             "skip_modules": () if tuple(skipped) == ALWAYS_UNQUANTISED else tuple(skipped),
             "recasts_tables": _recasts_tables(row),
             "group_size": stated.get("group_size"),
@@ -311,9 +336,17 @@ def _quantization(row: Row) -> dict[str, Any]:
 
 
 def _recasts_tables(row: Row) -> Any:
-    is_named = RECAST_IN_NOTES in _notes(row)
+    is_named = RECAST_IN_NOTES in _notes(row) and not _is_left_sharded_to_trl(row)
     is_recast = is_named and row.get("kbit_prepare") and row.get("autocast") == "bf16"
     return row.get("recasts_tables", True if is_recast else None)
+
+
+def _is_left_sharded_to_trl(row: Row) -> bool:
+    """TRL prepares no quantised model whose weights are on their way to be sharded (`is_sharded_qlora`).
+
+    Source: trl 0.13 trainer/sft_trainer.py.
+    """
+    return RECAST_IN_NOTES in _notes(row) and _text(row, "sharding").startswith("fsdp")
 
 
 def _stated(given: dict[str, Any]) -> dict[str, Any]:

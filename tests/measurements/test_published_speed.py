@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,15 @@ def test_a_run_that_was_stopped_has_no_second_figure():
     sources = {row["source"].split()[0] for row, again in twice if again is not None}
     assert (len(ratios), sources) == (23, {"atlarge-research/coastline-recommender"})
     assert max(abs(ratio - 1) for ratio in ratios) < 0.06
+
+
+def test_a_run_that_was_stopped_contradicts_what_does_not_fit():
+    """The other six of IBM's were stopped; of them only those contradict their row that need more than there is."""
+    stopped = [row for row in ROWS if published_speed.was_stopped(row)]
+    assert {row["id"] for row in stopped} == {"thr1962", "thr1963", "thr1968", "thr1973", "thr1978", "thr1993"}
+    whole = next(row for row in ROWS if published_speed.second_speed(row) is not None)
+    fits, over = (types.SimpleNamespace(needed_bytes=needed, budget_bytes=80) for needed in (80, 81))
+    assert "needs more memory" in throughput.contradiction(stopped[0], over)
+    assert throughput.contradiction(stopped[0], fits) is None
+    assert throughput.contradiction(stopped[0], None) is None
+    assert throughput.contradiction(whole, over) is None

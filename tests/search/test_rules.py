@@ -294,6 +294,16 @@ def test_what_is_only_avoided_can_be_asked_for():
     assert broken_rule(configuration, site, rules_for_given(site.software)) is None
 
 
+def test_what_a_plan_cannot_write_may_have_been_run():
+    """Under FSDP accelerate checkpoints without reentry; Trainer re-enters if told to: given, but not planned."""
+    configuration = a_configuration(sharding="fsdp1", gradient_checkpointing=True, use_reentrant=True)
+    site = site_of(GPU)
+    for restrictions in (Restrictions(), Restrictions(use_reentrant=True)):
+        planned = rules_for(site.software, restrictions)
+        assert broken_rule(configuration, site, planned).name == "fsdp-checkpoints-every-layer"
+    assert broken_rule(configuration, site, rules_for_given(site.software)) is None
+
+
 def test_a_job_that_falls_to_rules_altogether_is_refused_by_name():
     """bf16 asked for on a GPU without it: no search, the rule's own words."""
     job, cluster = a_job(precision="bf16"), a_cluster(2, OLD_GPU)

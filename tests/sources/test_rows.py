@@ -85,6 +85,28 @@ def test_a_null_is_the_default():
     assert not configuration.keeps_outputs
 
 
+@pytest.mark.parametrize(("release", "reenters"), [("4.48.1", True), ("5.0.0", False), ("5.23.0", False)])
+def test_a_row_checkpoints_as_its_release_does_unasked(release, reenters, monkeypatch):
+    """Trainer's checkpointing without arguments re-entered up to transformers 4; the row's own word goes before."""
+    monkeypatch.setattr("autofit.sources.rows.installed_versions", lambda _names: {"transformers": release})
+    assert read_case(ROW).configuration.use_reentrant is reenters
+    assert read_case(ROW | {"use_reentrant": not reenters}).configuration.use_reentrant is not reenters
+    assert not read_case(ROW | {"gradient_checkpointing": False}).configuration.use_reentrant
+
+
+def test_what_a_scenario_leaves_to_trl_is_not_prepared_where_it_is_sharded():
+    """TRL prepares for k bits and casts tables back on one GPU, and does neither under FSDP; dropout is 0.1."""
+    said = {"autocast": "bf16", "weights_dtype": "bfloat16", "notes": "packed to seq_len; rank 0; baseline-peft-bnb"}
+    one = read_case(ROW | said).configuration
+    two = read_case(ROW | said | {"gpus": "2xA100-80G", "sharding": "fsdp_full_shard"}).configuration
+    assert (one.quantization.prepares_kbit, one.quantization.recasts_tables) == (True, True)
+    assert (two.quantization.prepares_kbit, two.quantization.recasts_tables) == (False, False)
+    assert (one.quantization.storage_dtype, two.quantization.storage_dtype) == ("uint8", "bfloat16")
+    assert one.lora.lora_dropout == two.lora.lora_dropout == 0.1
+    assert read_case(ROW).configuration.lora.lora_dropout == 0.0
+    assert read_case(ROW | said | {"lora_dropout": 0.0}).configuration.lora.lora_dropout == 0.0
+
+
 def test_a_row_may_say_what_measured_rows_do_not():
     """Other knobs stand beside the fields of measured rows under their own names."""
     row = ROW | {"quantization": None, "method": "lora", "kbit_prepare": None}

@@ -29,7 +29,8 @@ def rules_for(software: Software, restrictions: Restrictions) -> tuple[Rule, ...
 
 def rules_for_given(software: Software) -> tuple[Rule, ...]:
     """Return the rules for a configuration that was given: what does not work with what is installed."""
-    return tuple(rule for rule in RULES if rule.waived_by is None and rule.holds_for(software))
+    breaking = (rule for rule in RULES if rule.waived_by is None and not rule.for_plans_only)
+    return tuple(rule for rule in breaking if rule.holds_for(software))
 
 
 def broken_rule(configuration: Configuration, site: Site, rules: Sequence[Rule]) -> Rule | None:

@@ -182,6 +182,7 @@ FSDP_RULES: tuple[Rule, ...] = (
         source="accelerate/utils/fsdp_utils.py 1.15, fsdp2_apply_ac; transformers/training_args.py 5.23",
         axes=("path", "engine"),
         breaks=lambda c, _: c.uses_fsdp and (c.use_reentrant or c.checkpoint_every_n_layers != 1),
+        for_plans_only=True,
     ),
     Rule(
         name="fsdp1-offloads-no-checkpoints",
