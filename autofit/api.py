@@ -238,7 +238,7 @@ def _explained(job: Job, cluster: Cluster, configuration: Configuration, display
     from autofit.spec.regimes import regime_of
 
     made, profiles = _estimated(job, cluster, configuration, display)
-    profile = profiles[regime_of(configuration, cluster.device)]
+    profile = profiles[regime_of(configuration, cluster.device, job.model.fp32_modules)]
     tokens = job.workload.sequence_tokens
     return Explanation(
         plan=made,
@@ -370,7 +370,7 @@ def infer(
     if cluster.num_devices > 1:
         raise InputError("generating on several devices is not modelled.", to_fix="give one device")
     configuration, device = only_configuration(job, cluster), cluster.device
-    regime = regime_of(configuration, device)
+    regime = regime_of(configuration, device, job.model.fp32_modules)
     profile = profiles_of(job.model, (regime,), seq_len, display)[regime]
     held = static_bytes(tuple(t for t in tensors(profile) if t.kind != "adapter"), device.kind)
     memory = inference_memory(
@@ -795,7 +795,7 @@ def _estimated(job: Job, cluster: Cluster, configuration: Configuration, display
     from autofit.spec.regimes import regime_of
 
     refuse_unmodelled(configuration)
-    regime = regime_of(configuration, cluster.device)
+    regime = regime_of(configuration, cluster.device, job.model.fp32_modules)
     profiles = profiles_of(job.model, (regime,), job.workload.sequence_tokens, display)
     return estimate_one(job, cluster, profiles, configuration), profiles
 

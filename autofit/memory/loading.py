@@ -25,6 +25,8 @@ FIRST_PEFT_THAT_EMPTIES = (0, 20)
 """peft's `prepare_model_for_kbit_training` empties the cache from this release on. Source: peft/utils/other.py."""
 NF4_BLOCK_ELEMENTS = 64
 """Weights that share a scale. Source: bitsandbytes 0.50 functional.py, quantize_4bit."""
+LARGEST_KEPT_BYTES = 32 * 2**20
+"""What is smaller, malloc may keep when it is freed. Two projections of an expert are merged into one tensor."""
 BROADCAST_BUCKET_BYTES = 250 * 2**20
 """DDP copies parameters together into buffers of this size to send them. Source: torch/nn/parallel/distributed.py."""
 NUM_BROADCASTS_IN_FLIGHT = 2
@@ -79,8 +81,11 @@ def read_bytes(profile: RegimeProfile, stored_bytes: int, loaded_bytes: int) -> 
     """Return the most bytes that reading a checkpoint of a model that is not quantised takes on the host.
 
     A tensor that is stored in another dtype than it is loaded in is there in both, one at a time, in order of names.
-    transformers reads four at a time in threads (`GLOBAL_WORKERS`): up to three more such tensors may be there.
-    Source: transformers/core_model_loading.py 5.23, `_materialize_copy`, `dot_natural_key`.
+    transformers reads up to four at a time in threads (`GLOBAL_WORKERS`); what they read from are pages of the file,
+    which the kernel takes back when memory runs short, and the process itself holds what is loaded alone: one is more
+    than enough. Experts that are stored one by one, and loaded as one tensor, are there twice while they are merged.
+    Source: transformers/core_model_loading.py 5.23, `_materialize_copy`, `dot_natural_key`, `WeightConverter.convert`;
+    safetensors 0.8 maps files (`UntypedStorage.from_file`).
 
     Args:
         profile: the model.
@@ -90,10 +95,45 @@ def read_bytes(profile: RegimeProfile, stored_bytes: int, loaded_bytes: int) -> 
     named = [_Named(tensor, layer) for tensor, layer in in_model_order(profile) if tensor.kind == "parameter"]
     highest = there = 0
     for each in sorted(named, key=lambda each: each.load_order):
-        there += each.tensor.num_elements * loaded_bytes
+        there += _loaded_bytes(each.tensor, profile, loaded_bytes)
         passing = each.tensor.num_elements * stored_bytes if stored_bytes != loaded_bytes else 0
         highest = max(highest, there + passing)
-    return highest
+    not_returned = _freed_experts(named, loaded_bytes) if stored_bytes != loaded_bytes else 0
+    return max(highest, there + merged_bytes(profile, loaded_bytes)) + not_returned
+
+
+def merged_bytes(profile: RegimeProfile, loaded_bytes: int) -> int:
+    """Return the bytes of the largest tensor that transformers merges from several: a layer's experts.
+
+    Whether a checkpoint has them one by one is not known; most have.
+    Source: transformers/core_model_loading.py 5.23, MergeModulelist, Concatenate.
+
+    Args:
+        profile: the model.
+        loaded_bytes: of an element as it is loaded.
+    """
+    return max((tensor.num_elements * loaded_bytes for tensor in profile.tensors if _is_merged(tensor)), default=0)
+
+
+def _is_merged(tensor: StaticTensor) -> bool:
+    """Whether it has three dimensions, the first of which counts experts."""
+    return tensor.kind == "parameter" and tensor.rows > 1 and tensor.num_elements > tensor.rows * tensor.columns > 0
+
+
+def _freed_experts(named: list[_Named], loaded_bytes: int) -> int:
+    """Return the bytes of experts that are freed when they have been merged, and may stay with the process.
+
+    The C library returns what it mapped by itself; below a size, which grows with what is freed, it may not have.
+    Source: glibc malloc/malloc.c, DEFAULT_MMAP_THRESHOLD_MAX on 64 bits.
+    """
+    merged = [each.tensor for each in named if _is_merged(each.tensor)]
+    small = [t for t in merged if t.num_elements // t.rows * loaded_bytes < 2 * LARGEST_KEPT_BYTES]
+    return sum(t.num_elements * loaded_bytes for t in small)
+
+
+def _loaded_bytes(tensor: StaticTensor, profile: RegimeProfile, bytes_per_element: int) -> int:
+    """Bytes of a parameter as it is loaded; those that stay in fp32 have been traced so."""
+    return num_bytes_of(tensor) if profile.regime.keeps_fp32 else tensor.num_elements * bytes_per_element
 
 
 def broadcast_buckets(profile: RegimeProfile) -> list[int]:
@@ -161,7 +201,7 @@ def _load_quantized(program: Program, profile: RegimeProfile, named: list[_Named
     halves = {id(each): each.num_bytes for each in weights}
     for each in weights:
         if each.tensor.kind == "parameter":
-            halves[id(each)] = each.tensor.num_elements * element
+            halves[id(each)] = _loaded_bytes(each.tensor, profile, element)
     warms_up = release_of(profile.versions.get("transformers", "")) >= FIRST_TRANSFORMERS_THAT_WARMS_UP
     if warms_up:
         program.drop(program.hold([min(sum(halves.values()), max(0, device_bytes - KEPT_FREE_BYTES))]))

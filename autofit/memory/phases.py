@@ -12,7 +12,7 @@ from autofit.memory.engines import MASTER_BYTES, Layout
 from autofit.memory.evaluation import PLAIN_FORWARD, evaluation_bytes, forward_bytes
 from autofit.memory.fsdp_stages import FsdpStages
 from autofit.memory.host import NUM_MOMENTS
-from autofit.memory.loading import broadcast_bytes, read_bytes
+from autofit.memory.loading import broadcast_bytes, merged_bytes, read_bytes
 from autofit.memory.static import rounded
 from autofit.memory.tensors import Tensor
 from autofit.spec.configuration import Configuration
@@ -131,11 +131,12 @@ def loading(run: Run) -> Stage:
     """
     element = BYTES_PER_ELEMENT[run.configuration.weights_dtype]
     stored = BYTES_PER_ELEMENT[run.configuration.stored_dtype or run.configuration.weights_dtype]
-    loaded = [_loaded_bytes(t, element) for t in run.model]
+    loaded = [_loaded_bytes(t, element, keeps_fp32=run.profile.regime.keeps_fp32) for t in run.model]
     quantization = run.configuration.quantization
     if quantization is not None and not quantization.comes_packed:
         adapters = run.total(_loaded_bytes(t, element) for t in run.model if t.kind == "adapter")
-        return run.placed(run.total(loaded) - adapters + max(adapters, _while_packing(run, element)), 0)
+        passing = max(_while_packing(run, element), merged_bytes(run.profile, element))
+        return run.placed(run.total(loaded) - adapters + max(adapters, passing), 0)
     if run.builds_partitioned:
         adapters = sum(t.num_elements * ADAPTER_BYTES for t in run.parameters if t.kind == "adapter")
         base = [t for t in run.parameters if t.kind != "adapter"]
@@ -153,9 +154,9 @@ def loading(run: Run) -> Stage:
     return run.placed(run.total(t.num_bytes for t in run.model), on_host)
 
 
-def _loaded_bytes(tensor: Tensor, bytes_per_element: int) -> int:
+def _loaded_bytes(tensor: Tensor, bytes_per_element: int, *, keeps_fp32: bool = False) -> int:
     if tensor.kind == "parameter":
-        return tensor.num_elements * bytes_per_element
+        return tensor.num_bytes if keeps_fp32 else tensor.num_elements * bytes_per_element
     return tensor.num_elements * ADAPTER_BYTES if tensor.kind == "adapter" else tensor.num_bytes
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 import warnings
 from typing import Any
 
@@ -118,7 +119,7 @@ def _kinds(model: nn.Module, config: Any, regime: Regime) -> tuple[str, list[Sig
 
 
 def build_plain(config: Any, regime: Regime) -> nn.Module:
-    """Build the model for the regime's task on the meta device, as `from_config` makes it.
+    """Build the model for the regime's task on the meta device, in the dtypes in which `from_pretrained` loads it.
 
     Raises:
         InputError: transformers has no model for the config and the task, or not with this attention.
@@ -133,7 +134,36 @@ def build_plain(config: Any, regime: Regime) -> nn.Module:
             model: nn.Module = auto_class(task).from_config(config, **dtype)
         except (ValueError, ImportError) as error:
             raise _cannot_build(config, task, regime, error) from error
+    if regime.keeps_fp32:
+        _make_fp32(model, DTYPES[regime.weights_dtype])
     return model
+
+
+def _make_fp32(model: nn.Module, dtype: torch.dtype) -> None:
+    """Put into fp32 what transformers loads so beside 16-bit weights; a model made from a config has it in 16 bits.
+
+    Source: transformers/modeling_utils.py 5.23, `_get_dtype_plan`, and core_model_loading.py,
+    convert_and_load_state_dict_in_model: names are searched for as patterns, and hold for buffers too.
+    """
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    in_checkpoint = model.state_dict()
+    for name in tensors.keys() & in_checkpoint.keys():
+        if tensors[name].is_floating_point() and is_loaded_in_fp32(model, name, dtype):
+            tensors[name].data = tensors[name].data.to(torch.float32)
+
+
+def is_loaded_in_fp32(model: nn.Module, name: str, dtype: torch.dtype) -> bool:
+    """Tell whether a class keeps a tensor in fp32 where a 16-bit dtype is asked for.
+
+    Before transformers 5 a part of the dotted name had to be the same as what the class names.
+    Source: transformers 4.57 modeling_utils.py, from_pretrained (`keep_in_fp32_regex`).
+    """
+    named = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        named |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    if hasattr(model, "_get_dtype_plan"):
+        return any(re.search(pattern.replace("*", ".*"), name) for pattern in named)
+    return any(re.search(rf"(^|\.){pattern}($|\.)", name) for pattern in named)
 
 
 def _cannot_build(config: Any, task: str, regime: Regime, error: Exception) -> InputError:

@@ -13,7 +13,7 @@ from autofit.errors import InputError
 from autofit.memory.limits import unmodelled_but_optim, unmodelled_optim
 from autofit.search.rules import Rule, Site, rules_for
 from autofit.search.space import Block, blocks
-from autofit.spec.configuration import Configuration
+from autofit.spec.configuration import Configuration, Dtype
 from autofit.spec.hardware import Cluster
 from autofit.spec.job import Job
 from autofit.spec.profile import Regime
@@ -35,10 +35,12 @@ class Allowed:
     """How many configurations fell to which rule."""
     unmodelled: Counter[str]
     """How many have a knob, or a combination of them, that is not modelled."""
+    fp32_modules: frozenset[Dtype]
+    """Dtypes that the model may be loaded in with modules in fp32."""
 
     def regimes(self, cluster: Cluster) -> tuple[Regime, ...]:
         """Return the code paths that are left."""
-        return tuple(dict.fromkeys(regime_of(block.first, cluster.device) for block in self.blocks))
+        return tuple(dict.fromkeys(regime_of(block.first, cluster.device, self.fp32_modules) for block in self.blocks))
 
     def of_smallest_micro_batch(self) -> Allowed:
         """Return what has the smallest micro-batch of all that is left."""
@@ -72,6 +74,7 @@ def allowed(job: Job, cluster: Cluster) -> Allowed:
             masks=tuple(mask for _, mask in left),
             fallen=verdicts.fallen,
             unmodelled=verdicts.unmodelled,
+            fp32_modules=job.model.fp32_modules,
         )
     reasons = [f"{rule.reason} ({rule.name})" for rule in verdicts.fallen]
     raise InputError(

@@ -147,6 +147,8 @@ class Evaluator:
     ) -> None:
         self._cluster, self._workload, self._profiles = cluster, workload, profiles
         self._held_stages, self.frees_evaluation = held_stages, frees_evaluation
+        # A model that has such modules has been traced with them.
+        self._fp32_modules = frozenset(regime.weights_dtype for regime in profiles if regime.keeps_fp32)
         self._micro_batches = tuple(sorted(set(micro_batches)))
         self._estimate_memory = estimate_memory
         self._times: dict[tuple[Regime, int], TimeModel] = {}
@@ -327,7 +329,7 @@ class Evaluator:
         return self._cluster.using(configuration.num_processes)
 
     def _regime(self, configuration: Configuration) -> Regime:
-        return regime_of(configuration, self._cluster.device)
+        return regime_of(configuration, self._cluster.device, self._fp32_modules)
 
     def _known_profile(self, configuration: Configuration) -> RegimeProfile:
         self.refuse_length(configuration)

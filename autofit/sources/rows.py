@@ -79,7 +79,7 @@ class Case:
     @property
     def regime(self) -> Regime:
         """The code path that it has to be traced under."""
-        return regime_of(self.configuration, self.cluster.device)
+        return regime_of(self.configuration, self.cluster.device, self.model.fp32_modules)
 
 
 def read_case(row: Row, *, allow_hub: bool = False) -> Case:

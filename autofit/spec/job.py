@@ -24,6 +24,7 @@ from autofit.spec.configuration import (
     Task,
 )
 from autofit.spec.estimate import STAGES, StageName
+from autofit.spec.fp32_modules import dtypes_with_fp32_modules
 from autofit.spec.lengths import LengthDistribution
 
 Precision = Literal["bf16", "fp16", "tf32", "fp32", "pure-bf16", "pure-fp16"]
@@ -52,6 +53,11 @@ class Model:
     """What is planned where none is asked for: sdpa, or eager where the installed transformers has no sdpa for it."""
     stored_dtype: Dtype | None = None
     """Dtype of the checkpoint's weights: as its file says where it is on this machine, else as the config does."""
+
+    @property
+    def fp32_modules(self) -> frozenset[Dtype]:
+        """Dtypes that it may be loaded in with some of its modules in fp32."""
+        return dtypes_with_fp32_modules(self.config)
 
     @property
     def max_positions(self) -> int | None:

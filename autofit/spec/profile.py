@@ -78,6 +78,8 @@ class Regime:
     sequence_parallel_size: int = 1
     """Processes that share each sequence: the tape is of one of them."""
 
+    keeps_fp32: bool = False
+    """Whether modules that transformers loads in fp32 whatever dtype is asked for are in fp32 (`fp32_modules`)."""
     evaluates: bool = False
     """Whether the tape is a forward pass without gradients, as Trainer evaluates, instead of a step of training."""
 

@@ -16,7 +16,7 @@ Source: torch v2.13 aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, check_
 _HALF: dict[MixedPrecision, Dtype] = {"bf16": "bfloat16", "fp16": "float16"}
 
 
-def regime_of(configuration: Configuration, device: Device) -> Regime:
+def regime_of(configuration: Configuration, device: Device, fp32_modules: frozenset[Dtype] = frozenset()) -> Regime:
     """Return the regime a configuration's step has to be traced under.
 
     DeepSpeed casts the model to its 16-bit dtype whatever it was loaded in, and does not use autocast.
@@ -32,17 +32,28 @@ def regime_of(configuration: Configuration, device: Device) -> Regime:
     Source: trl/trainer/sft_trainer.py 1.16 (`padding_free` follows from packing with "bfd").
 
     Stage 3 replaces torch's linear function. Where every weight trains that keeps what torch's own keeps.
+
+    Modules that transformers loads in fp32 beside 16-bit weights stay so, unless an engine casts or gathers the weights
+    in 16 bits; `prepare_model_for_kbit_training` makes the others fp32 as well.
+
+    Args:
+        configuration: what is trained, and how.
+        device: whose kernels run.
+        fp32_modules: dtypes that the model may be loaded in with modules in fp32; see `dtypes_with_fp32_modules`.
     """
     half = _HALF.get(configuration.mixed_precision)
     checkpoints = configuration.gradient_checkpointing
     engine_casts = configuration.uses_deepspeed and half is not None
     gathers_half = configuration.uses_fsdp and half is not None
+    quantization = _quantization(configuration.quantization, casts_rest=gathers_half)
+    weights_dtype = half if (engine_casts or gathers_half) and half else configuration.weights_dtype
+    becomes_fp32 = quantization is not None and quantization.prepares_kbit
     return Regime(
         method=configuration.method,
-        quantization=_quantization(configuration.quantization, casts_rest=gathers_half),
+        quantization=quantization,
         lora=None if configuration.lora is None else _without_scale(configuration.lora),
         freeze=configuration.freeze,
-        weights_dtype=half if (engine_casts or gathers_half) and half else configuration.weights_dtype,
+        weights_dtype=weights_dtype,
         adapter_dtype=_adapter_dtype(
             configuration, half if engine_casts or (gathers_half and configuration.sharding == "fsdp2") else None
         ),
@@ -62,6 +73,7 @@ def regime_of(configuration: Configuration, device: Device) -> Regime:
         keeps_outputs=configuration.keeps_outputs,
         zero3_linear=configuration.zero_stage == ZERO3 and configuration.method != "full",
         sequence_parallel_size=configuration.sequence_parallel_size,
+        keeps_fp32=weights_dtype in fp32_modules and not (engine_casts or gathers_half or becomes_fp32),
     )
 
 
