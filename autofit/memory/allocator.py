@@ -160,8 +160,9 @@ class CachingAllocator:
         starts, ends, owners = self._starts, self._ends, self._owners
         large, small = pools[0].keys, pools[1].keys
         expands, max_split = self.settings.expandable_segments, self.settings.max_split_size_bytes
-        is_plain = not expands and max_split is None
-        split_below = math.inf if max_split is None or expands else max_split
+        unmapped_from = self._unmapped_from
+        is_split_bounded = max_split is not None and not expands
+        split_below = max_split if max_split is not None and not expands else math.inf
         for event in events:
             if event < 0:
                 number = ~event
@@ -190,9 +191,11 @@ class CachingAllocator:
                 owner = self._pools_of(stream) + (size <= SMALL_BYTES)
                 keys = pools[owner].keys
             index = bisect_left(keys, size << _SIZE_SHIFT)
-            if not is_plain:
-                index = self._preferred(keys, index, size)
+            if is_split_bounded:
+                index = self._splittable(keys, index, size)
             if index < len(keys):
+                if expands and (keys[index] & _ADDRESS_MASK) + (keys[index] >> _SIZE_SHIFT) in unmapped_from:
+                    index = self._hardly_growing(keys, index)
                 key = keys.pop(index)
                 start = key & _ADDRESS_MASK
                 end = start + (key >> _SIZE_SHIFT)
@@ -294,21 +297,26 @@ class CachingAllocator:
             self._pools += [_Pool(is_small, [], []) for is_small in (False, True)]
         return self._first_pools[stream]
 
-    def _preferred(self, keys: list[int], index: int, size: int) -> int:
-        """Of the free blocks from `index` on, which are large enough, choose as the options say.
+    def _splittable(self, keys: list[int], index: int, size: int) -> int:
+        """Keep blocks beyond `max_split_size_mb` for requests beyond it that nearly fill them.
 
-        Source: CUDACachingAllocator.cpp, get_free_block. With expandable segments one that cannot grow comes first: a
-        block before a part without memory counts as large as it could become. Blocks beyond `max_split_size_mb` are
-        kept for requests beyond it that nearly fill them.
+        Source: CUDACachingAllocator.cpp, get_free_block.
         """
         max_split = self.settings.max_split_size_bytes
-        if self.settings.expandable_segments:
-            while index + 1 < len(keys) and self._expandable_size(keys[index + 1]) < self._expandable_size(keys[index]):
-                index += 1
-        elif max_split is not None and index < len(keys):
+        if max_split is not None and index < len(keys):
             cached = keys[index] >> _SIZE_SHIFT
             if size < max_split <= cached or (size >= max_split and cached >= size + MAX_NON_SPLIT_ROUNDING_BYTES):
                 return len(keys)
+        return index
+
+    def _hardly_growing(self, keys: list[int], index: int) -> int:
+        """With expandable segments a block before a part without memory counts as large as it could become.
+
+        It is taken only if the next larger ones could become as large. Source: CUDACachingAllocator.cpp,
+        get_free_block.
+        """
+        while index + 1 < len(keys) and self._expandable_size(keys[index + 1]) < self._expandable_size(keys[index]):
+            index += 1
         return index
 
     def _expandable_size(self, key: int) -> int:

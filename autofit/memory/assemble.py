@@ -31,7 +31,7 @@ from autofit.memory.tape import (
     phase_peaks,
     returned_logits_bytes,
 )
-from autofit.memory.tensors import Tensor, tensors
+from autofit.memory.tensors import Model, tensors
 from autofit.memory.uncertainty import Figure, RunKind, interval, run_kind
 from autofit.spec.configuration import Configuration, Optim
 from autofit.spec.estimate import MemoryEstimate, Phase
@@ -372,7 +372,7 @@ class WholeModel:
         self._profile = profile
         self.gathered = without_adapter_casts(profile)
         """The same under FSDP."""
-        self.tensors: tuple[Tensor, ...] = tensors(profile)
+        self.tensors: Model = tensors(profile)
         self._static = static_bytes(self.tensors, profile.regime.device)
         self._layouts: dict[Configuration, Layout] = {}
         self._without: dict[Configuration, Layout] = {}

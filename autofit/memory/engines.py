@@ -11,7 +11,7 @@ from typing import Literal
 
 from autofit.memory.host import zero2_buffers, zero3_buffers, zero3_weight_buffers
 from autofit.memory.static import OptimizerBytes, StaticBytes, Update, optimizer_bytes, partition_optimizer_bytes
-from autofit.memory.tensors import Tensor
+from autofit.memory.tensors import Model, Tensor, as_model
 from autofit.spec.configuration import Configuration, Optim
 from autofit.spec.deepspeed import DeepSpeedSettings, bucket_settings
 from autofit.spec.hardware import DeviceKind
@@ -21,7 +21,6 @@ GradientMode = Literal["kept", "bucketed", "offloaded", "used"]
 Updated = Literal["tensors", "shards", "partition", "nothing"]
 """What an optimizer updates on the device: what trains, FSDP's shards of it, a flat fp32 partition, or nothing."""
 
-PARAMETER_KINDS = ("parameter", "adapter", "quantized")
 MASTER_BYTES = 4
 """DeepSpeed's master weights and moments are fp32. Source: deepspeed/runtime/zero/config.py, bf16 block defaults."""
 NORM_BYTES = 8
@@ -73,13 +72,12 @@ def layout(
     configuration: Configuration, model: tuple[Tensor, ...], static: StaticBytes, hidden_size: int, device: DeviceKind
 ) -> Layout:
     """Lay out a configuration's weights, gradients and state."""
-    without = engine_layout(configuration, model, static, hidden_size, device)
-    return with_optimizer(without, optimizer_on_device(without, model, configuration.optim, device))
+    whole = as_model(model)
+    without = engine_layout(configuration, whole, static, hidden_size, device)
+    return with_optimizer(without, optimizer_on_device(without, whole, configuration.optim, device))
 
 
-def optimizer_on_device(
-    without: Layout, model: tuple[Tensor, ...], optim: Optim, device: DeviceKind
-) -> OptimizerBytes | None:
+def optimizer_on_device(without: Layout, model: Model, optim: Optim, device: DeviceKind) -> OptimizerBytes | None:
     """Return what an optimizer adds to an engine's layout; None where the host updates.
 
     Args:
@@ -124,7 +122,7 @@ def with_optimizer(without: Layout, optimizer: OptimizerBytes | None) -> Layout:
 
 
 def engine_layout(
-    configuration: Configuration, model: tuple[Tensor, ...], static: StaticBytes, hidden_size: int, device: DeviceKind
+    configuration: Configuration, model: Model, static: StaticBytes, hidden_size: int, device: DeviceKind
 ) -> Layout:
     """Lay out all that does not depend on the optimizer: its state and temporaries stand in it with no bytes."""
     if configuration.zero_stage == 3:
@@ -193,22 +191,23 @@ class _Casts:
         return max(self.bucket_bytes, int(self.alone_bytes * self.fraction))
 
 
-def _casts(configuration: Configuration, model: tuple[Tensor, ...], settings: DeepSpeedSettings) -> _Casts:
+def _casts(configuration: Configuration, model: Model, settings: DeepSpeedSettings) -> _Casts:
     element = _engine_bytes(configuration)
     if configuration.sequence_parallel_size == 1 or element == MASTER_BYTES:
         return _Casts(fraction=0.0, bucket_bytes=0, alone_bytes=0)
-    trained = [t.num_elements for t in model if t.trains]
-    alone = max((n for n in trained if n > settings.reduce_bucket_size), default=0)
+    trained = model.trained.counted
+    alone = max((t.num_elements for t, _ in trained if t.num_elements > settings.reduce_bucket_size), default=0)
+    num_elements = sum(t.num_elements * num for t, num in trained)
     return _Casts(
         fraction=MASTER_BYTES / element,
-        bucket_bytes=min(settings.reduce_bucket_size, sum(trained)) * MASTER_BYTES,
+        bucket_bytes=min(settings.reduce_bucket_size, num_elements) * MASTER_BYTES,
         alone_bytes=alone * element,
     )
 
 
 def _zero12(
     configuration: Configuration,
-    model: tuple[Tensor, ...],
+    model: Model,
     static: StaticBytes,
     settings: DeepSpeedSettings,
 ) -> Layout:
@@ -226,7 +225,7 @@ def _zero12(
     accumulates = configuration.gradient_accumulation_steps > 1
     splits = settings.stage == 2
     cast = partition * MASTER_BYTES if element != MASTER_BYTES else 0
-    largest = min(partition, max((t.num_elements for t in model if t.trains), default=0))
+    largest = min(partition, max((t.num_elements for t, _ in model.trained.counted), default=0))
     casts = _casts(configuration, model, settings)
     waiting = casts.alone_bytes if splits else 0
     reduced = partition * element + (0 if splits else static.gradients) + waiting
@@ -258,7 +257,7 @@ def _zero12(
 
 def _zero2_offload(
     configuration: Configuration,
-    model: tuple[Tensor, ...],
+    model: Model,
     static: StaticBytes,
     settings: DeepSpeedSettings,
     device: DeviceKind,
@@ -274,7 +273,7 @@ def _zero2_offload(
     """
     element = _engine_bytes(configuration)
     partition = _partition_elements(static.trained_elements, configuration.num_processes)
-    trained = [t.num_elements for t in model if t.trains]
+    trained = [t.num_elements for t in model.trained]
     accumulates = configuration.gradient_accumulation_steps > 1
     small = max((n for n in trained if n <= settings.reduce_bucket_size), default=0)
     host = zero2_buffers(partition, trained, element, accumulates=accumulates).num_bytes(device)
@@ -293,7 +292,7 @@ def _zero2_offload(
 
 def _zero3(
     configuration: Configuration,
-    model: tuple[Tensor, ...],
+    model: Model,
     static: StaticBytes,
     settings: DeepSpeedSettings,
     device: DeviceKind,
@@ -315,15 +314,14 @@ def _zero3(
     if configuration.offload != "none":
         return _zero3_offload(configuration, model, static, settings, device)
     ranks = configuration.num_processes
-    parameters = [t for t in model if t.kind in PARAMETER_KINDS]
-    persistent = [t for t in parameters if t.num_elements <= settings.stage3_param_persistence_threshold]
-    shards = sum(-(-t.num_elements // ranks) * t.bytes_per_element for t in parameters)
-    partition = sum(-(-t.num_elements // ranks) for t in parameters if t.trains)
+    parameters = model.parameters
+    shards = sum(-(-t.num_elements // ranks) * t.bytes_per_element * num for t, num in parameters.counted)
+    partition = sum(-(-t.num_elements // ranks) * num for t, num in parameters.counted if t.trains)
     element = _engine_bytes(configuration)
     sub_group = min(settings.sub_group_size, partition)
     flat, master = sub_group * element, sub_group * MASTER_BYTES
     packed = _kept_packed_bytes(parameters, settings, configuration)
-    largest = max((-(-t.num_elements // ranks) for t in parameters if t.trains), default=0)
+    largest = max((-(-t.num_elements // ranks) for t, _ in parameters.counted if t.trains), default=0)
     gathered = _gathered_bytes(parameters, settings, configuration)
     casts = _casts(configuration, model, settings)
     interleaves = _interleaves(model, configuration, settings)
@@ -334,7 +332,7 @@ def _zero3(
     last = {"gathered_weights": gathered, "communication_buckets": int(casts.alone_bytes * (1 + fraction))}
     return Layout(
         resident={
-            "weights": shards + sum(t.num_bytes for t in persistent),
+            "weights": shards + _persistent_bytes(parameters, settings),
             "quantized_weights": _replicated_packed_bytes(model, configuration),
             "buffers": static.buffers,
             "master_weights": partition * MASTER_BYTES,
@@ -360,17 +358,15 @@ def _zero3(
 
 def _zero3_offload(
     configuration: Configuration,
-    model: tuple[Tensor, ...],
+    model: Model,
     static: StaticBytes,
     settings: DeepSpeedSettings,
     device: DeviceKind,
 ) -> Layout:
     ranks, element = configuration.num_processes, _engine_bytes(configuration)
-    parameters = [t for t in model if t.kind in PARAMETER_KINDS]
-    unlike = {id(t): t for t in parameters}  # layers that are alike share their tensors
-    cut = {key: replace(t, num_elements=-(-t.num_elements // ranks)) for key, t in unlike.items()}
-    shards = [cut[id(t)] for t in parameters]
-    persistent = [t for t in parameters if t.num_elements <= settings.stage3_param_persistence_threshold]
+    parameters = model.parameters
+    cut = {id(t): replace(t, num_elements=-(-t.num_elements // ranks)) for t, _ in parameters.counted}
+    shards = Model(cut[id(t)] for t in parameters)
     trained = [t.num_elements for t in shards if t.trains]
     bucket = settings.reduce_bucket_size * element
     taken = NORM_BYTES + (element if device == "cuda" else 0)
@@ -380,8 +376,8 @@ def _zero3_offload(
     host = zero3_buffers(trained, element, settings.sub_group_size).num_bytes(device)
     return Layout(
         resident={
-            "weights": sum(t.num_bytes for t in persistent)
-            + (0 if offloads_weights else sum(t.num_bytes for t in shards)),
+            "weights": _persistent_bytes(parameters, settings)
+            + (0 if offloads_weights else sum(t.num_bytes * num for t, num in shards.counted)),
             "quantized_weights": _replicated_packed_bytes(model, configuration),
             "buffers": static.buffers,
             "communication_buckets": bucket,
@@ -398,37 +394,44 @@ def _zero3_offload(
     )
 
 
-def _interleaves(model: tuple[Tensor, ...], configuration: Configuration, settings: DeepSpeedSettings) -> float:
+def _interleaves(model: Model, configuration: Configuration, settings: DeepSpeedSettings) -> float:
     """Return 1 where a gradient that fills a bucket alone is copied before it is scattered: one that does not divide.
 
     Source: deepspeed/runtime/comm/coalesced_collectives.py 0.19.8, reduce_scatter_coalesced.
     """
-    alone = (t.num_elements for t in model if t.trains and t.num_elements > settings.reduce_bucket_size)
+    alone = (t.num_elements for t, _ in model.trained.counted if t.num_elements > settings.reduce_bucket_size)
     return float(any(n % configuration.num_processes for n in alone))
 
 
-def _gathered_bytes(parameters: list[Tensor], settings: DeepSpeedSettings, configuration: Configuration) -> int:
+def _persistent_bytes(parameters: Model, settings: DeepSpeedSettings) -> int:
+    """Parameters so small that every process keeps them whole."""
+    threshold = settings.stage3_param_persistence_threshold
+    return sum(t.num_bytes * num for t, num in parameters.counted if t.num_elements <= threshold)
+
+
+def _gathered_bytes(parameters: Model, settings: DeepSpeedSettings, configuration: Configuration) -> int:
     """Weights whole at one time, small ones apart: all that are used again, or as many as may live and be prefetched.
 
     What backward does not use is freed when forward has: an embedding that is frozen, unless checkpoints around an
     adapter ask its output for a gradient, and frozen layers below all that trains.
     Source: deepspeed/runtime/zero/partitioned_param_coordinator.py 0.19.8, __params_to_release.
     """
-    adapts, is_tied = configuration.lora is not None, _ties_embeddings(tuple(parameters))
+    adapts, is_tied = configuration.lora is not None, _ties_embeddings(parameters)
     below = [] if adapts else list(takewhile(lambda t: not t.trains, parameters))
-    used = [*(t for t in below if is_tied and t.embeds), *parameters[len(below) :]]
+    above = Model(parameters[len(below) :]) if below else parameters
+    used = [*((t, 1) for t in below if is_tied and t.embeds), *above.counted]
     if adapts and not configuration.gradient_checkpointing and not is_tied:
-        used = [t for t in used if not t.embeds or t.trains]
+        used = [(t, num) for t, num in used if not t.embeds or t.trains]
     if _keeps_packed(configuration) or _is_int8(configuration):
-        used = [t for t in used if t.kind != "quantized"]
-    held = [t for t in used if t.num_elements > settings.stage3_param_persistence_threshold]
-    elements = sum(t.num_elements for t in held)
-    whole = sum(t.num_bytes for t in held)
+        used = [(t, num) for t, num in used if t.kind != "quantized"]
+    held = [(t, num) for t, num in used if t.num_elements > settings.stage3_param_persistence_threshold]
+    elements = sum(t.num_elements * num for t, num in held)
+    whole = sum(t.num_bytes * num for t, num in held)
     bound = settings.stage3_max_live_parameters + settings.stage3_prefetch_bucket_size
     return whole if elements <= bound else whole * bound // elements
 
 
-def _gathering_bytes(parameters: list[Tensor], configuration: Configuration) -> int:
+def _gathering_bytes(parameters: Model, configuration: Configuration) -> int:
     """Weights that are gathered together arrive in one buffer, of which each is then made: at most the largest again.
 
     The head is fetched ahead with the adapters before it; without any, the last layer's matrix fills the bucket.
@@ -436,21 +439,21 @@ def _gathering_bytes(parameters: list[Tensor], configuration: Configuration) -> 
     """
     if configuration.lora is None:
         return 0
-    return max((t.num_bytes for t in parameters if t.kind != "quantized"), default=0)
+    return max((t.num_bytes for t, _ in parameters.counted if t.kind != "quantized"), default=0)
 
 
 def _is_int8(configuration: Configuration) -> bool:
     return configuration.quantization is not None and configuration.quantization.is_int8
 
 
-def _replicated_packed_bytes(model: tuple[Tensor, ...], configuration: Configuration) -> int:
+def _replicated_packed_bytes(model: Model, configuration: Configuration) -> int:
     """What stage 3 does not shard of packed weights: their scales, and int8 weights, whole beside their shards.
 
     bitsandbytes holds those itself, and gives them to the layer in every forward.
     Source: bitsandbytes 0.50 nn/modules.py, Linear8bitLt.forward (`self.weight.data = self.state.CB`).
     """
     kinds = {"quant_state", "quantized"} if _is_int8(configuration) else {"quant_state"}
-    return sum(t.num_bytes for t in model if t.kind in kinds)
+    return sum(t.num_bytes * num for t, num in model.counted if t.kind in kinds)
 
 
 def _keeps_packed(configuration: Configuration) -> bool:
@@ -463,18 +466,19 @@ def _keeps_packed(configuration: Configuration) -> bool:
     return configuration.quantization is not None and not _is_int8(configuration) and not recomputes_all
 
 
-def _kept_packed_bytes(parameters: list[Tensor], settings: DeepSpeedSettings, configuration: Configuration) -> int:
+def _kept_packed_bytes(parameters: Model, settings: DeepSpeedSettings, configuration: Configuration) -> int:
     """Packed weights that stay whole, though DeepSpeed lets go of them, until the loss is gone: after its step."""
     if not _keeps_packed(configuration):
         return 0
-    packed = (t for t in parameters if t.kind == "quantized")
-    return sum(t.num_bytes for t in packed if t.num_elements > settings.stage3_param_persistence_threshold)
+    packed = ((t, num) for t, num in parameters.counted if t.kind == "quantized")
+    threshold = settings.stage3_param_persistence_threshold
+    return sum(t.num_bytes * num for t, num in packed if t.num_elements > threshold)
 
 
-def _ties_embeddings(model: tuple[Tensor, ...]) -> bool:
+def _ties_embeddings(model: Model) -> bool:
     """Whether no other parameter is as large as an embedding: then the head is the embedding itself."""
-    tables = [t for t in model if t.embeds]
-    return not any(t.num_elements == table.num_elements for table in tables for t in model if not t.embeds)
+    tables = [t for t, _ in model.counted if t.embeds]
+    return not any(t.num_elements == table.num_elements for table in tables for t, _ in model.counted if not t.embeds)
 
 
 def _engine_bytes(configuration: Configuration) -> int:

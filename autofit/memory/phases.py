@@ -14,7 +14,7 @@ from autofit.memory.fsdp_stages import FsdpStages
 from autofit.memory.host import NUM_MOMENTS
 from autofit.memory.loading import broadcast_bytes, merged_bytes, read_bytes
 from autofit.memory.static import rounded
-from autofit.memory.tensors import Tensor
+from autofit.memory.tensors import Model, Tensor
 from autofit.spec.configuration import Configuration
 from autofit.spec.deepspeed import DeepSpeedSettings, bucket_settings
 from autofit.spec.estimate import Phase, Stage, Stages
@@ -46,23 +46,13 @@ class Run:
     configuration: Configuration
     cluster: Cluster
     plan: Layout
-    model: tuple[Tensor, ...]
+    model: Model
     phases: tuple[Phase, ...]
     always_bytes: int
     """Allocated between two steps."""
     sequence_tokens: int
     fsdp: FsdpStages | None = None
     """Under FSDP alone."""
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        """Parameters, adapters and packed weights."""
-        return [t for t in self.model if t.kind in ("parameter", "adapter", "quantized")]
-
-    @property
-    def trained(self) -> list[Tensor]:
-        """Those that train."""
-        return [t for t in self.parameters if t.trains]
 
     @property
     def builds_partitioned(self) -> bool:
@@ -79,14 +69,21 @@ class Run:
         """DeepSpeed's numbers."""
         return bucket_settings(self.configuration, self.profile.hidden_size)
 
-    def total(self, sizes: Iterable[int]) -> int:
-        """Add sizes up as the device's allocator counts them."""
-        return sum(rounded(size, self.cluster.device.kind) for size in sizes)
+    def rounded(self, num_bytes: int) -> int:
+        """Return an allocation as the device's allocator counts it."""
+        return rounded(num_bytes, self.cluster.device.kind)
 
-    def shards(self, tensors: Iterable[Tensor]) -> int:
-        """Bytes of this process's part of each tensor."""
-        ranks = self.configuration.num_processes
-        return sum(-(-t.num_elements // ranks) * t.bytes_per_element for t in tensors)
+    def total(self, tensors: Iterable[tuple[Tensor, int]]) -> int:
+        """Add tensors up, each as often as there are of it, as the device's allocator counts them."""
+        return sum(self.rounded(tensor.num_bytes) * num for tensor, num in tensors)
+
+    def shard(self, tensor: Tensor) -> int:
+        """Bytes of this process's part of a tensor."""
+        return -(-tensor.num_elements // self.configuration.num_processes) * tensor.bytes_per_element
+
+    def shards(self, tensors: Iterable[tuple[Tensor, int]]) -> int:
+        """The same of several, each as often as there are of it."""
+        return sum(self.shard(tensor) * num for tensor, num in tensors)
 
     def placed(self, device_bytes: int, host_bytes: int, *, first_process: int = 0) -> Stage:
         """Say what a device and a node's host hold; a CPU rank's device is the host.
@@ -131,27 +128,32 @@ def loading(run: Run) -> Stage:
     """
     element = BYTES_PER_ELEMENT[run.configuration.weights_dtype]
     stored = BYTES_PER_ELEMENT[run.configuration.stored_dtype or run.configuration.weights_dtype]
-    loaded = [_loaded_bytes(t, element, keeps_fp32=run.profile.regime.keeps_fp32) for t in run.model]
+    keeps_fp32 = run.profile.regime.keeps_fp32
+    loaded = [(_loaded_bytes(t, element, keeps_fp32=keeps_fp32), num) for t, num in run.model.counted]
     quantization = run.configuration.quantization
     if quantization is not None and not quantization.comes_packed:
-        adapters = run.total(_loaded_bytes(t, element) for t in run.model if t.kind == "adapter")
+        adapters = sum(
+            run.rounded(_loaded_bytes(t, element)) * num for t, num in run.model.counted if t.kind == "adapter"
+        )
+        rest = sum(run.rounded(num_bytes) * num for num_bytes, num in loaded) - adapters
         passing = max(_while_packing(run, element), merged_bytes(run.profile, element))
-        return run.placed(run.total(loaded) - adapters + max(adapters, passing), 0)
+        return run.placed(rest + max(adapters, passing), 0)
     if run.builds_partitioned:
-        adapters = sum(t.num_elements * ADAPTER_BYTES for t in run.parameters if t.kind == "adapter")
-        base = [t for t in run.parameters if t.kind != "adapter"]
-        largest = max((t.num_bytes for t in base), default=0)
-        checkpoint = sum(t.num_elements * stored for t in base)
+        parameters = run.model.parameters.counted
+        adapters = sum(t.num_elements * ADAPTER_BYTES * num for t, num in parameters if t.kind == "adapter")
+        base = [(t, num) for t, num in parameters if t.kind != "adapter"]
+        largest = max((t.num_bytes for t, _ in base), default=0)
+        checkpoint = sum(t.num_elements * stored * num for t, num in base)
         shards, buffers = run.shards(base), _buffers(run)
         offloads = run.configuration.offload == "optimizer_and_parameters"
         device = buffers + max(largest, adapters) + (0 if offloads else shards)
         return run.placed(device, shards if offloads else 0, first_process=checkpoint)
-    on_host = max(sum(loaded), read_bytes(run.profile, stored, element))
+    on_host = max(sum(num_bytes * num for num_bytes, num in loaded), read_bytes(run.profile, stored, element))
     if run.fsdp is not None:
         return run.placed(0, on_host)
     if run.cluster.device.kind == "cpu":
         return run.placed(on_host, 0)
-    return run.placed(run.total(t.num_bytes for t in run.model), on_host)
+    return run.placed(run.total(run.model.counted), on_host)
 
 
 def _loaded_bytes(tensor: Tensor, bytes_per_element: int, *, keeps_fp32: bool = False) -> int:
@@ -164,7 +166,7 @@ def _while_packing(run: Run, bytes_per_element: int) -> int:
     """The largest weight before it is packed, and the scales or the fp16 copy that packing makes."""
     quantization = run.configuration.quantization
     assert quantization is not None, "only a quantised model packs"
-    packed = max((t.num_bytes for t in run.model if t.kind == "quantized"), default=0)
+    packed = max((t.num_bytes for t, _ in run.model.counted if t.kind == "quantized"), default=0)
     elements = packed * EIGHT_BITS // quantization.bits
     if quantization.is_int8:
         return elements * bytes_per_element + (0 if run.configuration.weights_dtype == "float16" else elements * 2)
@@ -173,7 +175,11 @@ def _while_packing(run: Run, bytes_per_element: int) -> int:
 
 
 def _buffers(run: Run) -> int:
-    return run.total(t.num_bytes for t in run.model if t.kind == "buffer")
+    return _total_of(run, "buffer")
+
+
+def _total_of(run: Run, kind: str) -> int:
+    return run.total((t, num) for t, num in run.model.counted if t.kind == kind)
 
 
 def preparing(run: Run) -> Stage:
@@ -184,7 +190,7 @@ def preparing(run: Run) -> Stage:
     initialize_optimizer_states), stage3.py (_create_fp32_partitions, initialize_optimizer_states,
     create_reduce_and_remove_grad_hooks).
     """
-    weights = run.total(t.num_bytes for t in run.model)
+    weights = run.total(run.model.counted)
     if run.fsdp is not None:
         held = run.fsdp.preparing()
         return run.placed(held.device, held.host)
@@ -208,11 +214,11 @@ def _moved_int8(run: Run) -> int:
     moves = run.cluster.device.kind == "cpu" and run.configuration.num_processes > 1
     if not moves or quantization is None or not quantization.is_int8:
         return 0
-    return run.total(t.num_bytes for t in run.model if t.kind == "quantized")
+    return _total_of(run, "quantized")
 
 
 def _preparing_zero12(run: Run, weights: int) -> Stage:
-    flat = run.total(t.num_bytes for t in run.trained)
+    flat = run.total(run.model.trained.counted)
     if run.configuration.offload == "none":
         return run.placed(weights + max(flat, 2 * MASTER_BYTES * _partition_elements(run)), 0)
     kept = run.plan.resident.get("offload_buffers", 0)
@@ -223,16 +229,15 @@ def _preparing_zero12(run: Run, weights: int) -> Stage:
 
 
 def _preparing_zero3(run: Run) -> Stage:
-    shards, trained = run.shards(run.parameters), run.shards(run.trained)
+    shards, trained = run.shards(run.model.parameters.counted), run.shards(run.model.trained.counted)
     partition = _partition_elements(run)
     sub_group = min(run.settings.sub_group_size, partition) * MASTER_BYTES
-    states = run.total(t.num_bytes for t in run.model if t.kind == "quant_state")
-    rest = _buffers(run) + states
+    rest = _buffers(run) + _total_of(run, "quant_state")
     master = partition * MASTER_BYTES
     whole = _while_partitioning(run) if not run.builds_partitioned else 0
     # At last each parameter that trains is gathered by itself, to hang a hook on it.
     made = sum(run.plan.resident.values()) - run.plan.resident.get("optimizer_state", 0)
-    hooking = made + max((run.total([t.num_bytes]) for t in run.trained), default=0)
+    hooking = made + max((run.rounded(t.num_bytes) for t, _ in run.model.trained.counted), default=0)
     if run.configuration.offload == "none":
         return run.placed(max(rest + whole, rest + shards + master + sub_group, hooking), 0)
     offloads_weights = run.configuration.offload == "optimizer_and_parameters"
@@ -249,11 +254,16 @@ def _while_partitioning(run: Run) -> int:
     """Every parameter in turn gives way to its shard, which is there before the whole is gone; int8 weights stay."""
     quantization = run.configuration.quantization
     stays = "quantized" if quantization is not None and quantization.is_int8 else None
-    whole, highest = run.total(t.num_bytes for t in run.parameters), 0
-    for tensor in run.parameters:
-        shard = run.shards([tensor])
+    parameters = run.model.parameters
+    whole, highest = run.total(parameters.counted), 0
+    changes = {
+        id(t): (shard := run.shard(t), shard - (0 if t.kind == stays else run.rounded(t.num_bytes)))
+        for t, _ in parameters.counted
+    }
+    for tensor in parameters:
+        shard, change = changes[id(tensor)]
         highest = max(highest, whole + shard)
-        whole += shard - (0 if tensor.kind == stays else run.total([tensor.num_bytes]))
+        whole += change
     return highest
 
 
@@ -281,7 +291,7 @@ def _offloaded_moments(run: Run) -> int:
 
 
 def _partition_elements(run: Run) -> int:
-    return sum(-(-t.num_elements // run.configuration.num_processes) for t in run.trained)
+    return sum(-(-t.num_elements // run.configuration.num_processes) * num for t, num in run.model.trained.counted)
 
 
 def _in_first_step(phase: Phase, run: Run) -> int:
@@ -298,9 +308,9 @@ def _in_first_step(phase: Phase, run: Run) -> int:
     without -= phase.terms.get("gathered_weights", 0)
     if "gathered_weights" not in phase.terms or phase.name == "loss_backward":
         return without
-    tables = {t.num_elements for t in run.parameters if t.embeds}
-    in_layer = [t.num_bytes for t in run.parameters if t.num_elements not in tables]
-    everywhere = [t.num_bytes for t in run.parameters]
+    tables = {t.num_elements for t, _ in run.model.parameters.counted if t.embeds}
+    in_layer = [t.num_bytes for t, _ in run.model.parameters.counted if t.num_elements not in tables]
+    everywhere = [t.num_bytes for t, _ in run.model.parameters.counted]
     return without + max(in_layer if phase.name.startswith("layer") else everywhere, default=0)
 
 
@@ -388,7 +398,7 @@ def saving(run: Run) -> Stage:
     deepspeed/checkpoint/utils.py (clone_tensors_for_torch_save), runtime/engine.py
     (_zero3_consolidated_16bit_state_dict).
     """
-    model, written = sum(t.num_bytes for t in run.model), _collected_bytes(run)
+    model, written = sum(t.num_bytes * num for t, num in run.model.counted), _collected_bytes(run)
     device = run.always_bytes
     if run.fsdp is not None:
         held = run.fsdp.saving()
@@ -408,4 +418,5 @@ def saving(run: Run) -> Stage:
 
 def _collected_bytes(run: Run) -> int:
     """What the first process writes: of an adapter what trains."""
-    return sum(t.num_bytes for t in (run.trained if run.configuration.lora else run.model))
+    collected = run.model.trained if run.configuration.lora else run.model
+    return sum(t.num_bytes * num for t, num in collected.counted)

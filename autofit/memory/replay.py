@@ -24,7 +24,7 @@ from autofit.memory.program import Events, Program
 from autofit.memory.replay_fsdp import FsdpWriter
 from autofit.memory.static import optimizer_bytes
 from autofit.memory.tape import bucket_gradient_bytes, returned_logits_bytes
-from autofit.memory.tensors import Tensor
+from autofit.memory.tensors import Model
 from autofit.memory.unroll import DeepTape, Playable, Releases, Step
 from autofit.spec.configuration import Configuration, Optim
 from autofit.spec.profile import RegimeProfile
@@ -70,7 +70,7 @@ class Replayer:
     Rows that differ in the device alone make the same program: of one that was just run, nothing is run again.
     """
 
-    def __init__(self, profile: RegimeProfile, model: tuple[Tensor, ...]) -> None:
+    def __init__(self, profile: RegimeProfile, model: Model) -> None:
         self._tape = DeepTape(profile)
         self._model = model
         self._last: _Trials | None = None
@@ -338,12 +338,12 @@ class _Update:
     """What the step holds at its highest moment, all at once."""
 
     @classmethod
-    def of(cls, model: tuple[Tensor, ...], optim: Optim) -> _Update:
+    def of(cls, model: Model, optim: Optim) -> _Update:
         """Describe an optimizer's step over a model's tensors."""
-        described = [OPTIMIZERS[optim].state(tensor) for tensor in model if tensor.trains]
-        optimizer = optimizer_bytes(model, optim, "cuda")
+        trained, optimizer = model.trained, optimizer_bytes(model, optim, "cuda")
+        made = {id(tensor): OPTIMIZERS[optim].state(tensor).device for tensor, _ in trained.counted}
         return cls(
-            state=tuple(size for state in described for size in state.device),
+            state=tuple(size for tensor in trained for size in made[id(tensor)]),
             temporaries=() if optimizer.in_backward else optimizer.temporaries,
         )
 
@@ -357,7 +357,7 @@ class _Writer:
         tape: DeepTape,
         configuration: Configuration,
         plan: Layout,
-        model: tuple[Tensor, ...],
+        model: Model,
         update: _Update,
     ) -> None:
         self._program, self._tape, self._configuration, self._plan = program, tape, configuration, plan
@@ -413,7 +413,7 @@ class _Writer:
         if not holds_whole_tensors(self._configuration):
             self._program.hold(size for name, size in resident.items() if name != "optimizer_state")
         elif "communication_buckets" in resident:
-            sizes = [tensor.num_bytes for tensor in self._model if tensor.trains]
+            sizes = [tensor.num_bytes for tensor in self._model.trained]
             self._ddp_buckets = self._program.hold(buckets(sizes[::-1], DDP_BUCKET_BYTES))
 
     def _released(self, step: Step) -> Releases:

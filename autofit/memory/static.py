@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
 from autofit.memory.optimizers import OPTIMIZERS, clip_frame, step_frame, update_frame
 from autofit.memory.tape import CUDA_BLOCK_BYTES
-from autofit.memory.tensors import Tensor
+from autofit.memory.tensors import PARAMETER_KINDS, Model, Tensor, as_model
 from autofit.spec.configuration import Optim
 from autofit.spec.hardware import DeviceKind
 
@@ -36,21 +36,20 @@ class StaticBytes:
 def static_bytes(model: tuple[Tensor, ...], device: DeviceKind) -> StaticBytes:
     """Add up a model's tensors by what they are."""
 
-    def total(chosen: Iterator[Tensor]) -> int:
-        return sum(rounded(tensor.num_bytes, device) for tensor in chosen)
+    def total(chosen: Iterable[tuple[Tensor, int]]) -> int:
+        return sum(rounded(tensor.num_bytes, device) * num for tensor, num in chosen)
 
-    parameters = [t for t in model if t.kind in ("parameter", "adapter")]
-    trained = [t for t in parameters if t.trains]
+    counted = as_model(model).counted
+    parameters = [(t, num) for t, num in counted if t.kind in ("parameter", "adapter")]
+    trained = [(t, num) for t, num in parameters if t.trains]
     return StaticBytes(
-        frozen_weights=total(t for t in parameters if not t.trains),
-        trained_weights=total(iter(trained)),
-        quantized_weights=total(t for t in model if t.kind in ("quantized", "quant_state")),
-        buffers=total(t for t in model if t.kind == "buffer"),
-        gradients=total(iter(trained)),
-        trained_elements=sum(t.num_elements for t in trained),
-        frozen_elements=sum(
-            t.num_elements for t in model if t.kind in ("parameter", "adapter", "quantized") and not t.trains
-        ),
+        frozen_weights=total((t, num) for t, num in parameters if not t.trains),
+        trained_weights=total(trained),
+        quantized_weights=total((t, num) for t, num in counted if t.kind in ("quantized", "quant_state")),
+        buffers=total((t, num) for t, num in counted if t.kind == "buffer"),
+        gradients=total(trained),
+        trained_elements=sum(t.num_elements * num for t, num in trained),
+        frozen_elements=sum(t.num_elements * num for t, num in counted if t.kind in PARAMETER_KINDS and not t.trains),
     )
 
 
@@ -94,22 +93,22 @@ def optimizer_bytes(
         device: where it is; of a CPU rank all memory is its own.
         clips: whether torch clips the gradients before the step.
     """
-    return _optimizer_bytes(tuple(t for t in model if t.trains), optim, device, clips=clips)
+    return _optimizer_bytes(as_model(model).trained, optim, device, clips=clips)
 
 
 @lru_cache(maxsize=1024)
-def _optimizer_bytes(trained: tuple[Tensor, ...], optim: Optim, device: DeviceKind, *, clips: bool) -> OptimizerBytes:
+def _optimizer_bytes(trained: Model, optim: Optim, device: DeviceKind, *, clips: bool) -> OptimizerBytes:
     optimizer = OPTIMIZERS[optim]
-    states = [optimizer.state(t) for t in trained]
-    host = sum(state.host for state in states)
+    states = [(optimizer.state(t), num) for t, num in trained.counted]
+    host = sum(state.host * num for state, num in states)
     frame = step_frame(optim, trained, device)
-    made = sum(rounded(size, device) for state in states for size in state.device)
+    made = sum(rounded(size, device) * num for state, num in states for size in state.device)
     not_yet = 0
     if optimizer.makes_state_late:
         not_yet = made + frame.peak_bytes - step_frame(optim, trained, device, is_first=True).peak_bytes
     if clips and not optimizer.in_backward:
         frame = max(frame, clip_frame(trained, device), key=lambda each: each.peak_bytes)
-    counters = sum(state.counter for state in states)
+    counters = sum(state.counter * num for state, num in states)
     return OptimizerBytes(
         state=made + (host + counters if device == "cpu" else 0),
         host=0 if device == "cpu" else host,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from itertools import groupby
 
 from autofit.spec.profile import RegimeProfile, StaticTensor
 from autofit.units import BYTES_PER_ELEMENT
 
+PARAMETER_KINDS = frozenset({"parameter", "adapter", "quantized"})
 _OTHER_DTYPES = {"bool": 1, "int64": 8, "int32": 4, "float64": 8, "int16": 2}
 
 
@@ -50,18 +53,58 @@ class Tensor:
         return self.rows * columns if self.rows * columns < self.num_elements else columns
 
 
-def tensors(profile: RegimeProfile) -> tuple[Tensor, ...]:
+class Model(tuple[Tensor, ...]):  # noqa: SLOT001 - it keeps what it has worked out
+    """Tensors in the order of a model's modules. Layers that are alike share theirs: most sums take each one once."""
+
+    @cached_property
+    def counted(self) -> tuple[tuple[Tensor, int], ...]:
+        """Each tensor once, with how many of it there are."""
+        by_id = {id(tensor): tensor for tensor in self}
+        return tuple((by_id[key], count) for key, count in Counter(map(id, self)).items())
+
+    @cached_property
+    def parameters(self) -> Model:
+        """Parameters, adapters and packed weights."""
+        return Model(tensor for tensor in self if tensor.kind in PARAMETER_KINDS)
+
+    @cached_property
+    def trained(self) -> Model:
+        """Those that train."""
+        return Model(tensor for tensor in self if tensor.trains)
+
+    @cached_property
+    def _hash(self) -> int:
+        return super().__hash__()
+
+    def __hash__(self) -> int:
+        """Return the tuple's hash, worked out once."""
+        return self._hash
+
+
+def as_model(tensors: Iterable[Tensor]) -> Model:
+    """Return tensors as a model's."""
+    return tensors if isinstance(tensors, Model) else Model(tensors)
+
+
+def tensors(profile: RegimeProfile) -> Model:
     """Every parameter and buffer of the real model, layer by layer."""
-    made = {id(tensor): _tensor(tensor) for tensor in profile.tensors}
-    return tuple(made[id(tensor)] for tensor, _ in in_model_order(profile))
+    found: list[Tensor] = []
+    for num_layers, members in _in_groups(profile):
+        found += [_tensor(tensor) for tensor in members] * (1 if num_layers is None else num_layers)
+    return Model(found)
 
 
 def in_model_order(profile: RegimeProfile) -> Iterator[tuple[StaticTensor, int | None]]:
     """Every parameter, then every buffer, in the order of the model's modules, with the layer it is one of, if any."""
-    for repeats, group in groupby(profile.tensors, key=lambda tensor: tensor.repeats):
-        members = list(group)
-        layers = range(profile.num_layers) if repeats else (None,)
+    for num_layers, members in _in_groups(profile):
+        layers = (None,) if num_layers is None else range(num_layers)
         yield from ((tensor, layer) for layer in layers for tensor in members)
+
+
+def _in_groups(profile: RegimeProfile) -> Iterator[tuple[int | None, list[StaticTensor]]]:
+    """What comes once in every layer, with the number of layers, and what does not."""
+    for repeats, group in groupby(profile.tensors, key=lambda tensor: tensor.repeats):
+        yield profile.num_layers if repeats else None, list(group)
 
 
 def num_bytes_of(tensor: StaticTensor) -> int:
@@ -71,7 +114,7 @@ def num_bytes_of(tensor: StaticTensor) -> int:
 
 def _tensor(tensor: StaticTensor) -> Tensor:
     size = BYTES_PER_ELEMENT.get(tensor.dtype) or _OTHER_DTYPES[tensor.dtype]
-    return Tensor(
+    return _interned(
         tensor.num_elements,
         size,
         tensor.trains,
@@ -81,3 +124,7 @@ def _tensor(tensor: StaticTensor) -> Tensor:
         columns=tensor.columns,
         outside_linear=tensor.outside_linear,
     )
+
+
+_interned = lru_cache(maxsize=4096)(Tensor)
+"""Equal tensors are one object, so that models of a few hundred layers compare at once."""
