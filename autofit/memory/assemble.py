@@ -346,6 +346,26 @@ class MemoryModel:
             self._replayed[key] = self._replay_anew(plan, configuration, cluster)
         return self._replayed[key]
 
+    def suffices(self, configuration: Configuration, cluster: Cluster, usable_bytes: int) -> bool:
+        """Tell whether a device on which so much may be needed holds a configuration, as the allocator lays it out.
+
+        True also where only `estimate` with a replay tells. Raises as that does.
+        """
+        if cluster.device.kind != "cuda" or configuration.uses_fsdp:
+            return True
+        refuse_unmodelled(configuration)
+        plan = self._layout(configuration, cluster.device)
+        _refuse_absurd(self._phases(plan, configuration, cluster.device))
+        context = context_bytes(cluster.device, cluster.num_devices) or 0
+        return self.whole.replayer.suffices(
+            configuration,
+            self.sequence_tokens,
+            plan,
+            workspace_sizes(cluster.device),
+            capacity_bytes=cluster.device.memory_bytes - context,
+            reserved_bytes=usable_bytes - context,
+        )
+
     def _replay_anew(self, plan: Layout, configuration: Configuration, cluster: Cluster) -> Replayed:
         context = context_bytes(cluster.device, cluster.num_devices) or 0
         if configuration.uses_fsdp:

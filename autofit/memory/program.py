@@ -50,6 +50,8 @@ class Events:
 
     def is_same(self, other: Events) -> bool:
         """Whether another program is the same to the last event."""
+        if self is other:
+            return True
         return self.end_of_loading == other.end_of_loading and np.array_equal(self.codes, other.codes)
 
     def peak_allocated_bytes(self, left_over_bytes: Mapping[int, int] | None = None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -74,6 +74,7 @@ class Replayer:
         self._tape = DeepTape(profile)
         self._model = model
         self._last: _Trials | None = None
+        self._written: tuple[tuple[object, ...], Events] | None = None
         self._loaded: dict[tuple[int, bool], Program] = {}
         self._updates: dict[Optim, _Update] = {}
 
@@ -101,9 +102,25 @@ class Replayer:
                 thread's first matrix product.
             capacity_bytes: what can be reserved on the device; None: no bound.
         """
-        program = self._begun(configuration, plan, capacity_bytes)
-        writer = _Writer(program, self._tape, configuration, plan, self._model, self._update(configuration.optim))
-        return self._replayed(writer.write(sequence_tokens, workspaces), configuration, capacity_bytes)
+        trials = self._trials(configuration, sequence_tokens, plan, workspaces, capacity_bytes)
+        return _settle(trials, capacity_bytes)
+
+    def suffices(
+        self,
+        configuration: Configuration,
+        sequence_tokens: int,
+        plan: Layout,
+        workspaces: Sequence[int],
+        *,
+        capacity_bytes: int,
+        reserved_bytes: int,
+    ) -> bool:
+        """Tell whether the same steps run where no more than `reserved_bytes` of the device can be reserved.
+
+        That is soon known where they do not, and where they do, `step` begins with what was seen.
+        """
+        trials = self._trials(configuration, sequence_tokens, plan, workspaces, capacity_bytes)
+        return trials.run(reserved_bytes) is not None
 
     def fsdp_step(
         self,
@@ -124,7 +141,7 @@ class Replayer:
             capacity_bytes: what can be reserved on the device; None: no bound.
         """
         writer = FsdpWriter(self._tape, configuration, model, sequence_tokens, workspaces)
-        return self._replayed(writer.write(NUM_STEPS), configuration, capacity_bytes)
+        return _settle(self._trials_of(writer.write(NUM_STEPS), configuration, capacity_bytes), capacity_bytes)
 
     def _begun(self, configuration: Configuration, plan: Layout, device_bytes: int | None) -> Program:
         """Return a program that has loaded the model, if the device holds all of it."""
@@ -143,11 +160,28 @@ class Replayer:
             self._updates[optim] = _Update.of(self._model, optim)
         return self._updates[optim]
 
-    def _replayed(self, events: Events, configuration: Configuration, capacity_bytes: int | None) -> Replayed:
+    def _trials(
+        self,
+        configuration: Configuration,
+        sequence_tokens: int,
+        plan: Layout,
+        workspaces: Sequence[int],
+        capacity_bytes: int | None,
+    ) -> _Trials:
+        """Return the trials of a configuration's program; how segments grow is the allocator's, not the program's."""
+        same = replace(configuration.training_alone, expandable_segments=False)
+        key = same, sequence_tokens, tuple(workspaces), capacity_bytes
+        if self._written is None or self._written[0] != key:
+            program = self._begun(configuration, plan, capacity_bytes)
+            writer = _Writer(program, self._tape, configuration, plan, self._model, self._update(configuration.optim))
+            self._written = key, writer.write(sequence_tokens, workspaces)
+        return self._trials_of(self._written[1], configuration, capacity_bytes)
+
+    def _trials_of(self, events: Events, configuration: Configuration, capacity_bytes: int | None) -> _Trials:
         settings = allocator_settings(configuration)
         if self._last is None or not self._last.are_of(events, settings):
             self._last = _Trials(events, settings, capacity_bytes)
-        return _settle(self._last, capacity_bytes)
+        return self._last
 
 
 def _settle(trials: _Trials, capacity_bytes: int | None) -> Replayed:

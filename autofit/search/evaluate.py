@@ -280,6 +280,17 @@ class Evaluator:
             self._replays[configuration] = self._trainings[configuration.training_alone] = memory
         return self._replays[configuration]
 
+    def is_fragmented(self, configuration: Configuration) -> bool:
+        """Tell whether replaying every allocation shows soon that a configuration does not fit.
+
+        False also where only `replayed_misfit` tells.
+        """
+        if self._estimate_memory is not None or self.calibration(configuration) is not None:
+            return False
+        cluster = self._cluster_of(configuration)
+        model = self._memory_model(configuration)
+        return not model.suffices(configuration, cluster, usable_bytes(cluster.device.memory_bytes))
+
     def replayed_misfit(self, configuration: Configuration) -> Misfit:
         """Say what does not fit when every allocation is replayed, and which of the stages that have to."""
         memory = self.replay(configuration)
@@ -306,8 +317,13 @@ class Evaluator:
         return time if calibration is None else calibrated_time(time, calibration)
 
     def known_replay(self, configuration: Configuration) -> MemoryEstimate | None:
-        """Return what a replay of the same training said, whatever was evaluated, if there was one."""
-        return self._trainings.get(configuration.training_alone)
+        """Return what a replay of the same training said, whatever was evaluated, if there was one.
+
+        With segments that grow, if that was replayed: without them it did not fit.
+        """
+        training = configuration.training_alone
+        growing = replace(training, expandable_segments=True)
+        return self._trainings.get(growing) or self._trainings.get(training)
 
     def _memory(self, configuration: Configuration, *, replays: bool) -> MemoryEstimate:
         memory, calibration = self._plain_memory(configuration, replays=replays), self.calibration(configuration)
@@ -373,6 +389,8 @@ def as_it_fits(configuration: Configuration, evaluator: Evaluator) -> tuple[Conf
 
     As it is; or with what changes no result: evaluations on training's micro-batch, and segments that grow.
     """
+    if evaluator.can_grow_segments and evaluator.is_fragmented(configuration):
+        configuration = replace(configuration, expandable_segments=True)
     misfit = evaluator.replayed_misfit(configuration)
     if misfit == "evaluation":
         configuration = evaluating_less(configuration, evaluator)
