@@ -124,6 +124,31 @@ def test_a_split_limit_that_torch_refuses_is_refused(profile):
         replayed(profile, replace(PLANNED, max_split_size_mb=8))
 
 
+@pytest.mark.parametrize("expands", [False, True])
+def test_it_is_known_soon_whether_a_device_suffices(profile, expands):
+    """An allocator that may reserve so much and no more runs through, or does not; what was asked first changes no
+    figure of the steps.
+    """
+    configuration, sizes = replace(PLANNED, expandable_segments=expands), workspace_sizes(A100)
+    model = tensors(profile)
+    plan = layout(configuration, model, static_bytes(model, "cuda"), profile.hidden_size, "cuda")
+    device = 2 * GIB
+    alone = Replayer(profile, model).step(configuration, TOKENS, plan, sizes, capacity_bytes=device)
+    replayer = Replayer(profile, model)
+    seen = set()
+    for reserved in range(alone.peak_allocated_bytes - 8 * MIB, alone.peak_reserved_bytes + 8 * MIB, 4 * MIB):
+        suffices = replayer.suffices(configuration, TOKENS, plan, sizes, capacity_bytes=device, reserved_bytes=reserved)
+        try:
+            CachingAllocator(reserved, allocator_settings(configuration)).run(replayer._written[1].codes.tolist())
+        except OutOfMemoryInSimulationError:
+            assert not suffices
+        else:
+            assert suffices
+        seen.add(suffices)
+    assert seen == {False, True}
+    assert replayer.step(configuration, TOKENS, plan, sizes, capacity_bytes=device) == alone
+
+
 def test_workspaces_are_taken_once_by_each_thread(profile):
     """Forward's and backward's are in what is allocated, whatever the number of steps; a rank without none."""
     model = tensors(profile)

@@ -105,3 +105,12 @@ def test_a_plan_says_of_a_faster_micro_batch_what_it_would_need(gpus, tokens, pr
     else:
         assert other.time.step_seconds < made.time.step_seconds
         assert larger.startswith(f"need {format_bytes(other.memory.needed_bytes)} and take")
+
+
+def test_a_plan_says_of_a_method_what_its_own_row_says(profiles):
+    """Also of one that fits only with segments that grow."""
+    made = the_plan("8xA100-80G", 64, profiles, 4096)
+    (said,) = (reason for reason in made.reasons if reason.startswith("method"))
+    assert any(row.configuration.expandable_segments for row in made.alternatives)
+    for row in made.alternatives:
+        assert f"{row.configuration.method} would need {format_bytes(row.needed_bytes)} and" in said
