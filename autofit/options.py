@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, fields, replace
+from dataclasses import MISSING, Field, asdict, dataclass, fields, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -256,6 +256,15 @@ class Wishes(RunWish):
     zero: Annotated[
         int | None,
         _option("--zero", section=_SHARDING, metavar="STAGE", min=0, max=3, help="ZeRO stage; 0: no DeepSpeed."),
+    ] = None
+    deepspeed: Annotated[
+        str | None,
+        _option(
+            "--deepspeed",
+            section=_SHARDING,
+            metavar="FILE",
+            help="DeepSpeed configuration whose stage, offload, buckets and half precision hold.",
+        ),
     ] = None
     offload_optimizer_device: Annotated[
         str | None,
@@ -646,6 +655,14 @@ class EveryWish(Wishes):
             help="Of FSDP: free a layer's weights between its forward and its backward (default: yes).",
         ),
     ] = None
+    gradient_as_bucket_view: Annotated[
+        bool,
+        _option(
+            "--gradient-as-bucket-view",
+            section=_SHARDING,
+            help="Of DDP: gradients are views of its buckets (accelerate's DistributedDataParallelKwargs).",
+        ),
+    ] = False
     sequence_parallel_size: Annotated[
         int | None,
         _option(
@@ -976,6 +993,8 @@ def with_option(restrictions_now: Restrictions, text: str) -> Restrictions:
     of_run = {field.name for field in fields(RunWish)}
     every = _hints(SearchWish)
     hints = {known: hint for known, hint in every.items() if known not in of_run}
+    if name == "deepspeed":
+        raise InputError("what a whole file would change is a plan of its own.", to_fix="plan with --deepspeed")
     if name not in hints:
         raise InputError(f"{name!r} is no option of plan.", to_fix=f"the nearest are {nearest(name, hints)}")
     wanted = restrictions(wishes_of(SearchWish, {name: _from_text(value.strip(), hints[name])}))
@@ -1040,12 +1059,14 @@ def restrictions(wishes: Wishes) -> Restrictions:
     for field in fields(wishes):
         if field.name not in of_run:
             refuse_absurd(field.name, getattr(wishes, field.name))
+    wishes, zero_settings = _with_deepspeed_file(wishes)
     given = {
         "methods": _methods(wishes),
         "weights_dtype": _one_of("weights-dtype", wishes.weights_dtype, get_args(Dtype)),
         "optims": _optims(wishes.optim or ()),
         "shardings": _shardings(wishes),
         "offload": _offload(wishes),
+        "zero_settings": zero_settings,
         "micro_batch_sequences": wishes.micro_batch or [],
         "batchings": [_one_of("batching", batching, BATCHINGS) for batching in wishes.batching or ()],
         "image_tokens": 0 if wishes.image_tokens is None else wishes.image_tokens,
@@ -1109,8 +1130,9 @@ def _is_given(wishes: EveryWish, field: Field[Any]) -> bool:
 
 def _usual_sharding(wishes: EveryWish) -> list[str] | None:
     """Leave it to what else is asked for; without that, what a plain launch does."""
-    asks = wishes.zero is not None or "cpu" in {wishes.offload_optimizer_device, wishes.offload_param_device}
-    return None if asks else ["none", "ddp"]
+    asks = wishes.zero is not None or wishes.deepspeed is not None
+    offloads = "cpu" in {wishes.offload_optimizer_device, wishes.offload_param_device}
+    return None if asks or offloads else ["none", "ddp"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1243,6 +1265,40 @@ def _shardings(wishes: Wishes) -> list[str]:
     return ["none", "ddp"] if wishes.zero == 0 else [f"zero{wishes.zero}"]
 
 
+def _with_deepspeed_file(wishes: AnyWishes) -> tuple[AnyWishes, dict[str, Any]]:
+    """Say with options what a DeepSpeed configuration says; return beside them the settings that have no option.
+
+    Raises:
+        InputError: an option says something else, or see `read_deepspeed_file`.
+    """
+    if wishes.deepspeed is None:
+        return wishes, {}
+    from autofit.sources.deepspeed_file import read_deepspeed_file
+
+    file = read_deepspeed_file(Path(wishes.deepspeed))
+    places = [
+        "cpu" if offloaded else "none" for offloaded in (file.offload != "none", file.offload.endswith("parameters"))
+    ]
+    said: dict[str, Any] = {
+        "zero": file.stage,
+        "offload_optimizer_device": places[0],
+        "offload_param_device": places[1],
+    }
+    if file.precision is not None:
+        said["precision"] = file.precision if isinstance(wishes, EveryWish) else [file.precision]
+    if wishes.sharding:
+        raise InputError("--deepspeed and --sharding are both given.", to_fix="leave one of them out")
+    for name, value in said.items():
+        given = getattr(wishes, name)
+        if given not in (None, [], "auto", ["auto"], value):
+            option = name.replace("_", "-")
+            raise InputError(
+                f"--{option} is given, and {wishes.deepspeed!r} says otherwise.",
+                to_fix=f"leave out --{option}, or correct the file",
+            )
+    return replace(wishes, **said), _stated(asdict(file.settings))
+
+
 def _offload(wishes: Wishes) -> str | None:
     """Say what goes to the host; None where a search may choose."""
     optimizer = _one_of("offload-optimizer-device", wishes.offload_optimizer_device, PLACES)
@@ -1360,6 +1416,7 @@ def _further(wishes: EveryWish) -> dict[str, Any]:
             "attention": _one_of("attention", wishes.attention, ATTENTIONS),
             "num_replicas": wishes.num_replicas,
             "reshard_after_forward": wishes.reshard_after_forward,
+            "gradient_as_bucket_view": wishes.gradient_as_bucket_view,
             "sequence_parallel_size": wishes.sequence_parallel_size,
             "checkpoint_every_n_layers": wishes.checkpoint_every_n_layers,
             "checkpoint_offload": wishes.checkpoint_offload,

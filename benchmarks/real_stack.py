@@ -3,12 +3,13 @@
     python benchmarks/real_stack.py [--cells CELL,CELL | --all] [--loop accelerate] [--measured FILE [--again]] [--json]
 
 A cell is `METHOD-SHARDING-PRECISION-OPTIM-bB-sS-gaN`, and then any of `-ckpt[-reentrant]`, `-sp2`, `-accelerate`,
-`-half`, `-fp32file` and `-keeps`: for instance `lora-zero2-bf16-adamw_torch_fused-b2-s256-ga1-ckpt`. `zero2_offload`
-keeps the optimizer on the host, `zero3_offload_all` the weights as well; `qlora_bf16` stores packed weights in bf16,
-which FSDP shards. `-accelerate` runs a bare Accelerate loop, which keeps the model's output alive through backward, in
-place of the Trainer; in `-sp2` the two ranks share each sequence. In `-half` weights that train are loaded in 16 bits,
-where they would be in fp32; in `-fp32file` the checkpoint is stored in fp32, whatever it is loaded in, where it would
-be as it is loaded. In `-keeps` evaluation keeps its predictions, for a `compute_metrics`.
+`-views`, `-half`, `-fp32file`, `-keeps` and `-NAME=VALUE`: `lora-zero2-bf16-adamw_torch_fused-b2-s256-ga1-ckpt`.
+`zero2_offload` keeps the optimizer on the host, `zero3_offload_all` the weights as well; `qlora_bf16` stores packed
+weights in bf16, which FSDP shards. `-accelerate` runs a bare Accelerate loop, which keeps the model's output alive
+through backward, in place of the Trainer, and with `-views` DDP's gradients are views of its buckets; in `-sp2` the two
+ranks share each sequence. In `-half` weights that train are loaded in 16 bits, where they would be in fp32; in
+`-fp32file` the checkpoint is stored in fp32, whatever it is loaded in, where it would be as it is loaded. In `-keeps`
+evaluation keeps its predictions, for a `compute_metrics`. NAME is a setting of DeepSpeed's `zero_optimization` block.
 
 Sharded cells run on two gloo ranks; under FSDP, `cpu_fsdp/` makes accelerate take them for GPUs. Measured is the most
 bytes that tensor storages held at one time, on the rank that held most: from the first step to the last, and in each
@@ -388,10 +389,12 @@ def parse_cell(cell: str) -> tuple[Configuration, int]:
         "num_processes": 1 if sharding == "none" else 2,
         "sequence_parallel_size": 2 if "sp2" in rest else 1,
         "keeps_outputs": "accelerate" in rest,
+        "gradient_as_bucket_view": "views" in rest,
         "evaluation": Evaluation(num_sequences=NUM_EVALUATED, keeps_predictions="keeps" in rest),
         "gradient_checkpointing": "ckpt" in rest,
         "use_reentrant": "reentrant" in rest,
         "sharding": sharding,
+        "zero_settings": {name: json.loads(value) for name, _, value in map(_halves, rest) if value},
         "offload": OFFLOADS.get(place.removeprefix(sharding), "none"),
         "weights_dtype": dtype,
         "stored_dtype": "float32" if "fp32file" in rest else None,
@@ -399,6 +402,10 @@ def parse_cell(cell: str) -> tuple[Configuration, int]:
         "attention": "sdpa",
     }
     return msgspec.convert(msgspec.to_builtins(content), Configuration), int(tokens.removeprefix("s"))
+
+
+def _halves(text: str) -> tuple[str, str, str]:
+    return text.partition("=")
 
 
 def _quantization(method: str, dtype: str) -> Quantization | None:

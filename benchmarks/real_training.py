@@ -256,7 +256,7 @@ def train_in_a_loop(
     model: Any, arguments: Any, dataset: list[Any], configuration: Configuration, live: LiveBytes, peaks: PhasePeaks
 ) -> int:
     """Train in a loop of one's own, as accelerate's examples do; return the bytes between two steps."""
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
     from torch.utils.data import DataLoader
     from transformers import Trainer, default_data_collator
 
@@ -266,6 +266,9 @@ def train_in_a_loop(
         mixed_precision=configuration.mixed_precision,
         gradient_accumulation_steps=configuration.gradient_accumulation_steps,
         deepspeed_plugin=arguments.deepspeed_plugin,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+        if configuration.gradient_as_bucket_view
+        else None,
     )
     if configuration.gradient_checkpointing:
         kwargs = {"use_reentrant": configuration.use_reentrant}

@@ -34,6 +34,7 @@ from autofit.memory.tape import (
 from autofit.memory.tensors import Model, tensors
 from autofit.memory.uncertainty import Figure, RunKind, interval, run_kind
 from autofit.spec.configuration import Configuration, Optim
+from autofit.spec.deepspeed import bucket_settings
 from autofit.spec.estimate import MemoryEstimate, Phase
 from autofit.spec.hardware import Cluster, Device, DeviceKind
 from autofit.spec.job import Workload
@@ -102,7 +103,9 @@ class MemoryModel:
         self.profile = profile
         self.sequence_tokens = sequence_tokens
         self._column = {batch: n for n, batch in enumerate(micro_batches)}
-        self._peaks = phase_peaks(profile, np.asarray(micro_batches), sequence_tokens)
+        self._micro_batches = np.asarray(micro_batches)
+        self._peaks: dict[int, tuple[PhasePeak, ...]] = {}
+        """For each size of DeepSpeed's bucket that was asked for."""
         self._offloaded = offloaded_bytes(profile, np.asarray(micro_batches), sequence_tokens)
         self._before_head, self._left = left_by_forward_bytes(profile, np.asarray(micro_batches), sequence_tokens)
         self._logits = returned_logits_bytes(profile, np.asarray(micro_batches), sequence_tokens)
@@ -282,7 +285,7 @@ class MemoryModel:
         else:
             moments = [
                 moment
-                for peak in self._peaks
+                for peak in self._peaks_with(configuration)
                 for moment in _moments_of(peak, columns, plan, always, outputs, accumulates=accumulates)
             ]
             if plan.clones_outputs:
@@ -298,6 +301,12 @@ class MemoryModel:
         moments.append(Moment("optimizer_step", (always, outputs, between, next_inputs)))
         later = [("gradient_reduction", held) for held in plan.reduction] + [("optimizer_step", h) for h in plan.step]
         return [*moments, *(Moment(name, (always, outputs, loss, inputs, held)) for name, held in later)]
+
+    def _peaks_with(self, configuration: Configuration) -> tuple[PhasePeak, ...]:
+        bucket = bucket_settings(configuration, self.profile.hidden_size).reduce_bucket_size
+        if bucket not in self._peaks:
+            self._peaks[bucket] = phase_peaks(self.profile, self._micro_batches, self.sequence_tokens, bucket)
+        return self._peaks[bucket]
 
     def _fsdp_moments(self, configuration: Configuration, columns: Columns, always: Held) -> list[Moment]:
         found = [self._fsdp.peaks(configuration, column) for column in columns.tolist()]
@@ -483,7 +492,7 @@ def _variants(peak: PhasePeak, columns: Columns, plan: Layout, *, accumulates: b
     if plan.gradients == "kept":
         gradients = _whole(peak.kept_gradients[columns])
         yield {"activations": _whole(peak.kept[columns]) - gradients, "gradients": gradients}
-    if plan.gradients == "used":
+    if plan.gradients in {"moved", "used"}:
         yield {"activations": _whole(peak.handed_over[columns])}
         if plan.updates and peak.updated_gradients.size:
             yield _highest_update(peak, columns, plan.updates)
@@ -515,7 +524,9 @@ def _update_bytes(gradient_bytes: int, phase: str, updates: Sequence[Update]) ->
 
 def _bucketed(peak: PhasePeak, columns: Columns, plan: Layout) -> Columns:
     """Activations and gradients on their way through DeepSpeed's bucket, with what their reduction takes."""
-    highest = np.maximum(peak.bucketed[columns], peak.at_gradients[columns] + plan.reduction_bytes)
+    highest = peak.bucketed[columns]
+    if peak.has_gradients:
+        highest = np.maximum(highest, peak.at_gradients[columns] + plan.reduction_bytes)
     if plan.reduction_fraction:
         copied = peak.reduced[columns] * (1 + plan.reduction_fraction)
         highest = np.maximum(highest, peak.reducing[columns] + copied)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Literal
 
-from autofit.memory.host import zero2_buffers, zero3_buffers, zero3_weight_buffers
+from autofit.memory.host import sub_groups, zero2_buffers, zero3_buffers, zero3_weight_buffers
 from autofit.memory.static import OptimizerBytes, StaticBytes, Update, optimizer_bytes, partition_optimizer_bytes
 from autofit.memory.tensors import Model, Tensor, as_model
 from autofit.spec.configuration import Configuration, Optim
@@ -17,7 +17,7 @@ from autofit.spec.deepspeed import DeepSpeedSettings, bucket_settings
 from autofit.spec.hardware import DeviceKind
 
 Terms = dict[str, int]
-GradientMode = Literal["kept", "bucketed", "offloaded", "used"]
+GradientMode = Literal["kept", "moved", "bucketed", "offloaded", "used"]
 Updated = Literal["tensors", "shards", "partition", "nothing"]
 """What an optimizer updates on the device: what trains, FSDP's shards of it, a flat fp32 partition, or nothing."""
 
@@ -150,17 +150,22 @@ def _replicated(configuration: Configuration, static: StaticBytes) -> Layout:
 
     Source: torch v2.13 torch/csrc/distributed/c10d/reducer.cpp; nn/parallel/distributed.py, _DDPSink; accelerate leaves
     gradient_as_bucket_view False; transformers/trainer.py 5.23, _build_accelerator_args (`find_unused`).
+
+    With `gradient_as_bucket_view` each gradient gives way to its place in a bucket as soon as it is made; not where
+    micro-steps before the last, which reduce nothing, made it already.
     """
     resident = {**_weights(static), "optimizer_state": 0}
     if configuration.sharding == "ddp":
         resident["communication_buckets"] = static.gradients
+    moves = configuration.gradient_as_bucket_view and configuration.gradient_accumulation_steps == 1
     return Layout(
         resident=resident,
+        gradients="moved" if moves else "kept",
         accumulated_gradients=static.gradients,
         clones_outputs=configuration.sharding == "ddp"
         and configuration.method == "full"
         and not (configuration.gradient_checkpointing or configuration.keeps_outputs),
-        step=({"gradients": static.gradients, "optimizer_temporaries": 0},),
+        step=({"gradients": 0 if moves else static.gradients, "optimizer_temporaries": 0},),
         updated="tensors",
     )
 
@@ -318,7 +323,8 @@ def _zero3(
     shards = sum(-(-t.num_elements // ranks) * t.bytes_per_element * num for t, num in parameters.counted)
     partition = sum(-(-t.num_elements // ranks) * num for t, num in parameters.counted if t.trains)
     element = _engine_bytes(configuration)
-    sub_group = min(settings.sub_group_size, partition)
+    cut = (-(-t.num_elements // ranks) for t in parameters if t.trains)
+    sub_group = max(sub_groups(cut, settings.sub_group_size))
     flat, master = sub_group * element, sub_group * MASTER_BYTES
     packed = _kept_packed_bytes(parameters, settings, configuration)
     largest = max((-(-t.num_elements // ranks) for t, _ in parameters.counted if t.trains), default=0)
@@ -412,6 +418,9 @@ def _persistent_bytes(parameters: Model, settings: DeepSpeedSettings) -> int:
 def _gathered_bytes(parameters: Model, settings: DeepSpeedSettings, configuration: Configuration) -> int:
     """Weights whole at one time, small ones apart: all that are used again, or as many as may live and be prefetched.
 
+    Prefetching goes on as long as fewer than `stage3_max_live_parameters` are there, several modules ahead of what
+    runs, and what it has passed over is not freed; so nearly as many are there all the time.
+
     What backward does not use is freed when forward has: an embedding that is frozen, unless checkpoints around an
     adapter ask its output for a gradient, and frozen layers below all that trains.
     Source: deepspeed/runtime/zero/partitioned_param_coordinator.py 0.19.8, __params_to_release.
@@ -427,8 +436,24 @@ def _gathered_bytes(parameters: Model, settings: DeepSpeedSettings, configuratio
     held = [(t, num) for t, num in used if t.num_elements > settings.stage3_param_persistence_threshold]
     elements = sum(t.num_elements * num for t, num in held)
     whole = sum(t.num_bytes * num for t, num in held)
-    bound = settings.stage3_max_live_parameters + settings.stage3_prefetch_bucket_size
+    bound = max(settings.stage3_max_live_parameters, _elements_used_soon(above, settings))
+    bound += settings.stage3_prefetch_bucket_size
     return whole if elements <= bound else whole * bound // elements
+
+
+def _elements_used_soon(parameters: Model, settings: DeepSpeedSettings) -> int:
+    """Elements that stay whole between their forward and their backward, as little is used in between: the last ones.
+
+    With checkpoints there is more in between, and fewer stay.
+    Source: deepspeed/runtime/zero/partitioned_param_coordinator.py 0.19.8, __params_to_release
+    (`max_reuse_dist_in_numel`).
+    """
+    later = 0
+    for tensor in reversed(parameters):
+        if 2 * later >= settings.stage3_max_reuse_distance:
+            break
+        later += tensor.num_elements
+    return later
 
 
 def _gathering_bytes(parameters: Model, configuration: Configuration) -> int:

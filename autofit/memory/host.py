@@ -94,7 +94,7 @@ def zero3_buffers(trained: Iterable[int], bytes_per_element: int, sub_group_elem
         bytes_per_element: of the engine's dtype.
         sub_group_elements: the most that one sub-group holds; each has buffers of its own.
     """
-    groups = _sub_groups(trained, sub_group_elements)
+    groups = sub_groups(trained, sub_group_elements)
     partition = sum(groups)
     return HostBuffers(
         pinned=(*(n * FP32_BYTES for n in groups), partition * bytes_per_element),
@@ -102,7 +102,7 @@ def zero3_buffers(trained: Iterable[int], bytes_per_element: int, sub_group_elem
     )
 
 
-def _sub_groups(trained: Iterable[int], sub_group_elements: int) -> list[int]:
+def sub_groups(trained: Iterable[int], sub_group_elements: int) -> list[int]:
     """Close a sub-group with the parameter that fills it. Source: stage3.py 0.19.8, _create_fp16_sub_groups."""
     groups = [0]
     for n in trained:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from autofit.memory.engines import MASTER_BYTES, Layout
 from autofit.memory.evaluation import PLAIN_FORWARD, evaluation_bytes, forward_bytes
 from autofit.memory.fsdp_stages import FsdpStages
-from autofit.memory.host import NUM_MOMENTS
+from autofit.memory.host import NUM_MOMENTS, sub_groups
 from autofit.memory.loading import broadcast_bytes, merged_bytes, read_bytes
 from autofit.memory.static import rounded
 from autofit.memory.tensors import Model, Tensor
@@ -231,7 +231,8 @@ def _preparing_zero12(run: Run, weights: int) -> Stage:
 def _preparing_zero3(run: Run) -> Stage:
     shards, trained = run.shards(run.model.parameters.counted), run.shards(run.model.trained.counted)
     partition = _partition_elements(run)
-    sub_group = min(run.settings.sub_group_size, partition) * MASTER_BYTES
+    cut = (-(-t.num_elements // run.configuration.num_processes) for t in run.model.trained)
+    sub_group = max(sub_groups(cut, run.settings.sub_group_size)) * MASTER_BYTES
     rest = _buffers(run) + _total_of(run, "quant_state")
     master = partition * MASTER_BYTES
     whole = _while_partitioning(run) if not run.builds_partitioned else 0

@@ -27,6 +27,7 @@ from autofit.memory.tape import bucket_gradient_bytes, returned_logits_bytes
 from autofit.memory.tensors import Model
 from autofit.memory.unroll import DeepTape, Playable, Releases, Step
 from autofit.spec.configuration import Configuration, Optim
+from autofit.spec.deepspeed import bucket_settings
 from autofit.spec.profile import RegimeProfile
 from autofit.units import MIB
 
@@ -456,9 +457,11 @@ class _Writer:
         A gradient is added to that of an earlier micro-step and freed, or used at once; DeepSpeed takes it into its
         bucket, and one that is too large for that when the next is made.
         """
-        if self._plan.gradients in {"kept", "used"}:
+        if self._plan.gradients in {"kept", "moved", "used"}:
             return step.gradients + 1, step.number_of[step.gradients]
-        too_large = bucket_gradient_bytes(self._tape.profile)
+        profile = self._tape.profile
+        settings = bucket_settings(self._configuration, profile.hidden_size)
+        too_large = bucket_gradient_bytes(profile, settings.reduce_bucket_size)
         released: list[tuple[int, int]] = []
         waiting: list[int] = []
         for event in step.gradients.tolist():

@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 
 from autofit.memory.fused_losses import bound_on
-from autofit.spec.deepspeed import reduce_bucket_elements
 from autofit.spec.profile import GRADIENT, MONOMIALS, ON_HOST, Event, RegimeProfile, Segment
 from autofit.units import BYTES_PER_ELEMENT
 
@@ -86,18 +85,26 @@ def _powers(profile: RegimeProfile, micro_batches: npt.ArrayLike, sequence_token
     return np.stack([b**i * s**j for i, j in MONOMIALS])
 
 
-def phase_peaks(profile: RegimeProfile, micro_batches: npt.ArrayLike, sequence_tokens: int) -> tuple[PhasePeak, ...]:
+def phase_peaks(
+    profile: RegimeProfile, micro_batches: npt.ArrayLike, sequence_tokens: int, bucket_elements: int = 0
+) -> tuple[PhasePeak, ...]:
     """Walk the step once, the middle layers as often as the model has them, and keep each phase's peak.
 
     What is alive at a layer's start grows by the same bytes with every middle layer, so the first and the last of them
     bound all between.
+
+    Args:
+        profile: the traced step.
+        micro_batches: one column for each.
+        sequence_tokens: tokens of every sequence.
+        bucket_elements: of DeepSpeed's bucket; larger gradients go by themselves. Nothing of `kept` depends on it.
     """
     sizes = size_table(profile, micro_batches, sequence_tokens)
     activations = np.zeros(sizes.shape[1])
     gradients = np.zeros(sizes.shape[1])
     waiting = np.zeros(sizes.shape[1])
     large = np.zeros(sizes.shape[1])
-    bucket_bytes = bucket_gradient_bytes(profile)
+    bucket_bytes = bucket_gradient_bytes(profile, bucket_elements)
     found: dict[tuple[str, bool], list[PhasePeak]] = {}
     has_gradients = False
     for segment in profile.segments:
@@ -193,10 +200,10 @@ def offloaded_bytes(profile: RegimeProfile, micro_batches: npt.ArrayLike, sequen
     return kept
 
 
-def bucket_gradient_bytes(profile: RegimeProfile) -> int:
+def bucket_gradient_bytes(profile: RegimeProfile, bucket_elements: int) -> int:
     """Return the largest gradient that fits DeepSpeed's bucket, in the dtype that trains, rounded as sizes are."""
     element = max((BYTES_PER_ELEMENT[tensor.dtype] for tensor in profile.tensors if tensor.trains), default=0)
-    num_bytes = element * reduce_bucket_elements(profile.hidden_size)
+    num_bytes = element * bucket_elements
     return -(-num_bytes // CUDA_BLOCK_BYTES) * CUDA_BLOCK_BYTES if profile.regime.device == "cuda" else num_bytes
 
 

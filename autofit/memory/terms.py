@@ -107,10 +107,10 @@ TERM_SOURCES: dict[str, Term] = {
         meaning="flat copies of gradients that are sent",
         formula="none",
         under={
-            "ddp": "T x w: gradient_as_bucket_view is off",
-            "zero1": "h x h x w (reduce_bucket_size), twice with overlap_comm",
-            "zero2": "h x h x w (reduce_bucket_size), twice with overlap_comm",
-            "zero3": "h x h x w all the time, and a copy while a bucket is scattered",
+            "ddp": "T x w; with gradient_as_bucket_view the gradients themselves, unless they accumulate",
+            "zero1": "reduce_bucket_size (h x h unless given) x w, twice with overlap_comm",
+            "zero2": "reduce_bucket_size (h x h unless given) x w, twice with overlap_comm",
+            "zero3": "reduce_bucket_size (h x h unless given) x w all the time, and a copy while a bucket is scattered",
         },
         sources=(
             REDUCER,
@@ -121,7 +121,10 @@ TERM_SOURCES: dict[str, Term] = {
     "gathered_weights": Term(
         meaning="sharded weights that are whole for the moment in which they are used",
         formula="of the layers in use and prefetched",
-        under={"zero3": "at most stage3_max_live_parameters + stage3_prefetch_bucket_size elements x w"},
+        under={
+            "zero3": "at most stage3_max_live_parameters, or what is used again within stage3_max_reuse_distance, "
+            "+ stage3_prefetch_bucket_size elements x w"
+        },
         sources=("deepspeed/runtime/zero/partitioned_param_coordinator.py 0.19.8", FSDP1, FSDP2),
     ),
     "offload_buffers": Term(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
-from autofit.spec.configuration import Configuration, Quantization
+from autofit.spec.configuration import Configuration, Quantization, ZeroSettings
 from autofit.units import format_count
 
 SHARDING_WORDS = {
@@ -71,6 +73,8 @@ def further_words(configuration: Configuration) -> list[str]:
         f"{c.num_replicas} replicas": c.num_replicas > 1,
         "no resharding after forward": not c.reshard_after_forward,
         f"sequences shared by {c.sequence_parallel_size}": c.sequence_parallel_size > 1,
+        **{f"{name} {value:,}": True for name, value in _given(c.zero_settings)},
+        "gradients in DDP's buckets": c.gradient_as_bucket_view,
         "reentrant": c.gradient_checkpointing and c.use_reentrant,
         f"checkpoints every {c.checkpoint_every_n_layers} layers": c.checkpoint_every_n_layers > 1,
         "checkpoints on the host": c.checkpoint_offload,
@@ -86,6 +90,10 @@ def further_words(configuration: Configuration) -> list[str]:
         f"max_split_size_mb {c.max_split_size_mb}": c.max_split_size_mb is not None,
     }
     return [*_adapter_words(c), *(name for name, applies in words.items() if applies)]
+
+
+def _given(settings: ZeroSettings) -> Iterator[tuple[str, int | bool]]:
+    return ((name, value) for name, value in asdict(settings).items() if value is not None)
 
 
 def _adapter_words(configuration: Configuration) -> list[str]:

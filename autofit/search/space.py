@@ -11,6 +11,7 @@ from typing import TypeVar, get_args
 from autofit.errors import InputError
 from autofit.memory.inference import kv_cache_elements
 from autofit.spec.configuration import (
+    ZERO_STAGES,
     Attention,
     Batching,
     Configuration,
@@ -25,6 +26,7 @@ from autofit.spec.configuration import (
     PackedKernel,
     Quantization,
     Sharding,
+    ZeroSettings,
 )
 from autofit.spec.hardware import Cluster, Device
 from autofit.spec.job import Job, Precision, QuantizationWish, Restrictions, Workload
@@ -266,6 +268,8 @@ def configuration(
         offload=engine.offload,
         num_replicas=engine.num_replicas,
         reshard_after_forward=restrictions.reshard_after_forward,
+        gradient_as_bucket_view=restrictions.gradient_as_bucket_view and sharding == "ddp",
+        zero_settings=restrictions.zero_settings if sharding in ZERO_STAGES else ZeroSettings(),
         sequence_parallel_size=restrictions.sequence_parallel_size,
         weights_dtype=_loaded_dtype(restrictions.weights_dtype or dtypes.weights_dtype, quantization),
         stored_dtype=stored_dtype,

@@ -155,6 +155,7 @@ FURTHER: dict[str, Callable[[Any], Any]] = dict.fromkeys(
         "use_reentrant",
         "checkpoint_every_n_layers",
         "checkpoint_offload",
+        "gradient_as_bucket_view",
         "num_replicas",
         "reshard_after_forward",
         "sequence_parallel_size",

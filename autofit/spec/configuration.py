@@ -158,6 +158,23 @@ class Quantization:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ZeroSettings:
+    """What somebody gave of DeepSpeed's `zero_optimization` block, with its names; None: see `spec.deepspeed`.
+
+    Sizes are numbers of elements, as DeepSpeed counts.
+    """
+
+    overlap_comm: bool | None = None
+    reduce_bucket_size: int | None = None
+    allgather_bucket_size: int | None = None
+    sub_group_size: int | None = None
+    stage3_prefetch_bucket_size: int | None = None
+    stage3_param_persistence_threshold: int | None = None
+    stage3_max_live_parameters: int | None = None
+    stage3_max_reuse_distance: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Configuration:
     """A complete training setup. Field names are those a user would search for."""
 
@@ -177,6 +194,10 @@ class Configuration:
     """Groups of processes that each hold a whole sharded copy (FSDP's hybrid shard); 1: shards over all processes."""
     reshard_after_forward: bool = True
     """FSDP: whether a layer's gathered weights are freed between its forward and its backward (full shard)."""
+    gradient_as_bucket_view: bool = False
+    """DDP: whether gradients are views of its buckets, once they are reduced."""
+    zero_settings: ZeroSettings = field(default_factory=ZeroSettings)
+    """What the user fixes of DeepSpeed's buckets; nothing outside DeepSpeed."""
     sequence_parallel_size: int = 1
     """Processes that share each sequence (DeepSpeed's Ulysses, accelerate's `sp_size`)."""
     weights_dtype: Dtype

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from autofit.errors import InputError
@@ -35,12 +35,13 @@ def reduce_bucket_elements(hidden_size: int) -> int:
 def bucket_settings(configuration: Configuration, hidden_size: int) -> DeepSpeedSettings:
     """Decide the bucket sizes of a ZeRO stage, the same for every device so that a plan holds on any of them.
 
-    The three that depend on the model follow the rule that transformers applies to "auto"; the rest are DeepSpeed's
-    defaults, written out because a default that moves with a release would move the memory with it.
+    What the configuration gives goes first. Of the rest, the three that depend on the model follow the rule that
+    transformers applies to "auto"; the others are DeepSpeed's defaults, written out because a default that moves with a
+    release would move the memory with it.
 
     Source: transformers/integrations/deepspeed.py (`trainer_config_finalize`); deepspeed/runtime/zero/config.py 0.19.8.
     """
-    return DeepSpeedSettings(
+    decided = DeepSpeedSettings(
         stage=configuration.zero_stage,
         overlap_comm=configuration.zero_stage == 3,
         contiguous_gradients=True,
@@ -53,6 +54,8 @@ def bucket_settings(configuration: Configuration, hidden_size: int) -> DeepSpeed
         stage3_max_live_parameters=1_000_000_000,
         stage3_max_reuse_distance=1_000_000_000,
     )
+    given = {name: value for name, value in asdict(configuration.zero_settings).items() if value is not None}
+    return replace(decided, **given)
 
 
 def hidden_size(config: dict[str, Any]) -> int:

@@ -22,6 +22,7 @@ from autofit.spec.configuration import (
     SdpaKernel,
     Sharding,
     Task,
+    ZeroSettings,
 )
 from autofit.spec.estimate import STAGES, StageName
 from autofit.spec.fp32_modules import dtypes_with_fp32_modules
@@ -140,6 +141,8 @@ class Restrictions:
     """Devices to use of those given; empty: all."""
     num_replicas: int | tuple[int, ...] = 1
     reshard_after_forward: bool = True
+    gradient_as_bucket_view: bool = False
+    zero_settings: ZeroSettings = field(default_factory=ZeroSettings)
     sequence_parallel_size: int = 1
     micro_batch_sequences: tuple[int, ...] = ()
     gradient_checkpointing: bool | None = None

@@ -57,6 +57,7 @@ SHARED = {
     "--image-tokens",
     "--gradient-checkpointing",
     "--no-gradient-checkpointing",
+    "--deepspeed",
     "--use-reentrant",
     "--no-use-reentrant",
     "--attention",
@@ -80,6 +81,7 @@ ESTIMATED = SHARED | {
     "--num-replicas",
     "--reshard-after-forward",
     "--no-reshard-after-forward",
+    "--gradient-as-bucket-view",
     "--sequence-parallel-size",
     "--checkpoint-every-n-layers",
     "--checkpoint-offload",
@@ -235,6 +237,7 @@ def test_every_knob_of_a_configuration_can_be_set():
         *("method", "freeze", "bits", "num_processes", "sequence_parallel_size"),
         *("cache_elements_per_sequence", "stored_dtype"),  # follow from the model
         *("group_size", "kernel"),  # of a checkpoint that comes packed
+        *("gradient_as_bucket_view", "zero_settings"),  # of DDP and of DeepSpeed (tests/sources/test_deepspeed_file.py)
     }
 
 
@@ -243,6 +246,7 @@ def test_the_rest_can_be_set_too():
     frozen = only_configuration(method="freeze", freeze_trainable_layers=3, freeze_extra_modules="norm, lm_head")
     assert frozen.freeze == configuration.Freeze(freeze_trainable_layers=3, freeze_extra_modules=("norm", "lm_head"))
     assert only_configuration(load_in_8bit=True).quantization.bits == 8
+    assert only_configuration(sharding="ddp", gradient_as_bucket_view=True).gradient_as_bucket_view
     assert only_configuration(sharding="zero3", sequence_parallel_size=2).sequence_parallel_size == 2
 
 

@@ -23,6 +23,11 @@ CELLS = (
     "lora-zero3-bf16-adamw_torch_fused-b2-s256-ga1-ckpt",
     "qlora-zero2-bf16-adamw_torch_fused-b2-s256-ga1-ckpt",
     "full-zero3-bf16-adamw_torch_fused-b1-s32-ga1",
+    (
+        "full-zero3-bf16-adamw_torch_fused-b2-s256-ga1"
+        "-sub_group_size=1000000-stage3_max_reuse_distance=5000000-stage3_max_live_parameters=1"
+    ),
+    "full-ddp-fp32-adamw_torch-b1-s32-ga1-accelerate-views",
     "full-zero2_offload-bf16-adamw_torch-b1-s32-ga1",
     "full-none-fp32-adamw_torch_fused-b2-s256-ga1-accelerate",
     "full-zero2-bf16-adamw_torch_fused-b2-s512-ga1-sp2",

@@ -21,8 +21,9 @@ def peak_of(*gradients: int, way: str) -> float:
     events = ((0, ACTIVATION), *((n + 1, GRADIENT) for n in range(len(gradients))))
     segment = a_segment(name="layer_backward", kind="backward", layer=None, events=events)
     profile = replace(a_profile(regime=regime, segments=(segment,)), sizes=sizes)
-    assert bucket_gradient_bytes(profile) == BUCKET
-    return float(np.max([getattr(peak, way)[0] for peak in phase_peaks(profile, [1], 1)]))
+    elements = profile.hidden_size**2
+    assert bucket_gradient_bytes(profile, elements) == BUCKET
+    return float(np.max([getattr(peak, way)[0] for peak in phase_peaks(profile, [1], 1, elements)]))
 
 
 def test_gradients_that_are_kept_add_up():

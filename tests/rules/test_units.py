@@ -51,7 +51,7 @@ AS_THE_FIELD_SPELLS_IT = {
 }
 WITHOUT_A_UNIT = {"schema_version", "rank", "layer", "columns", "rows", "zero_stage", "train_loader", "max_grad_norm"}
 CONTAINERS_WITH_THEIR_OWN_KEYS = {"terms", "sizes", "events"}
-SPELT_AS_DEEPSPEED_DOES = {"DeepSpeedSettings"}
+SPELT_AS_DEEPSPEED_DOES = {"DeepSpeedSettings", "ZeroSettings"}
 
 
 def spec_classes():
