@@ -376,7 +376,7 @@ def _zero3_offload(
     trained = [t.num_elements for t in shards if t.trains]
     bucket = settings.reduce_bucket_size * element
     taken = NORM_BYTES + (element if device == "cuda" else 0)
-    freed = 0.0 if _ties_embeddings(model) else 1.0
+    freed = 0.0 if ties_embeddings(model) else 1.0
     offloads_weights = configuration.offload == "optimizer_and_parameters"
     packed = _kept_packed_bytes(parameters, settings, configuration)
     host = zero3_buffers(trained, element, settings.sub_group_size).num_bytes(device)
@@ -425,7 +425,7 @@ def _gathered_bytes(parameters: Model, settings: DeepSpeedSettings, configuratio
     adapter ask its output for a gradient, and frozen layers below all that trains.
     Source: deepspeed/runtime/zero/partitioned_param_coordinator.py 0.19.8, __params_to_release.
     """
-    adapts, is_tied = configuration.lora is not None, _ties_embeddings(parameters)
+    adapts, is_tied = configuration.lora is not None, ties_embeddings(parameters)
     below = [] if adapts else list(takewhile(lambda t: not t.trains, parameters))
     above = Model(parameters[len(below) :]) if below else parameters
     used = [*((t, 1) for t in below if is_tied and t.embeds), *above.counted]
@@ -500,7 +500,7 @@ def _kept_packed_bytes(parameters: Model, settings: DeepSpeedSettings, configura
     return sum(t.num_bytes * num for t, num in packed if t.num_elements > threshold)
 
 
-def _ties_embeddings(model: Model) -> bool:
+def ties_embeddings(model: Model) -> bool:
     """Whether no other parameter is as large as an embedding: then the head is the embedding itself."""
     tables = [t for t, _ in model.counted if t.embeds]
     return not any(t.num_elements == table.num_elements for table in tables for t, _ in model.counted if not t.embeds)

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from autofit.memory.engines import MASTER_BYTES, Layout
+from autofit.memory.engines import MASTER_BYTES, Layout, ties_embeddings
 from autofit.memory.evaluation import PLAIN_FORWARD, evaluation_bytes, forward_bytes
 from autofit.memory.fsdp_stages import FsdpStages
 from autofit.memory.host import NUM_MOMENTS, sub_groups
 from autofit.memory.loading import broadcast_bytes, merged_bytes, read_bytes
 from autofit.memory.static import rounded
+from autofit.memory.tape import returned_logits_bytes
 from autofit.memory.tensors import Model, Tensor
 from autofit.spec.configuration import Configuration
 from autofit.spec.deepspeed import DeepSpeedSettings, bucket_settings
@@ -390,10 +391,10 @@ def _batches_kept(configuration: Configuration) -> int:
 def saving(run: Run) -> Stage:
     """While a checkpoint is written.
 
-    DeepSpeed's stages 1 and 2 copy the whole model to the host in every process. Stage 3 gathers module by module (what
-    an evaluation gathered is still there) and the first process collects what trains of an adapter, else all of it:
-    twice, for the function that collected it for an earlier checkpoint calls itself by a name in its own closure, and
-    such a circle, with all that it names, is there until Python looks for circles.
+    DeepSpeed's stages 1 and 2 copy the whole model to the host in every process, name by name. Stage 3 gathers module
+    by module (what an evaluation gathered is still there) and the first process collects what trains of an adapter,
+    else all of it: twice, for the function that collected it for an earlier checkpoint calls itself by a name in its
+    own closure, and such a circle, with all that it names, is there until Python looks for circles.
     FSDP's full state dicts, which accelerate's config asks for, are gathered for the first process.
     Source: transformers/trainer.py 5.23 (save_model); accelerate/accelerator.py 1.15 (get_state_dict);
     deepspeed/checkpoint/utils.py (clone_tensors_for_torch_save), runtime/engine.py
@@ -411,10 +412,17 @@ def saving(run: Run) -> Stage:
             return run.placed(device + max(gathered, written), run.plan.host, first_process=written)
         return run.placed(device + gathered, run.plan.host, first_process=2 * written)
     if run.configuration.uses_deepspeed:
-        return run.placed(device, run.plan.host + model)
+        return run.placed(device, run.plan.host + model + _tied_head_bytes(run))
     if run.cluster.device.kind == "cpu":
         return run.placed(device, 0)
     return run.placed(device, run.plan.host, first_process=min(written, LARGEST_SAVED_FILE_BYTES))
+
+
+def _tied_head_bytes(run: Run) -> int:
+    """A head that is the embedding has a name of its own in a state dict, and so a copy."""
+    if not ties_embeddings(run.model) or not returned_logits_bytes(run.profile, [1], 1)[0]:
+        return 0
+    return max((t.num_bytes for t, _ in run.model.counted if t.embeds), default=0)
 
 
 def _collected_bytes(run: Run) -> int:

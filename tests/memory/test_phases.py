@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from autofit.memory.assemble import MemoryModel
 from autofit.memory.engines import layout
 from autofit.memory.evaluation import evaluation_bytes, forward_bytes, prediction_bytes
 from autofit.memory.fsdp_stages import FsdpStages
@@ -14,13 +15,25 @@ from autofit.memory.loading import broadcast_buckets, broadcast_bytes
 from autofit.memory.phases import Run, first_step, loading, preparing, saving
 from autofit.memory.static import static_bytes
 from autofit.memory.tensors import Tensor, tensors
+from autofit.profile.trace import trace
 from autofit.spec.configuration import Configuration, Lora, Quantization
 from autofit.spec.estimate import Phase, Stage
 from autofit.spec.hardware import Cluster
 from autofit.spec.profile import StaticTensor
+from autofit.spec.regimes import regime_of
 from tests.plans import A100, CPU_RANK, a_configuration
 from tests.timing.hand_profiles import a_profile, a_regime
 
+TINY = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 1000,
+}
 HIDDEN = 64
 TABLE, MATRIX = 1000 * HIDDEN, 16 * HIDDEN * HIDDEN
 NUM_PARAMS = 2 * TABLE + 8 * MATRIX
@@ -140,6 +153,25 @@ def test_stages_1_and_2_copy_the_model_in_every_process_to_save_it():
     alone, cloned = (saving(a_run(a_choice(sharding))) for sharding in ("ddp", "zero2"))
     assert alone.host_bytes == 2 * NUM_PARAMS
     assert cloned.host_bytes == 8 * 2 * NUM_PARAMS
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_head_that_is_the_embedding_is_copied_by_both_its_names(is_tied):
+    """What stage 2 copies to save is what DeepSpeed's own function makes of the model's state dict, to the byte."""
+    from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = {**TINY, "tie_word_embeddings": is_tied}
+    choice = a_configuration(sharding="zero2", num_processes=2, weights_dtype="bfloat16", mixed_precision="bf16")
+    profile = trace("tiny", config, regime_of(choice, CPU_RANK))
+    cluster = Cluster(device=CPU_RANK, num_devices_per_node=1, num_nodes=2)
+    found = MemoryModel(profile, 32, (choice.per_device_train_batch_size,)).estimate(choice, cluster, replays=True)
+    values = {key: value for key, value in config.items() if key != "model_type"}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **values), dtype=torch.bfloat16)
+    copies = clone_tensors_for_torch_save(model.state_dict())
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    copied = found.stages.saving.device_bytes - found.after_step_allocated_bytes
+    assert copied == sum(copy.nbytes for copy in copies.values()) + buffers
 
 
 def test_stage_3_gathers_to_save():
