@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 
@@ -285,14 +286,15 @@ class _Trials:
         allocator, loading_bytes = self._begin(capacity_bytes)
         ran, end_of_loading = None, self._events.end_of_loading
         try:
+            position = self._position(allocator)
+            codes = islice(self._codes, position, None)
             if loading_bytes is None:
-                allocator.run(self._codes[self._position(allocator) : end_of_loading])
+                allocator.run(islice(codes, end_of_loading - position))
                 self._keep_copies(allocator, None)
                 loading_bytes = allocator.peak_reserved_bytes
                 allocator.reset_peak()
-                self._run_steps(allocator, end_of_loading)
-            else:
-                self._run_steps(allocator, self._position(allocator))
+                position = end_of_loading
+            self._run_steps(allocator, codes, position)
             self._keep_copies(allocator, loading_bytes)
             ran = _Ran(
                 self._events.peak_allocated_bytes(allocator.left_over_bytes),
@@ -307,23 +309,22 @@ class _Trials:
         self._outcomes.append(_Outcome(ran, most_bytes, allocator.least_refused_bytes))
         return ran
 
-    def _run_steps(self, allocator: CachingAllocator, position: int) -> None:
+    def _run_steps(self, allocator: CachingAllocator, codes: Iterator[int], position: int) -> None:
         """Run all that is left; a stretch that comes again in the same state ends as it ended."""
         if self._events.repeat is None or position > self._events.repeat[0]:
-            allocator.run(self._codes[position:])
+            allocator.run(codes)
             return
         begin, end, again = self._events.repeat
-        allocator.run(self._codes[position:begin])
+        allocator.run(islice(codes, begin - position))
         begun = allocator.state()
-        allocator.run(self._codes[begin:end])
+        allocator.run(islice(codes, end - begin))
         ended = allocator.state()
-        allocator.run(self._codes[end:again])
+        allocator.run(islice(codes, again - end))
         now = allocator.state()
         if begun and ended and now and begun.is_like(now) and begun[1:3] == ended[1:3]:
             allocator.repeat(begun, ended)
-        else:
-            allocator.run(self._codes[again : again + end - begin])
-        allocator.run(self._codes[again + end - begin :])
+            codes = islice(codes, end - begin, None)
+        allocator.run(codes)
 
     def _begin(self, capacity_bytes: float) -> tuple[CachingAllocator, int | None]:
         """Go on from the last copy that reserved no more than the capacity at any time, or begin anew."""

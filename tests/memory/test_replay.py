@@ -299,6 +299,7 @@ def runs(monkeypatch) -> list[tuple[float, int]]:
 
     class Counting(CachingAllocator):
         def run(self, events):
+            events = list(events)
             counted.append((self.capacity_bytes, len(events)))
             super().run(events)
 
