@@ -296,10 +296,11 @@ class _Columns:
 
 
 def _columns(events: tuple[Event, ...], num_meant: list[int]) -> _Columns:
+    size, category, *_ = zip(*events, strict=False)  # as far as the shortest goes, which is a birth
     return _Columns(
-        size=np.array([event[0] for event in events]),
-        category=np.array([event[1] for event in events]),
-        is_birth=np.array([len(event) == BIRTH_FIELDS for event in events]),
+        size=np.array(size),
+        category=np.array(category),
+        is_birth=np.array(list(map(len, events))) == BIRTH_FIELDS,
         num_meant=np.array(num_meant),
     )
 
