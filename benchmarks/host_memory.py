@@ -145,15 +145,19 @@ class HostMemory:
         return to
 
 
-def prepare_as_beside_a_gpu() -> None:
+def prepare_as_beside_a_gpu(num_devices_of_node: int) -> None:
     """Let FSDP1 send the first rank's weights to the others, for which accelerate and torch ask for an accelerator.
 
     Source: accelerate 1.15 utils/dataclasses.py, `FullyShardedDataParallelPlugin.__post_init__`; torch v2.13
-    distributed/fsdp/_init_utils.py, `_check_module_states_for_sync_module_states`.
+    distributed/fsdp/_init_utils.py, `_check_module_states_for_sync_module_states`, `_init_process_group_state`.
+
+    Args:
+        num_devices_of_node: that FSDP1 finds: within a node its hybrid shard splits a model.
     """
     from accelerate.utils import dataclasses
     from torch.distributed.fsdp import _init_utils
 
+    torch.cpu.device_count = lambda: num_devices_of_node
     dataclasses.is_cuda_available = lambda: True
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
     _init_utils._check_module_states_for_sync_module_states = lambda _states: None  # noqa: SLF001

@@ -3,13 +3,15 @@
     python benchmarks/real_stack.py [--cells CELL,CELL | --all] [--loop accelerate] [--measured FILE [--again]] [--json]
 
 A cell is `METHOD-SHARDING-PRECISION-OPTIM-bB-sS-gaN`, and then any of `-ckpt[-reentrant]`, `-sp2`, `-accelerate`,
-`-views`, `-half`, `-fp32file`, `-keeps` and `-NAME=VALUE`: `lora-zero2-bf16-adamw_torch_fused-b2-s256-ga1-ckpt`.
-`zero2_offload` keeps the optimizer on the host, `zero3_offload_all` the weights as well; `qlora_bf16` stores packed
-weights in bf16, which FSDP shards. `-accelerate` runs a bare Accelerate loop, which keeps the model's output alive
-through backward, in place of the Trainer, and with `-views` DDP's gradients are views of its buckets; in `-sp2` the two
-ranks share each sequence. In `-half` weights that train are loaded in 16 bits, where they would be in fp32; in
-`-fp32file` the checkpoint is stored in fp32, whatever it is loaded in, where it would be as it is loaded. In `-keeps`
-evaluation keeps its predictions, for a `compute_metrics`. NAME is a setting of DeepSpeed's `zero_optimization` block.
+`-views`, `-half`, `-fp32file`, `-keeps`, `-ragged`, `-hybrid` and `-NAME=VALUE`:
+`lora-zero2-bf16-adamw_torch_fused-b2-s256-ga1-ckpt`. `zero2_offload` keeps the optimizer on the host,
+`zero3_offload_all` the weights as well; `qlora_bf16` stores packed weights in bf16, which FSDP shards. `-accelerate`
+runs a bare Accelerate loop, which keeps the model's output alive through backward, in place of the Trainer, and with
+`-views` DDP's gradients are views of its buckets; in `-sp2` the two ranks share each sequence. In `-half` weights that
+train are loaded in 16 bits, where they would be in fp32; in `-fp32file` the checkpoint is stored in fp32, whatever it
+is loaded in, where it would be as it is loaded. In `-keeps` evaluation keeps its predictions, for a `compute_metrics`.
+In `-ragged` sequences are of many lengths, up to `-s`, and each batch is padded to its longest. In `-hybrid` four ranks
+hold two copies of the model, each sharded over two of them. NAME is a setting of DeepSpeed's `zero_optimization` block.
 
 Sharded cells run on two gloo ranks; under FSDP, `cpu_fsdp/` makes accelerate take them for GPUs. Measured is the most
 bytes that tensor storages held at one time, on the rank that held most: from the first step to the last, and in each
@@ -246,6 +248,18 @@ DEFAULT_CELLS = (
         "full-fsdp1-bf16-adamw_torch_fused",
         "full-fsdp2-bf16-adamw_torch_fused",
     ),
+    # Sequences of many lengths: the longest batch is what counts.
+    *_cells(
+        "b2-s256-ga1-ragged",
+        "full-none-bf16-adamw_torch_fused",
+        "lora-ddp-bf16-adamw_torch_fused",
+        "full-zero2-bf16-adamw_torch_fused",
+        "full-fsdp2-bf16-adamw_torch_fused",
+    ),
+    *_cells("b2-s256-ga2-ckpt-ragged", "lora-none-bf16-adamw_torch_fused"),
+    # Two copies of the model, each on two ranks.
+    *_cells("b2-s256-ga1-hybrid", "full-fsdp1-bf16-adamw_torch_fused", "full-fsdp2-bf16-adamw_torch_fused"),
+    *_cells("b1-s32-ga1-hybrid", "full-fsdp1-bf16-adamw_torch_fused", "lora-fsdp2-bf16-adamw_torch_fused"),
     # Two ranks share each sequence.
     *_cells(
         "b2-s512-ga1-sp2",
@@ -386,7 +400,8 @@ def parse_cell(cell: str) -> tuple[Configuration, int]:
         "optim": optim,
         "per_device_train_batch_size": int(batch.removeprefix("b")),
         "gradient_accumulation_steps": int(accumulation.removeprefix("ga")),
-        "num_processes": 1 if sharding == "none" else 2,
+        "num_processes": 1 if sharding == "none" else 4 if "hybrid" in rest else 2,
+        "num_replicas": 2 if "hybrid" in rest else 1,
         "sequence_parallel_size": 2 if "sp2" in rest else 1,
         "keeps_outputs": "accelerate" in rest,
         "gradient_as_bucket_view": "views" in rest,
@@ -400,6 +415,7 @@ def parse_cell(cell: str) -> tuple[Configuration, int]:
         "stored_dtype": "float32" if "fp32file" in rest else None,
         "mixed_precision": "no" if precision == "fp32" else "bf16",
         "attention": "sdpa",
+        "batching": "padded" if "ragged" in rest else "equal",
     }
     return msgspec.convert(msgspec.to_builtins(content), Configuration), int(tokens.removeprefix("s"))
 

@@ -135,7 +135,7 @@ def train(run_folder: Path) -> None:
     with contextlib.ExitStack() as stack:
         host = HostMemory(offloads=configuration.offload != "none") if configuration.uses_fsdp else None
         if host is not None:
-            prepare_as_beside_a_gpu()
+            prepare_as_beside_a_gpu(configuration.num_processes // configuration.num_replicas)
         live = stack.enter_context(LiveBytes(counts=host and host.is_elsewhere))
         peaks = PhasePeaks(live, host and (host, stack.enter_context(LiveBytes(counts=host.keeps))))
         # Made before the model: under ZeRO-3 transformers then loads the weights partitioned.
@@ -147,6 +147,7 @@ def train(run_folder: Path) -> None:
             save_strategy="no",
             optim_args=optimizer_options(configuration),
             parallelism_config=parallelism(configuration),
+            train_sampling_strategy="sequential" if configuration.batching == "padded" else "random",
             **decided_arguments(configuration, on_cpu=True, checkpointing_name="gradient_checkpointing"),
         )
         if configuration.sequence_parallel_size > 1:
@@ -225,6 +226,7 @@ def train_with_trainer(
         eval_dataset=dataset[: configuration.evaluation.num_sequences],
         compute_metrics=(lambda _predictions: {}) if configuration.evaluation.keeps_predictions else None,
         callbacks=[Watcher()],
+        data_collator=padded_together if configuration.batching == "padded" else None,
     )
     trainer.train()
     peaks.leave()
@@ -343,12 +345,32 @@ def _quantization(configuration: Configuration, dtype: torch.dtype) -> dict[str,
 
 
 def make_dataset(tokens: int, vocab_size: int, configuration: Configuration) -> list[dict[str, list[int]]]:
-    """Make sequences of one length; with positions, which most scripts leave to the model, where ranks share them."""
+    """Make sequences of one length; with positions, which most scripts leave to the model, where ranks share them.
+
+    Where they are padded, every second is the longest, so that it comes in every phase, and the others are of all
+    lengths from an eighth of it on.
+    """
     ids = [(17 * n) % vocab_size for n in range(tokens)]
     row = {"input_ids": ids, "labels": ids}
     if configuration.sequence_parallel_size > 1:
         row["position_ids"] = list(range(tokens))
+    if configuration.batching == "padded":
+        shorter = [tokens * (n % 7 + 1) // 8 for n in range(NUM_SEQUENCES // 2)]
+        cut = [{name: values[:length] for name, values in row.items()} for length in shorter]
+        return [each for short in cut for each in (short, row)]
     return [row] * NUM_SEQUENCES
+
+
+def padded_together(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """Pad sequences to the longest of them, as transformers' collators do."""
+    pad, ignored = 0, -100
+    longest = max(len(row["input_ids"]) for row in rows)
+    fill = {"input_ids": pad, "labels": ignored, "attention_mask": 0}
+    masked = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
+    return {
+        name: torch.tensor([row[name] + [value] * (longest - len(row[name])) for row in masked])
+        for name, value in fill.items()
+    }
 
 
 def deepspeed_config(configuration: Configuration, hidden_size: int) -> dict[str, Any] | None:
