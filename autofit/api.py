@@ -67,8 +67,10 @@ class InferenceEstimate:
     """Parameters and buffers, as they are stored."""
     kv_cache_bytes: int
     """Keys and values of every token of every sequence."""
+    growth_bytes: int
+    """For a moment, while a token is added."""
     total_bytes: int
-    """Both."""
+    """All of it."""
     process_bytes: int | None
     """With cuBLAS workspaces and the CUDA context; None for a CPU rank."""
     budget_bytes: int
@@ -384,6 +386,7 @@ def infer(
     return InferenceEstimate(
         weights_bytes=memory.weights_bytes,
         kv_cache_bytes=memory.kv_cache_bytes,
+        growth_bytes=memory.growth_bytes,
         total_bytes=memory.total_bytes,
         process_bytes=None if context is None else context + workspace_bytes(device) + memory.total_bytes,
         budget_bytes=device.memory_bytes,

@@ -455,7 +455,8 @@ def print_inference(estimated: InferenceEstimate, *, as_json: bool) -> None:
     parts = {
         "weights": estimated.weights_bytes,
         "keys and values": estimated.kv_cache_bytes,
-        "both": estimated.total_bytes,
+        "to add a token": estimated.growth_bytes,
+        "together; a prompt being read comes on top": estimated.total_bytes,
         "whole process": estimated.process_bytes,
         f"the device has{'' if estimated.fits else ': does not fit'}": estimated.budget_bytes,
     }

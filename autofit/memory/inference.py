@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from autofit.errors import InputError
+from autofit.memory.inputs import TOKEN_ID_BYTES
 from autofit.spec.configuration import Dtype
 from autofit.units import BYTES_PER_ELEMENT
 
 FULL = "full_attention"
 WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 """Layer types that keep a window, and the config's name for its length."""
+LOGIT_BYTES = 4
 WINDOW_IN_EVERY_LAYER = ("ministral", "mistral", "mixtral", "phi3", "starcoder2")
 """Model types whose `sliding_window` holds for every layer without `layer_types`."""
 SQUARE_HEADS = ("bloom", "codegen", "gpt2", "gpt_neo", "gpt_neox", "gptj", "llama", "mpt", "opt", "stablelm")
@@ -28,11 +30,13 @@ class InferenceMemory:
 
     weights_bytes: int
     kv_cache_bytes: int
+    growth_bytes: int
+    """For a moment, while a token is added."""
 
     @property
     def total_bytes(self) -> int:
-        """Both; the activations of the tokens being read come on top."""
-        return self.weights_bytes + self.kv_cache_bytes
+        """All of it; the activations of a prompt being read come on top."""
+        return self.weights_bytes + self.kv_cache_bytes + self.growth_bytes
 
 
 def inference_memory(
@@ -51,7 +55,9 @@ def inference_memory(
         InputError: what the architecture caches does not follow from its config.
     """
     return InferenceMemory(
-        weights_bytes=weights_bytes, kv_cache_bytes=kv_cache_bytes(config, batch=batch, tokens=tokens, dtype=dtype)
+        weights_bytes=weights_bytes,
+        kv_cache_bytes=kv_cache_bytes(config, batch=batch, tokens=tokens, dtype=dtype),
+        growth_bytes=growth_bytes(config, batch=batch, tokens=tokens, dtype=dtype),
     )
 
 
@@ -71,6 +77,32 @@ def kv_cache_bytes(config: Mapping[str, Any], *, batch: int, tokens: int, dtype:
         InputError: what the architecture caches does not follow from its config.
     """
     return kv_cache_elements(config, batch=batch, tokens=tokens) * BYTES_PER_ELEMENT[dtype]
+
+
+def growth_bytes(config: Mapping[str, Any], *, batch: int, tokens: int, dtype: Dtype = "bfloat16") -> int:
+    """Return what adding a token takes for a moment: a layer's keys are made anew, beside those of before.
+
+    Of a compressed cache it makes the keys and values of every head, and then whole keys, for all tokens.
+    The fp32 logits of the token before are there meanwhile, and those of the new one when it ends; and, always, the
+    ids of all tokens and the mask of which are padding.
+    Source: transformers/cache_utils.py 5.23, DynamicLayer.update; generation/utils.py, `_sample`;
+    models/deepseek_v3/modeling_deepseek_v3.py, DeepseekV3Attention.forward.
+
+    Args:
+        config: content of config.json.
+        batch: sequences at one time (times beams).
+        tokens: prompt and answer together.
+        dtype: that keys and values are computed in.
+
+    Raises:
+        InputError: what the architecture caches does not follow from its config.
+    """
+    text = _text_config(config)
+    widest = max(min(tokens, window or tokens) for window in _windows(text))
+    is_latent = bool(text.get("kv_lora_rank"))
+    of_keys = _expanded(text) if is_latent else _elements_per_token(text) // 2
+    logits = 2 * _number(text, "vocab_size") * LOGIT_BYTES
+    return batch * (widest * of_keys * BYTES_PER_ELEMENT[dtype] + logits + 2 * tokens * TOKEN_ID_BYTES)
 
 
 def kv_cache_elements(config: Mapping[str, Any], *, batch: int, tokens: int) -> int:
@@ -122,6 +154,18 @@ def _elements_per_token(config: Mapping[str, Any]) -> int:
     heads = _number(config, "num_attention_heads", "n_head", "n_heads", "num_heads")
     head_dim = config.get("head_dim") or _number(config, "hidden_size", "n_embd", "d_model") // heads
     return 2 * _key_value_heads(config, heads) * head_dim
+
+
+def _expanded(config: Mapping[str, Any]) -> int:
+    """Return the elements of one token, of every head, that latent attention makes of what it caches.
+
+    Keys and values at once, then keys with their rotated part, and values in a tensor of their own, as eager attention
+    and some kernels ask for it.
+    """
+    of_keys, of_values = _number(config, "qk_nope_head_dim"), _number(config, "v_head_dim")
+    together = of_keys + of_values
+    rotated = of_keys + _number(config, "qk_rope_head_dim")
+    return _number(config, "num_attention_heads") * (together + rotated + of_values)
 
 
 def _key_value_heads(config: Mapping[str, Any], heads: int) -> int:
