@@ -35,6 +35,7 @@ from autofit.options import (
     SectionedCommand,
     TextColumnOption,
     TokenizerOption,
+    given_options,
     restrictions,
     takes_wishes,
 )
@@ -176,8 +177,9 @@ def launch(
             "launch needs either --gpus, to plan for, or --plan, to use.",
             to_fix="give one of the two, for instance --gpus 2xA100-80G",
         )
-    if plan_file is not None and override:
-        raise InputError("--override has no effect with --plan: it is planned already.", to_fix="leave one of them out")
+    if plan_file is not None:
+        beside = {"model": model, "seq_len": seq_len, "global_batch": global_batch, "override": override or None}
+        refuse_beside_plan([*given_options(wishes), *(name for name, value in beside.items() if value is not None)])
     from autofit.launch.launch import Conduct, refuse_useless_conduct
     from autofit.launch.road import choose_road
     from autofit.launch.script import check_script
@@ -210,6 +212,15 @@ def launch(
             refuse_unasked_guess(made, context.obj)
         folder = output or new_run_folder(script)
         raise typer.Exit(train(made, folder, script, arguments or [], conduct, as_json=as_json))
+
+
+def refuse_beside_plan(names: Sequence[str]) -> None:
+    """Refuse options that would change a plan that is made already."""
+    if names:
+        raise InputError(
+            f"--{names[0].replace('_', '-')} has no effect with --plan: it is planned already.",
+            to_fix="leave one of them out; or plan anew with --gpus",
+        )
 
 
 def refuse_unasked_guess(made: Plan, arguments: Sequence[str]) -> None:

@@ -1123,7 +1123,12 @@ def for_inference(wishes: EveryWish) -> EveryWish:
     return replace(wishes, precision=pure[dtype])
 
 
-def _is_given(wishes: EveryWish, field: Field[Any]) -> bool:
+def given_options(wishes: Wishes) -> list[str]:
+    """Name the options that are not at their default."""
+    return [field.name for field in fields(wishes) if _is_given(wishes, field)]
+
+
+def _is_given(wishes: Wishes, field: Field[Any]) -> bool:
     given: bool = getattr(wishes, field.name) != field.default
     return given
 
@@ -1188,7 +1193,7 @@ _GROUPS = (
 
 def _refuse_idle(wishes: EveryWish) -> None:
     """Refuse an option that would be without effect, for it was meant to have one."""
-    given = {field.name for field in fields(wishes) if _is_given(wishes, field)}
+    given = given_options(wishes)
     for group in _GROUPS:
         idle = [name for name in group.names if name in given]
         if idle and not group.applies(wishes):

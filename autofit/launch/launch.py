@@ -28,6 +28,7 @@ from autofit.launch.summary import EVENTS_FILE, SUMMARY_FILE, log_excerpt, log_p
 from autofit.launch.supervise import Attempt, supervise
 from autofit.launch.verdict import judge
 from autofit.plan import Plan, adaptation, planned_rows, to_json
+from autofit.sources.detect import num_gpus_here
 from autofit.spec.libraries import installed_versions
 from autofit.units import format_bytes
 from autofit.writers.files import refuse_foreign_files, write_files
@@ -88,6 +89,7 @@ def launch(
     conduct = conduct or Conduct()
     refuse_useless_conduct(conduct)
     refuse_packed(plan)
+    refuse_absent_devices(plan, num_gpus_here(os.environ))
     run_folder = run_folder.absolute()
     source = check_script(script).read_text(encoding="utf-8", errors="replace")
     road = choose_road(conduct.road, source)
@@ -121,6 +123,26 @@ def launch(
     if conduct.store is not None:
         remember(attempts, conduct.store)
     return conclude(attempts, run_folder, probed.get(attempts[-1].number))
+
+
+def refuse_absent_devices(plan: Plan, num_gpus: int | None) -> None:
+    """Refuse to start where the planned GPUs are not: ranks would train on the processor, or fail one by one.
+
+    Args:
+        plan: what is to run.
+        num_gpus: how many are here; None: that is not known.
+
+    Raises:
+        InputError: they are fewer than the plan uses on a node.
+    """
+    cluster = plan.inputs.cluster
+    needed = min(plan.configuration.num_processes, cluster.num_devices_per_node)
+    if cluster.device.kind == "cuda" and num_gpus is not None and num_gpus < needed:
+        raise InputError(
+            f"the plan trains on {needed} x {cluster.device.name}; GPUs that can be seen here: {num_gpus}.",
+            to_fix="start it where they are, from its files or with --plan; --dry-run shows a plan and starts nothing",
+            hint="--gpus auto plans for what is here",
+        )
 
 
 def refuse_packed(plan: Plan) -> None:

@@ -73,7 +73,7 @@ def further_words(configuration: Configuration) -> list[str]:
         f"{c.num_replicas} replicas": c.num_replicas > 1,
         "no resharding after forward": not c.reshard_after_forward,
         f"sequences shared by {c.sequence_parallel_size}": c.sequence_parallel_size > 1,
-        **{f"{name} {value:,}": True for name, value in _given(c.zero_settings)},
+        **dict.fromkeys(_given(c.zero_settings), True),
         "gradients in DDP's buckets": c.gradient_as_bucket_view,
         "reentrant": c.gradient_checkpointing and c.use_reentrant,
         f"checkpoints every {c.checkpoint_every_n_layers} layers": c.checkpoint_every_n_layers > 1,
@@ -92,8 +92,11 @@ def further_words(configuration: Configuration) -> list[str]:
     return [*_adapter_words(c), *(name for name, applies in words.items() if applies)]
 
 
-def _given(settings: ZeroSettings) -> Iterator[tuple[str, int | bool]]:
-    return ((name, value) for name, value in asdict(settings).items() if value is not None)
+def _given(settings: ZeroSettings) -> Iterator[str]:
+    """Name each setting that somebody gave, as a DeepSpeed configuration does."""
+    for name, value in asdict(settings).items():
+        if value is not None:
+            yield f"{name} {str(value).lower() if isinstance(value, bool) else f'{value:,}'}"
 
 
 def _adapter_words(configuration: Configuration) -> list[str]:

@@ -66,6 +66,26 @@ def visible_gpus(answer: str, environment: Mapping[str, str]) -> tuple[VisibleGp
     return visible
 
 
+def num_gpus_here(environment: Mapping[str, str], devices: Path = Path("/dev")) -> int | None:
+    """Count the GPUs that a process here would see; None where that is not known.
+
+    A container may have GPUs and no nvidia-smi: only where there is no device file either is there no GPU.
+
+    Args:
+        environment: the process's.
+        devices: where device files are; `dxg` is the GPU of a Windows host.
+    """
+    try:
+        answer = query_nvidia_smi()
+    except InputError:
+        has_files = any(devices.glob("nvidia[0-9]*")) or (devices / "dxg").exists()
+        return None if has_files or shutil.which("nvidia-smi") else 0
+    try:
+        return len(visible_gpus(answer, environment))
+    except InputError:
+        return 0 if environment.get("CUDA_VISIBLE_DEVICES", "-") in {"", "-1"} else None
+
+
 def detected_device(gpus: Sequence[VisibleGpu], known: Catalogue) -> Device:
     """Return the device all visible GPUs are, with the smallest memory that is free on one of them.
 

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from autofit.errors import InputError, nearest
 from autofit.search.space import ADAPTER_METHODS, candidates
+from autofit.sources.deepspeed_file import read_deepspeed_file
 from autofit.sources.hardware import parse_cluster
 from autofit.sources.models import resolve_model
 from autofit.sources.packed import with_packed_weights
@@ -118,8 +120,9 @@ def read_restrictions(row: Row, cluster: Cluster) -> Restrictions:
         "weights_dtype": row.get("weights_dtype"),
         "optims": (_text(row, "optimizer") or "adamw_torch_fused",),
         "shardings": _shardings(row, cluster),
-        "reshard_after_forward": _text(row, "sharding") != "fsdp_shard_grad_op",
         "offload": _offload(row),
+        **_deepspeed(row),
+        "reshard_after_forward": _text(row, "sharding") != "fsdp_shard_grad_op",
         "micro_batch_sequences": (_number(row, "micro_batch_size", 1),),
         "gradient_checkpointing": _flag(row, "gradient_checkpointing"),
         "use_reentrant": _reenters_unasked(row),
@@ -203,6 +206,7 @@ READ = frozenset(
         "outputs_kept",
         "sharding",
         "offload",
+        "deepspeed",
     }
 )
 
@@ -295,6 +299,24 @@ def _shardings(row: Row, cluster: Cluster) -> tuple[str, ...]:
     if not stated or (stated == "none" and cluster.num_devices > 1):
         return ("none", "ddp")
     return (SHARDINGS.get(stated, stated),)
+
+
+def _deepspeed(row: Row) -> dict[str, Any]:
+    """Read the buckets that a DeepSpeed configuration fixes, whose stage and offload have to be the row's.
+
+    Raises:
+        InputError: they are not, or see `read_deepspeed_file`.
+    """
+    if row.get("deepspeed") is None:
+        return {}
+    file = read_deepspeed_file(Path(_text(row, "deepspeed")))
+    said = (f"zero{file.stage}", file.offload)
+    stated = (_text(row, "sharding") or said[0], _offload(row) if row.get("offload") else said[1])
+    if stated != said:
+        raise InputError(
+            f"the row's sharding or offload is not that of {row['deepspeed']!r}.", to_fix="leave them out of the row"
+        )
+    return {"shardings": (said[0],), "offload": said[1], "zero_settings": _stated(asdict(file.settings))}
 
 
 def _offload(row: Row) -> str:

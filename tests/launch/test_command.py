@@ -10,7 +10,7 @@ import pytest
 
 from autofit.errors import InputError
 from autofit.launch.command import Invocation, build_command
-from autofit.launch.launch import launch
+from autofit.launch.launch import launch, refuse_absent_devices
 from autofit.launch.script import check_script
 from autofit.launch.summary import log_excerpt
 from autofit.plan import Plan
@@ -111,6 +111,18 @@ def test_a_checkpoint_that_comes_packed_is_not_started(tmp_path: Path) -> None:
     for plan in (a_plan(packed), a_plan(a_configuration(method="qlora"), fallbacks=(packed,))):
         with pytest.raises(InputError, match="comes packed"):
             launch(plan, tmp_path / "run", tmp_path / "train.py")
+
+
+def test_a_plan_for_gpus_is_not_started_where_they_are_not(tmp_path: Path) -> None:
+    """Nothing starts and nothing is written where fewer GPUs can be seen than a node's ranks train on."""
+    (tmp_path / "train.py").write_text("")
+    plan = a_plan(a_configuration(num_processes=2), device=A100)
+    for num_gpus in (0, 1):
+        with pytest.raises(InputError, match=f"A100.*can be seen here: {num_gpus}"):
+            refuse_absent_devices(plan, num_gpus)
+    for num_gpus in (2, 8, None):
+        refuse_absent_devices(plan, num_gpus)
+    refuse_absent_devices(a_plan(), 0)
 
 
 def test_the_log_excerpt_ends_where_the_launcher_begins() -> None:

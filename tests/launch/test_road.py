@@ -239,11 +239,13 @@ def test_the_current_plan_works_under_plain_accelerate(tmp_path: Path) -> None:
 
 
 def test_options_without_effect_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`--override` beside a plan, and `--probe` where no hook could end the script, say so and start nothing."""
+    """What would change a plan, beside one, and `--probe` where no hook could end the script: nothing is started."""
     script = tmp_path / "train.py"
     script.write_text(HF_SCRIPT)
     for options, words in (
         (["--plan", "plan.json", "--override"], "--override has no effect with --plan"),
+        (["--plan", "plan.json", "--method", "lora"], "--method has no effect with --plan"),
+        (["--plan", "plan.json", "--seq-len", "8"], "--seq-len has no effect with --plan"),
         (["--gpus", "2xCPU-1G", "--probe", "--road", "flags"], "--probe needs hooks"),
     ):
         assert cli.run(["launch", str(script), *options]) == 2

@@ -10,6 +10,7 @@ import autofit
 from autofit.api import make_plan
 from autofit.errors import InputError
 from autofit.sources.deepspeed_file import read_deepspeed_file
+from autofit.sources.rows import read_case
 from autofit.spec.configuration import ZeroSettings
 from autofit.writers.deepspeed_config import zero_block
 
@@ -88,6 +89,17 @@ def test_an_estimate_holds_the_users_buckets(written):
     users = autofit.estimate(**JOB, deepspeed=written({"zero_optimization": block}))
     bucket, theirs = (made.memory.phases[0].terms["communication_buckets"] for made in (usual, users))
     assert (bucket, theirs) == (2 * 4096**2, 1_000_000_000)
+
+
+def test_a_row_of_a_batch_names_a_file_too(written):
+    """It comes to the configuration that the command line's option comes to, and a contradiction is refused."""
+    path = str(written({"zero_optimization": {"stage": 3, "sub_group_size": 1e8}}))
+    row = {**JOB, "method": "full", "autocast": "bf16", "deepspeed": path}
+    made = autofit.estimate(**JOB, deepspeed=path)
+    assert read_case(row).configuration.zero_settings == made.configuration.zero_settings
+    assert read_case(row).configuration.sharding == made.configuration.sharding == "zero3"
+    with pytest.raises(InputError, match="sharding or offload"):
+        read_case({**row, "sharding": "zero2"})
 
 
 @pytest.mark.parametrize(

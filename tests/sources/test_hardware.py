@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autofit.errors import InputError
+from autofit.sources.detect import num_gpus_here
 from autofit.sources.gpus import catalogue, fold
 from autofit.sources.hardware import parse_cluster
 from autofit.units import GIB, MIB
@@ -248,6 +249,24 @@ def test_auto_refuses_what_it_cannot_plan_for(answer, environment, says):
     with pytest.raises(InputError) as refusal:
         parse_cluster("auto", detect=lambda: answer, environment=environment)
     assert says in str(refusal.value)
+
+
+def test_gpus_are_counted_as_a_process_would_see_them(monkeypatch, tmp_path):
+    """nvidia-smi's lines that CUDA_VISIBLE_DEVICES leaves; none without a device file; else it is not known."""
+    program = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "nvidia0").touch()
+    assert num_gpus_here({}, devices=tmp_path) is None
+    assert num_gpus_here({}, devices=tmp_path / "none") == 0
+    lines = "\n".join(f"{n}, GPU-{n}, NVIDIA A100-SXM4-80GB, 81920, 81000, 8.0" for n in range(4))
+    program.write_text(f"#!/bin/sh\necho '{lines}'\n")
+    program.chmod(0o755)
+    assert num_gpus_here({}) == 4
+    assert num_gpus_here({"CUDA_VISIBLE_DEVICES": "2,3"}) == 2
+    assert num_gpus_here({"CUDA_VISIBLE_DEVICES": ""}) == 0
+    assert num_gpus_here({"CUDA_VISIBLE_DEVICES": "MIG-1"}) is None
+    program.write_text("#!/bin/sh\nexit 9\n")
+    assert num_gpus_here({}, devices=tmp_path / "none") is None
 
 
 def test_auto_without_nvidia_smi_suggests_cpu_ranks(monkeypatch, tmp_path):
