@@ -33,6 +33,8 @@ CELLS = (
     "full-zero2-bf16-adamw_torch_fused-b2-s512-ga1-sp2",
     "full-fsdp1_offload_all-bf16-adamw_torch_fused-b2-s256-ga1",
     "qlora_bf16-fsdp2_offload_all-bf16-adamw_torch_fused-b2-s256-ga1-ckpt",
+    "lora-ddp-bf16-adamw_torch_fused-b2-s256-ga1-ragged",
+    "full-fsdp1-bf16-adamw_torch_fused-b1-s32-ga1-hybrid",
 )
 """Activations are the peak of most; in one the optimizer's step is, in one what offloading a gradient takes."""
 SURE = ("forward", "backward", "optimizer_step", "host", "loading", "first_step", "preparing", "saving")
