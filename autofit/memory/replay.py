@@ -135,6 +135,10 @@ class Replayer:
     ) -> Replayed:
         """Replay two optimizer steps of an FSDP run, from its shards on; see `step`.
 
+        What is kept is that of a host as far ahead of the device as FSDP1 lets it be. What is needed is not: before an
+        allocation fails, torch waits for what the device still reads.
+        Source: torch v2.13 c10/cuda/CUDACachingAllocator.cpp, `release_cached_blocks` (`synchronize_and_free_events`).
+
         Args:
             configuration: what runs.
             sequence_tokens: tokens of every sequence.
@@ -143,7 +147,14 @@ class Replayer:
             capacity_bytes: what can be reserved on the device; None: no bound.
         """
         writer = FsdpWriter(self._tape, configuration, model, sequence_tokens, workspaces)
-        return _settle(self._trials_of(writer.write(NUM_STEPS), configuration, capacity_bytes), capacity_bytes)
+        trials = self._trials_of(writer.write(NUM_STEPS), configuration, capacity_bytes)
+        replayed = _settle(trials, capacity_bytes)
+        if configuration.sharding != "fsdp1":
+            return replayed
+        writer = FsdpWriter(self._tape, configuration, model, sequence_tokens, workspaces, is_ahead=True)
+        ahead = _Trials(writer.write(NUM_STEPS), allocator_settings(configuration), None).run(math.inf)
+        assert ahead is not None, "an allocator without a bound does not run out of memory"
+        return _with_kept(replayed, ahead.peak_reserved_bytes, capacity_bytes)
 
     def _begun(self, configuration: Configuration, plan: Layout, device_bytes: int | None) -> Program:
         """Return a program that has loaded the model, if the device holds all of it."""
@@ -184,6 +195,20 @@ class Replayer:
         if self._last is None or not self._last.are_of(events, settings):
             self._last = _Trials(events, settings, capacity_bytes)
         return self._last
+
+
+def _with_kept(replayed: Replayed, kept_bytes: int, capacity_bytes: int | None) -> Replayed:
+    """Keep more than a replay did, as far as the device has it; all that the replay kept is then enough to run."""
+    at_most = math.inf if capacity_bytes is None else capacity_bytes
+    if kept_bytes <= replayed.peak_reserved_bytes or replayed.peak_reserved_bytes > at_most:
+        return replayed
+    is_nearly_full = kept_bytes > NEARLY_FULL_FRACTION * at_most
+    needed_bytes = replayed.peak_reserved_bytes if is_nearly_full else None
+    return replace(
+        replayed,
+        peak_reserved_bytes=int(min(kept_bytes, at_most)),
+        needed_bytes=needed_bytes if replayed.needed_bytes is None else replayed.needed_bytes,
+    )
 
 
 def _settle(trials: _Trials, capacity_bytes: int | None) -> Replayed:

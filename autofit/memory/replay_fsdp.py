@@ -2,11 +2,13 @@
 
 Source of the streams: torch v2.13 distributed/fsdp/_fully_shard/_fsdp_param_group.py (`get_all_gather_streams`,
 `foreach_reduce`) for FSDP2, distributed/fsdp/_runtime_utils.py (`_unshard`, `_reduce_grad`) for FSDP1. A block of one
-stream never serves another. FSDP1 frees what it gathered only when the device is done with it; here that is at once.
+stream never serves another. What FSDP1 gathered is free only when the device is done with it (`record_stream`), and the
+host may be some units ahead of that.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,6 +26,11 @@ from autofit.units import BYTES_PER_ELEMENT
 
 COMPUTES, GATHERS, REDUCES, COPIES = 0, 1, 2, 3
 """FSDP1 copies shards into another dtype on a stream of its own (`_pre_unshard_stream`)."""
+MAX_UNITS_AHEAD = 2
+"""Before FSDP1 gathers a unit, the host waits for the oldest of those that it freed, once there are so many.
+
+Source: torch v2.13 distributed/fsdp/_limiter_utils.py, `_max_num_inflight_all_gathers`; _runtime_utils.py, `_unshard`
+(`limit_all_gathers`, accelerate's and torch's default)."""
 
 
 class FsdpWriter:
@@ -35,6 +42,9 @@ class FsdpWriter:
         model: the same configuration's units and script.
         sequence_tokens: tokens of every sequence.
         workspaces: of the thread that runs forward, and of the one that runs backward.
+        is_ahead: whether FSDP1's host is as far ahead of the device as it may be, so that what was gathered is free as
+            late as it can be; otherwise it is free at once, as it is where an allocation would fail and torch waits
+            (CUDACachingAllocator.cpp, `release_cached_blocks`).
     """
 
     def __init__(
@@ -44,6 +54,8 @@ class FsdpWriter:
         model: FsdpModel,
         sequence_tokens: int,
         workspaces: Sequence[int],
+        *,
+        is_ahead: bool = False,
     ) -> None:
         self._tape, self._configuration, self._model = tape, configuration, model
         self._workspaces = dict(zip(tape.first_products(), workspaces, strict=False))
@@ -63,6 +75,9 @@ class FsdpWriter:
         self._held: dict[Key, list[int]] = {}
         self._gradients: dict[Key, list[int]] = {}
         self._kept: list[int] = []
+        self._frees_late = is_ahead and configuration.sharding == "fsdp1"
+        self._late: deque[list[int]] = deque()
+        """What FSDP1 freed and the device may still read, by unit."""
 
     def write(self, num_steps: int) -> Events:
         """Return the program."""
@@ -82,7 +97,9 @@ class FsdpWriter:
     def _do(self, operation: Operation) -> None:
         match operation:
             case Take():
-                stream = _stream(operation.key, is_second=self._configuration.sharding == "fsdp2")
+                stream = self._stream(operation.key)
+                if stream == GATHERS and len(self._late) >= MAX_UNITS_AHEAD:
+                    self._program.drop(self._late.popleft())
                 sizes = self._sizes(operation)
                 numbers = [self._program.allocate(size, stream) for size in sizes if size]
                 self._held.setdefault(operation.key, []).extend(numbers)
@@ -107,8 +124,13 @@ class FsdpWriter:
         numbers = self._held.pop(key, [])
         if isinstance(key, tuple) and key[0] == "kept" and self._configuration.offload == "none":
             self._kept.extend(numbers)
+        elif self._frees_late and self._stream(key) == GATHERS:
+            self._late.append(numbers)
         else:
             self._program.drop(numbers)
+
+    def _stream(self, key: Key) -> int:
+        return _stream(key, is_second=self._configuration.sharding == "fsdp2")
 
     def _play(self, play: Play) -> None:
         if play.index == 0:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp._limiter_utils import _FreeEventQueue
 from transformers.core_model_loading import dot_natural_key
 
 from autofit.errors import InputError
@@ -16,6 +17,7 @@ from autofit.memory.allocator import STREAM, AllocatorSettings, CachingAllocator
 from autofit.memory.assemble import estimate_memory
 from autofit.memory.engines import layout
 from autofit.memory.fsdp import FsdpModel
+from autofit.memory.fsdp_script import Give, Take
 from autofit.memory.loading import _Named, buckets, write_loading
 from autofit.memory.overheads import workspace_sizes
 from autofit.memory.program import Events, Program
@@ -25,10 +27,13 @@ from autofit.memory.replay import (
     NEARLY_FULL_FRACTION,
     Replayed,
     Replayer,
+    _Trials,
     allocator_settings,
 )
+from autofit.memory.replay_fsdp import GATHERS, FsdpWriter
 from autofit.memory.static import static_bytes
 from autofit.memory.tensors import tensors
+from autofit.memory.unroll import DeepTape
 from autofit.profile.trace import trace
 from autofit.spec.configuration import Configuration, Lora, Quantization
 from autofit.spec.hardware import Cluster
@@ -421,6 +426,67 @@ def test_fsdp_is_replayed_as_it_is_counted(profile, sharding, accumulation):
     assert found[True].peak_allocated_bytes == pytest.approx(counted, rel=0.005)
     assert found[False].peak_reserved_bytes > found[False].peak_allocated_bytes >= found[True].peak_allocated_bytes
     assert found[True].loading_reserved_bytes < found[False].peak_allocated_bytes
+
+
+def test_fsdp1_keeps_what_a_host_ahead_of_the_device_has_freed(profile):
+    """Units freed and not yet reusable are as many as torch's own queue of free events lets there be; that is kept
+    beside the rest, is nothing that tensors need, and is not needed where memory is short, as torch waits there.
+    """
+    configuration = replace(PLANNED, sharding="fsdp1", num_processes=2)
+    model, tape = FsdpModel(profile, (4,), TOKENS), DeepTape(profile)
+    held: dict[bool, int] = {}
+    for ahead in (False, True):
+        writer = FsdpWriter(tape, configuration, model, TOKENS, workspace_sizes(A100), is_ahead=ahead)
+        held[ahead] = gathered_peak(writer.write(1))
+    assert held[True] == gathered_peak_by_torch(model, configuration) > held[False]
+
+    replayer = Replayer(profile, tensors(profile))
+    writer = FsdpWriter(tape, configuration, model, TOKENS, workspace_sizes(A100))
+    at_once = _Trials(writer.write(2), allocator_settings(configuration), None).run(math.inf)
+
+    def replayed_on(capacity_bytes: int | None) -> Replayed:
+        return replayer.fsdp_step(configuration, TOKENS, model, workspace_sizes(A100), capacity_bytes=capacity_bytes)
+
+    plenty = replayed_on(None)
+    assert plenty.peak_allocated_bytes == at_once.peak_allocated_bytes
+    one_segment = 20 * MIB
+    assert 0 < plenty.peak_reserved_bytes - at_once.peak_reserved_bytes <= held[True] - held[False] + one_segment
+    just = replayed_on(at_once.peak_reserved_bytes)
+    assert just.needed_bytes <= just.peak_reserved_bytes == at_once.peak_reserved_bytes
+    between = plenty.peak_reserved_bytes - 2 * MIB
+    assert at_once.peak_reserved_bytes < between
+    short = replayed_on(between)
+    assert short.needed_bytes <= at_once.peak_reserved_bytes < short.peak_reserved_bytes == between
+
+
+def gathered_peak(events: Events) -> int:
+    """Return the most bytes that a program holds on the stream that gathers."""
+    sizes: list[int] = []
+    held, most = 0, 0
+    for code in events.codes.tolist():
+        if code > 0:
+            sizes.append(code % STREAM if code // STREAM == GATHERS else 0)
+            held += sizes[-1]
+        elif code < 0:
+            held -= sizes[~code]
+        most = max(most, held)
+    return most
+
+
+def gathered_peak_by_torch(model: FsdpModel, configuration: Configuration) -> int:
+    """Return the most bytes of units that are gathered, or freed and not yet waited for by FSDP1's own queue."""
+    queue, freed, live, most = _FreeEventQueue(), list[int](), dict[Any, int](), 0
+    for operation in model.operations(configuration):
+        if isinstance(operation, Take) and operation.key[0] == "whole":
+            waited_for = queue.dequeue_if_needed()
+            if waited_for is not None:
+                freed.remove(waited_for)
+            live[operation.key] = -(-operation.num_bytes // 512) * 512
+            most = max(most, sum(live.values()) + sum(freed))
+        elif isinstance(operation, Give) and operation.key[0] == "whole":
+            freed.append(live.pop(operation.key))
+            queue.enqueue(freed[-1])
+    return most
 
 
 def test_a_stream_of_its_own_costs_fsdp_memory(profile, monkeypatch):
