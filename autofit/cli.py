@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autofit.errors import AutofitError, InputError
+from autofit.errors import AutofitError, InputError, NothingFitsError
 from autofit.options import (
     ACCUMULATION,
     GLOBAL_BATCH,
@@ -643,6 +643,8 @@ def compare(
     )
     found = compare_job(job, clusters, tracing, planning)
     print_comparison(found, as_json=as_json)
+    if not any(offer.plan for offer in found):
+        raise typer.Exit(NothingFitsError.exit_code)
 
 
 def print_comparison(found: Sequence[Offer], *, as_json: bool) -> None:
@@ -947,8 +949,11 @@ def usage_refusal(error: typer.TyperException, arguments: Sequence[str]) -> Inpu
     known = {registered.callback.__name__ for registered in app.registered_commands if registered.callback}
     own = f" {command}" if command in known else ""
     message = error.format_message().replace("Value error, ", "")
-    is_of_script = command == "launch" and message.startswith("No such option")
-    to_fix = "put the script's own arguments after --" if is_of_script else None
+    to_fix = None
+    if command == "launch" and message.startswith("No such option"):
+        to_fix = "put the script's own arguments after --"
+    elif own and message.startswith("No such option: --dry-run"):
+        to_fix = f"leave it out: {command} never starts a training"
     return InputError(message, to_fix=to_fix, hint=f"autofit{own} --help")
 
 

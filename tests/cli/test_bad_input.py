@@ -202,3 +202,26 @@ def test_a_plan_that_makes_no_sense_is_none(autofit, tmp_path, name):
         for command in (["explain", "plan.json"], ["launch", "train.py", "--plan", "plan.json", "--dry-run"]):
             arguments = [str(tmp_path / each) if "." in each else each for each in command]
             assert_refused(autofit(*arguments), "plan.json", "To fix:")
+
+
+@pytest.mark.parametrize("command", ["plan", "compare", "estimate"])
+def test_a_command_that_starts_nothing_says_so_of_dry_run(autofit, command):
+    """`--dry-run` is launch's: of what never starts a training it is said to be needless."""
+    assert_refused(
+        autofit(*plan_arguments(), "--dry-run") if command == "plan" else autofit(command, "--dry-run"),
+        "No such option: --dry-run",
+        f"leave it out: {command} never starts a training",
+    )
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_comparison_that_finds_no_hardware_ends_with_3(autofit, as_json):
+    """What was asked for is printed all the same, with the reason of each; one that fits is enough for a 0."""
+    job = ("--model", "HuggingFaceTB/SmolLM2-135M-Instruct", "--seq-len", "512", "--global-batch", "8")
+    extra = ("--json",) if as_json else ()
+    none = autofit("compare", *job, "--gpus", "3xA100-80G", *extra)
+    assert none.exit_code == 3
+    assert "does not divide over 3 devices" in none.stdout
+    assert none.stderr == ""
+    if not as_json:
+        assert autofit("compare", *job, "--gpus", "3xA100-80G", "--gpus", "T4").exit_code == 0
