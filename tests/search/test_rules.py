@@ -294,13 +294,22 @@ def test_what_is_only_avoided_can_be_asked_for():
     assert broken_rule(configuration, site, rules_for_given(site.software)) is None
 
 
-def test_what_a_plan_cannot_write_may_have_been_run():
-    """Under FSDP accelerate checkpoints without reentry; Trainer re-enters if told to: given, but not planned."""
-    configuration = a_configuration(sharding="fsdp1", gradient_checkpointing=True, use_reentrant=True)
-    site = site_of(GPU)
-    for restrictions in (Restrictions(), Restrictions(use_reentrant=True)):
-        planned = rules_for(site.software, restrictions)
-        assert broken_rule(configuration, site, planned).name == "fsdp-checkpoints-every-layer"
+@pytest.mark.parametrize(
+    ("changes", "asked", "rule"),
+    [
+        (
+            {"gradient_checkpointing": True, "use_reentrant": True},
+            {"use_reentrant": True},
+            "fsdp-checkpoints-every-layer",
+        ),
+        ({"optim": "adamw_8bit"}, {"optims": ("adamw_8bit",)}, "fsdp1-cannot-save-8bit-state"),
+    ],
+)
+def test_what_is_not_planned_may_have_been_run(changes, asked, rule):
+    """Trainer re-enters under FSDP1 if told to, and 8-bit state trains there and is not saved: given, not planned."""
+    configuration, site = a_configuration(sharding="fsdp1", **changes), site_of(GPU)
+    for restrictions in (Restrictions(), Restrictions(**asked)):
+        assert broken_rule(configuration, site, rules_for(site.software, restrictions)).name == rule
     assert broken_rule(configuration, site, rules_for_given(site.software)) is None
 
 

@@ -110,6 +110,7 @@ FSDP_RULES: tuple[Rule, ...] = (
         'FSDP.optim_state_dict raises "Boolean value of Tensor"',
         axes=("engine", "optim"),
         breaks=lambda c, _: c.sharding == "fsdp1" and is_from_bitsandbytes(c.optim),
+        for_plans_only=True,
     ),
     Rule(
         name="fsdp-cannot-shard-int8",

@@ -75,7 +75,7 @@ class Rule:
     waived_by: Callable[[Restrictions], bool] | None = None
     """Of what works, but is not chosen unasked: whether the user asked for it. None: it does not work."""
     for_plans_only: bool = False
-    """Whether what is written for a plan cannot ask for it, though a run that was set up by hand may do it."""
+    """Whether it keeps from planning alone: a run that was set up by hand, or saves nothing, may do it."""
 
     def holds_for(self, software: Software) -> bool:
         """Tell whether the releases are those that are installed; a library that was not found counts as current."""
