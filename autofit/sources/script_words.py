@@ -43,7 +43,7 @@ def found_words(discovered: Discovered, cluster: Cluster) -> dict[str, str]:
     if said.get("fixed_checkpointing") is not None:
         found["checkpointing"] = f"{'on' if said['fixed_checkpointing'] else 'off'}, as the script's arguments say"
     if said.get("deepspeed"):
-        found["deepspeed"] = "the script's own DeepSpeed settings, which the plan replaces"
+        found["deepspeed"] = "the script's own DeepSpeed settings; the plan replaces them (--deepspeed FILE keeps them)"
     found = dict(_with_origins(found, discovered))
     return {"guessed": _guess_words(discovered), **found} if discovered.is_guess else found
 
