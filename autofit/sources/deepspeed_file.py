@@ -52,7 +52,7 @@ def read_deepspeed_file(path: Path) -> DeepSpeedFile:
     Raises:
         InputError: it cannot be read, has no stage from 1 to 3, or decides something that is not taken from it.
     """
-    content = _without_auto(_content(path))
+    content = _content(path)
     block = content.pop(_BLOCK, {})
     halves = [name for name in ("bf16", "fp16") if _is_on(content.pop(name, {}), name, path)]
     if not isinstance(block, dict):
@@ -87,15 +87,16 @@ def read_deepspeed_file(path: Path) -> DeepSpeedFile:
 
 
 def _content(path: Path) -> dict[str, Any]:
+    """Read a file, without what it leaves to others."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return _without_auto(content)
     except OSError as error:
         raise InputError(f"cannot read {str(path)!r}: {error.strerror}", to_fix="give a readable file") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{str(path)!r} is not JSON: {error}", to_fix="correct the file") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{str(path)!r} is not a JSON object.", to_fix="give a DeepSpeed configuration")
-    return content
+    raise InputError(f"{str(path)!r} is not a JSON object.", to_fix="give a DeepSpeed configuration")
 
 
 def _without_auto(content: dict[str, Any]) -> dict[str, Any]:

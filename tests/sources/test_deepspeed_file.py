@@ -107,6 +107,7 @@ def test_a_row_of_a_batch_names_a_file_too(written):
     [
         ("[]", "not a JSON object"),
         ("{", "not JSON"),
+        ('{"a":' * 600 + "1" + "}" * 600, "not JSON"),
         ({}, "the stage of zero_optimization is None"),
         ({"zero_optimization": {"stage": True}}, "the stage of zero_optimization is True"),
         ({"zero_optimization": 3}, "is no object"),
