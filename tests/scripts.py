@@ -29,6 +29,13 @@ trainer.save_model()
 """Batch size, precision, adapter and strategy are left to the plan; the model is loaded before the arguments exist."""
 
 
+LEAVE_GLOO = """
+from autofit.runtime.run import leave_process_group
+leave_process_group()
+"""
+"""The end of a script that ranks run without autofit's hooks, which see to it otherwise."""
+
+
 def write_tiny_llama(folder: Path) -> Path:
     """Save a random Llama of 115k parameters, as a checkpoint from the Hub would be."""
     import torch

@@ -22,7 +22,7 @@ from autofit.plan import Plan
 from autofit.sources.script import discover
 from autofit.writers import render_files, write_files
 from tests.plans import a_configuration, a_plan, with_script_settings
-from tests.scripts import write_tiny_llama
+from tests.scripts import LEAVE_GLOO, write_tiny_llama
 
 HF_SCRIPT = """
 import json
@@ -165,7 +165,7 @@ def test_flags_put_the_plan_into_effect_without_hooks(tmp_path: Path, monkeypatc
     """An HfArgumentParser script started with appended flags trains as planned, and autofit is not in its process."""
     monkeypatch.chdir(tmp_path)
     model = write_tiny_llama(tmp_path / "model")
-    (tmp_path / "train.py").write_text(HF_SCRIPT)
+    (tmp_path / "train.py").write_text(HF_SCRIPT + "\nimport time\ntime.sleep(0.1)  # for gloo\n")
     planned = a_configuration(gradient_checkpointing=True, use_reentrant=True, weights_dtype="bfloat16")
     outcome = launch(
         settled(a_plan(planned), weights_dtype="float32"),
@@ -220,7 +220,7 @@ def test_a_script_that_asks_for_its_plan_is_verified_and_not_meddled_with(tmp_pa
 def test_the_current_plan_works_under_plain_accelerate(tmp_path: Path) -> None:
     """With the plan's path in AUTOFIT_PLAN and accelerate's own launch, a loop of one's own trains as planned."""
     model = write_tiny_llama(tmp_path / "model")
-    (tmp_path / "train.py").write_text(LOOP_SCRIPT)
+    (tmp_path / "train.py").write_text(LOOP_SCRIPT + LEAVE_GLOO)
     plan = a_plan(a_configuration(gradient_checkpointing=True))
     write_files(render_files(plan, tmp_path / "run"), tmp_path / "run")
     command = [

@@ -18,7 +18,7 @@ from autofit.launch.evidence import read_events
 from autofit.plan import Plan
 from autofit.spec.job import ScriptLoop
 from tests.plans import a_configuration, a_plan
-from tests.scripts import write_tiny_llama
+from tests.scripts import LEAVE_GLOO, write_tiny_llama
 
 pytestmark = pytest.mark.slow
 SCRIPT = """
@@ -89,7 +89,7 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the script, beside a model."""
     folder = tmp_path_factory.mktemp("script")
     write_tiny_llama(folder / "model")
-    (folder / "train.py").write_text(SCRIPT)
+    (folder / "train.py").write_text(SCRIPT + LEAVE_GLOO)
     return folder / "train.py"
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from autofit.launch import launch
 from tests.plans import a_configuration, a_plan
-from tests.scripts import write_tiny_llama
+from tests.scripts import LEAVE_GLOO, write_tiny_llama
 
 pytestmark = pytest.mark.slow
 SCRIPT = """
@@ -60,7 +60,7 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the script, beside a model."""
     folder = tmp_path_factory.mktemp("script")
     write_tiny_llama(folder / "model")
-    (folder / "train.py").write_text(SCRIPT)
+    (folder / "train.py").write_text(SCRIPT + LEAVE_GLOO)
     return folder / "train.py"
 
 
