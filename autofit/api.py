@@ -202,8 +202,13 @@ def explain(
     return explain_job(job, cluster)
 
 
-def explain_plan(path: Path, display: Display = silent) -> Explanation:
+def explain_plan(path: Path, display: Display = silent, *, num_cores: int = 1) -> Explanation:
     """Explain the configuration of a plan file, estimated anew.
+
+    Args:
+        path: of the plan.
+        display: shows how far tracing is.
+        num_cores: see `solve_job`.
 
     Raises:
         InputError: the file is no plan, or its configuration cannot be estimated with what is installed.
@@ -214,18 +219,20 @@ def explain_plan(path: Path, display: Display = silent) -> Explanation:
     job, cluster, configuration = stored.inputs.job, stored.inputs.cluster, stored.configuration
     explained = _explained(job, cluster, configuration, display)
     return replace(
-        explained, stored_peak_allocated_bytes=stored.memory.peak_allocated_bytes, knobs=_knobs(stored, display)
+        explained,
+        stored_peak_allocated_bytes=stored.memory.peak_allocated_bytes,
+        knobs=_knobs(stored, display, num_cores),
     )
 
 
-def _knobs(stored: Plan, display: Display) -> tuple[Knob, ...]:
+def _knobs(stored: Plan, display: Display, num_cores: int) -> tuple[Knob, ...]:
     from autofit.search.solve import required_regimes
     from autofit.search.why import knobs
 
     job, cluster = stored.inputs.job, stored.inputs.cluster
     try:
         profiles, _ = traceable_of(job.model, required_regimes(job, cluster), job.workload.sequence_tokens, display)
-        return knobs(stored, profiles)
+        return knobs(stored, profiles, num_cores=num_cores)
     except InputError:
         return ()
 
@@ -725,8 +732,14 @@ def estimated_job(
     return Job(model=resolved, workload=workload, restrictions=chosen, run=run_length(wishes)), cluster
 
 
-def solve_job(job: Job, cluster: Cluster, display: Display = silent) -> Plan:
+def solve_job(job: Job, cluster: Cluster, display: Display = silent, *, num_cores: int = 1) -> Plan:
     """Plan a job; where nothing fits, look further before saying what would help.
+
+    Args:
+        job: what is trained.
+        cluster: what it is trained on.
+        display: shows how far tracing is.
+        num_cores: how many processes may work; with more than 1 this one is copied, see `autofit.search.ahead`.
 
     Raises:
         NothingFitsError: nothing fits.
@@ -736,7 +749,7 @@ def solve_job(job: Job, cluster: Cluster, display: Display = silent) -> Plan:
     regimes = required_regimes(job, cluster)
     profiles, refused = traceable_of(job.model, regimes, job.workload.sequence_tokens, display)
     try:
-        made = solve(job, cluster, profiles)
+        made = solve(job, cluster, profiles, num_cores=num_cores)
         return replace(made, reasons=(*made.reasons, *(f"left out, for it cannot be traced: {why}" for why in refused)))
     except NothingFitsError as refusal:
         try:
@@ -843,14 +856,27 @@ def compare(
 
 
 def compare_job(
-    job: Job, clusters: Sequence[Cluster], display: Display = silent, planning: Display = silent
+    job: Job,
+    clusters: Sequence[Cluster],
+    display: Display = silent,
+    planning: Display = silent,
+    *,
+    num_cores: int = 1,
 ) -> tuple[Offer, ...]:
-    """Plan a job on each of several clusters; what is traced is traced once for all."""
+    """Plan a job on each of several clusters; what is traced is traced once for all.
+
+    Args:
+        job: what is trained.
+        clusters: what it may be trained on.
+        display: shows how far tracing is.
+        planning: shows how far planning is.
+        num_cores: see `solve_job`.
+    """
     from autofit.search.compare import offers, regimes_of_all
 
     profiles, _ = traceable_of(job.model, regimes_of_all(job, clusters), job.workload.sequence_tokens, display)
     with planning() as progress:
-        return offers(job, clusters, profiles, progress)
+        return offers(job, clusters, profiles, progress, num_cores=num_cores)
 
 
 def traceable_of(

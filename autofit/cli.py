@@ -100,6 +100,7 @@ def plan(
 ) -> None:
     """Find the cheapest configuration that fits, and write its files."""
     from autofit.api import planned_job, solve_job
+    from autofit.search.ahead import num_usable_cores
 
     job, cluster = planned_job(
         model=model,
@@ -110,7 +111,7 @@ def plan(
         allow_hub=allow_hub,
         measuring=measuring,
     )
-    made = solve_job(job, cluster, tracing)
+    made = solve_job(job, cluster, tracing, num_cores=num_usable_cores())
     show_plan(made, output, as_json=as_json)
 
 
@@ -522,6 +523,7 @@ def explain(
     """Say of each term of the memory what it is, by which formula and from where."""
     from autofit import api
     from autofit.api import estimate_stages, estimated_job, explain_job, explain_plan
+    from autofit.search.ahead import num_usable_cores
 
     if plan_file is None and (why_not or what_if):
         raise InputError("--why-not and --what-if ask about a plan.", to_fix="give a plan.json; plan -o writes one")
@@ -534,7 +536,7 @@ def explain(
     if plan_file is not None:
         if (model, seq_len, gpus, wishes, by_stage) != (None, None, None, EveryWish(), False):
             raise InputError("explain takes a plan.json or options, not both.", to_fix="leave one of them out")
-        print_explanation(explain_plan(plan_file, tracing), as_json=as_json)
+        print_explanation(explain_plan(plan_file, tracing, num_cores=num_usable_cores()), as_json=as_json)
         return
     if model is None or gpus is None or (seq_len is None and wishes.data is None):
         raise InputError("explain needs a plan.json, or --model, --seq-len and --gpus.", to_fix="give them")
@@ -629,6 +631,7 @@ def compare(
 ) -> None:
     """Plan the same job on several kinds of hardware: which is cheapest, which is fastest."""
     from autofit.api import calibrated, compare_job, job_of
+    from autofit.search.ahead import num_usable_cores
     from autofit.sources.market import hardware
     from autofit.sources.prices import read_prices
 
@@ -641,7 +644,7 @@ def compare(
         allow_hub=allow_hub,
         measuring=measuring,
     )
-    found = compare_job(job, clusters, tracing, planning)
+    found = compare_job(job, clusters, tracing, planning, num_cores=num_usable_cores())
     print_comparison(found, as_json=as_json)
     if not any(offer.plan for offer in found):
         raise typer.Exit(NothingFitsError.exit_code)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from autofit.errors import InputError, NothingFitsError
 from autofit.plan import Plan
+from autofit.search.ahead import Ahead
 from autofit.search.evaluate import MemoryEstimator
 from autofit.search.solve import required_regimes, solve
 from autofit.spec.hardware import Cluster
@@ -57,6 +58,7 @@ def offers(
     progress: Callable[[str, int, int], None] = lambda _name, _done, _total: None,
     *,
     estimate_memory: MemoryEstimator | None = None,
+    num_cores: int = 1,
 ) -> tuple[Offer, ...]:
     """Plan the job on each hardware; the cheapest per token first, then what has no price, then what is refused.
 
@@ -66,11 +68,17 @@ def offers(
         profiles: of `regimes_of_all`.
         progress: called with (hardware, planned, of how many).
         estimate_memory: takes the place of the memory model; for tests.
+        num_cores: how many processes may work; with more than 1 this one is copied, see `autofit.search.ahead`.
     """
+
+    def offer(number: int) -> Offer:
+        return _offer(job, clusters[number], profiles, estimate_memory)
+
     found = []
-    for number, cluster in enumerate(clusters):
-        progress(f"{cluster.num_devices} x {cluster.device.name}", number, len(clusters))
-        found.append(_offer(job, cluster, profiles, estimate_memory))
+    with Ahead(offer, range(len(clusters)), num_cores) as ahead:
+        for number, cluster in enumerate(clusters):
+            progress(f"{cluster.num_devices} x {cluster.device.name}", number, len(clusters))
+            found.append(ahead.get(number) or offer(number))
     return tuple(sorted(found, key=_order))
 
 

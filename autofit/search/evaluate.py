@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import compress
 from typing import Literal, Protocol
@@ -16,6 +17,7 @@ from autofit.errors import InputError
 from autofit.memory.alloc_conf import expandable_segments_problem
 from autofit.memory.assemble import MemoryModel
 from autofit.memory.uncertainty import interval, run_kind
+from autofit.search.ahead import Ahead
 from autofit.search.allowed import Mask
 from autofit.search.calibrated import calibrated_memory, calibrated_time, calibration_for, uncalibrated
 from autofit.search.space import Block, Split
@@ -54,6 +56,10 @@ class MemoryEstimator(Protocol):
     ) -> MemoryEstimate:
         """Estimate; `replays` asks for the reserved figure, which takes longer."""
         ...
+
+
+_Looked = tuple[tuple[Configuration, Misfit], dict[Configuration, MemoryEstimate]]
+"""How a configuration fits, and what was replayed to see that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +161,8 @@ class Evaluator:
         self._memories: dict[Regime, MemoryModel] = {}
         self._replays: dict[Configuration, MemoryEstimate] = {}
         self._trainings: dict[Configuration, MemoryEstimate] = {}
+        self._found: dict[Configuration, tuple[Configuration, Misfit]] = {}
+        self._ahead: Ahead[Configuration, _Looked] | None = None
 
     def for_length(self, sequence_tokens: int) -> Evaluator:
         """Return an evaluator of the same configurations for sequences cut at another length."""
@@ -276,9 +284,59 @@ class Evaluator:
     def replay(self, configuration: Configuration) -> MemoryEstimate:
         """Estimate memory with every allocation sent through torch's allocator policy: exact, and slow."""
         if configuration not in self._replays:
-            memory = self._memory(configuration, replays=True)
-            self._replays[configuration] = self._trainings[configuration.training_alone] = memory
+            self._remember(configuration, self._memory(configuration, replays=True))
         return self._replays[configuration]
+
+    def as_it_fits(self, configuration: Configuration) -> tuple[Configuration, Misfit]:
+        """Return a configuration as it fits when replayed, or what of it does not fit.
+
+        As it is; or with what changes no result: evaluations on training's micro-batch, and segments that grow.
+        """
+        if configuration not in self._found:
+            looked = None if self._ahead is None else self._ahead.get(configuration)
+            found, replays = looked or (self._as_it_fits(configuration), {})
+            for replayed, memory in replays.items():
+                self._remember(replayed, memory)
+            self._found[configuration] = found
+        return self._found[configuration]
+
+    @contextmanager
+    def looking_ahead(self, configurations: Iterable[Configuration], num_cores: int) -> Iterator[None]:
+        """Look on other cores how these fit, in the order in which that will be asked; it may be asked of others too.
+
+        Args:
+            configurations: what is likely to be asked.
+            num_cores: how many processes may work, this one among them.
+        """
+        with Ahead(self._look, configurations, num_cores) as self._ahead:
+            yield
+        self._ahead = None
+
+    def _look(self, configuration: Configuration) -> _Looked:
+        self._replays = {}
+        return self._as_it_fits(configuration), self._replays
+
+    def _remember(self, configuration: Configuration, memory: MemoryEstimate) -> None:
+        self._replays[configuration] = self._trainings[configuration.training_alone] = memory
+
+    def _as_it_fits(self, configuration: Configuration) -> tuple[Configuration, Misfit]:
+        if self.can_grow_segments and self.is_fragmented(configuration):
+            configuration = replace(configuration, expandable_segments=True)
+        misfit = self.replayed_misfit(configuration)
+        if misfit == "evaluation":
+            configuration = self.evaluating_less(configuration)
+            misfit = self.replayed_misfit(configuration)
+        if misfit == "fragmentation" and self.can_grow_segments:  # which is asked last: stages do not depend on it
+            configuration = replace(configuration, expandable_segments=True)
+            misfit = self.replayed_misfit(configuration)
+        return configuration, misfit
+
+    def evaluating_less(self, configuration: Configuration) -> Configuration:
+        """Return a configuration that evaluates on no more than training's micro-batch, where nobody fixed that."""
+        if not self.frees_evaluation:
+            return configuration
+        smaller = min(configuration.per_device_train_batch_size, configuration.per_device_eval_batch_size)
+        return replace(configuration, evaluation=replace(configuration.evaluation, per_device_eval_batch_size=smaller))
 
     def is_fragmented(self, configuration: Configuration) -> bool:
         """Tell whether replaying every allocation shows soon that a configuration does not fit.
@@ -382,28 +440,3 @@ def refuse_length(profile: RegimeProfile, sequence_tokens: int) -> None:
         f"sequences of {sequence_tokens} tokens take a code path of {profile.model} that was not traced.",
         to_fix=f"choose a length of {allowed} tokens",
     )
-
-
-def as_it_fits(configuration: Configuration, evaluator: Evaluator) -> tuple[Configuration, Misfit]:
-    """Return a configuration as it fits when replayed, or what of it does not fit.
-
-    As it is; or with what changes no result: evaluations on training's micro-batch, and segments that grow.
-    """
-    if evaluator.can_grow_segments and evaluator.is_fragmented(configuration):
-        configuration = replace(configuration, expandable_segments=True)
-    misfit = evaluator.replayed_misfit(configuration)
-    if misfit == "evaluation":
-        configuration = evaluating_less(configuration, evaluator)
-        misfit = evaluator.replayed_misfit(configuration)
-    if misfit == "fragmentation" and evaluator.can_grow_segments:  # which is asked last: stages do not depend on it
-        configuration = replace(configuration, expandable_segments=True)
-        misfit = evaluator.replayed_misfit(configuration)
-    return configuration, misfit
-
-
-def evaluating_less(configuration: Configuration, evaluator: Evaluator) -> Configuration:
-    """Return a configuration that evaluates on no more than training's micro-batch, where nobody fixed that."""
-    if not evaluator.frees_evaluation:
-        return configuration
-    smaller = min(configuration.per_device_train_batch_size, configuration.per_device_eval_batch_size)
-    return replace(configuration, evaluation=replace(configuration.evaluation, per_device_eval_batch_size=smaller))

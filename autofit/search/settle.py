@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from autofit.search.evaluate import Evaluator, MemoryEstimator, as_it_fits
+from autofit.search.evaluate import Evaluator, MemoryEstimator
 from autofit.search.rank import Ranking
 from autofit.search.space import Block
 from autofit.search.table import Rows, Table
@@ -63,7 +63,7 @@ def settled(table: Table, rows: Rows, evaluator: Evaluator, ranking: Ranking) ->
     methods = table.knob("method")
     while (fitting := rows[table.fits[rows]]).size:
         row = ranking.best(fitting)
-        configuration, misfit = as_it_fits(table.configuration(row), evaluator)
+        configuration, misfit = evaluator.as_it_fits(table.configuration(row))
         if misfit == "none":
             return table, Settled(row, configuration)
         fares_no_better = methods == methods[row] if misfit == "fragmentation" else table.block == table.block[row]

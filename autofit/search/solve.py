@@ -12,7 +12,7 @@ import numpy as np
 from autofit.errors import InputError
 from autofit.plan import Inputs, Plan, Rung
 from autofit.search.allowed import allowed
-from autofit.search.evaluate import Evaluated, Evaluator, MemoryEstimator, as_it_fits, evaluating_less, stage_misfit
+from autofit.search.evaluate import Evaluated, Evaluator, MemoryEstimator, stage_misfit
 from autofit.search.nothing_fits import Search, changes, refusal
 from autofit.search.rank import Ranking
 from autofit.search.rules import Site, broken_rule, rules_for_given
@@ -23,6 +23,7 @@ from autofit.search.words import (
     allocator_reasons,
     attention_reasons,
     calibration_reasons,
+    cheaper_rivals,
     count_reasons,
     describe,
     evaluation_reasons,
@@ -67,7 +68,14 @@ def explaining_regimes(job: Job, cluster: Cluster) -> tuple[Regime, ...]:
     return tuple(regime for regime in regimes if regime not in known)
 
 
-def solve(job: Job, cluster: Cluster, profiles: ProfileSet, *, estimate_memory: MemoryEstimator | None = None) -> Plan:
+def solve(
+    job: Job,
+    cluster: Cluster,
+    profiles: ProfileSet,
+    *,
+    estimate_memory: MemoryEstimator | None = None,
+    num_cores: int = 1,
+) -> Plan:
     """Choose the cheapest configuration that fits.
 
     Args:
@@ -75,6 +83,7 @@ def solve(job: Job, cluster: Cluster, profiles: ProfileSet, *, estimate_memory: 
         cluster: what it is trained on.
         profiles: of `required_regimes`; a configuration whose profile is not there is left out, and counted.
         estimate_memory: takes the place of the memory model; for tests.
+        num_cores: how many processes may work; with more than 1 this one is copied, see `autofit.search.ahead`.
 
     Raises:
         InputError: the job and the cluster do not go together.
@@ -86,39 +95,45 @@ def solve(job: Job, cluster: Cluster, profiles: ProfileSet, *, estimate_memory: 
     if not len(table):
         raise _nothing_evaluated(job, table)
     ranking = Ranking(table, job.restrictions.objective)
-    table, chosen = settled(table, np.arange(len(table)), evaluator, ranking)
-    if chosen is None:
-        row = nearest_row(table, np.arange(len(table)))
-        nearest = replace(evaluator.evaluate(table.configuration(row)), misfit=table.misfit_of(row))
-        if nearest.misfit not in {"device memory", "host memory"}:  # it was seen, of this or of another, in a replay
-            nearest = replace(nearest, memory=evaluator.replay(nearest.configuration))
-        raise refusal(job, cluster, nearest, len(table), _search_of_smallest(profiles, estimate_memory))
-    alternatives = []
-    methods = table.knob("method")
-    for method in dict.fromkeys(methods.tolist()):
-        if method != chosen.configuration.method:
-            rows = np.flatnonzero(methods == method)
-            table, found = settled(table, rows, evaluator, ranking)
-            alternatives.append(found or Settled(row := nearest_row(table, rows), table.configuration(row)))
-    fallbacks = ranking.ladder(chosen.row, _smaller(table, chosen.row))
-    return _plan(
-        job,
-        cluster,
-        replace(evaluator.evaluate(chosen.configuration), memory=evaluator.replay(chosen.configuration)),
-        evaluator,
-        fallbacks=_descending(chosen.configuration, map(table.configuration, fallbacks), evaluator),
-        alternatives=[_rung(each.configuration, evaluator, fits=bool(table.fits[each.row])) for each in alternatives],
-        reasons=(
-            objective_reason(job, cluster, chosen.configuration, evaluator.missing_figures(chosen.configuration)),
-            *count_reasons(table, left),
-            *knob_reasons(chosen.row, table, ranking, evaluator),
-            precision_reason(job, chosen.configuration, cluster),
-            *attention_reasons(job, chosen.configuration, evaluator.versions(chosen.configuration)),
-            *routing_reasons(job, evaluator.profile(chosen.configuration)),
-            *allocator_reasons(job, chosen.configuration, evaluator),
-            *evaluation_reasons(chosen.configuration, evaluator),
-        ),
-    )
+    with evaluator.looking_ahead(_expected(table, ranking, evaluator) if num_cores > 1 else (), num_cores):
+        table, chosen = settled(table, np.arange(len(table)), evaluator, ranking)
+        if chosen is None:
+            row = nearest_row(table, np.arange(len(table)))
+            nearest = replace(evaluator.evaluate(table.configuration(row)), misfit=table.misfit_of(row))
+            if nearest.misfit not in {
+                "device memory",
+                "host memory",
+            }:  # it was seen, of this or of another, in a replay
+                nearest = replace(nearest, memory=evaluator.replay(nearest.configuration))
+            raise refusal(job, cluster, nearest, len(table), _search_of_smallest(profiles, estimate_memory))
+        alternatives = []
+        methods = table.knob("method")
+        for method in dict.fromkeys(methods.tolist()):
+            if method != chosen.configuration.method:
+                rows = np.flatnonzero(methods == method)
+                table, found = settled(table, rows, evaluator, ranking)
+                alternatives.append(found or Settled(row := nearest_row(table, rows), table.configuration(row)))
+        fallbacks = ranking.ladder(chosen.row, _smaller(table, chosen.row))
+        return _plan(
+            job,
+            cluster,
+            replace(evaluator.evaluate(chosen.configuration), memory=evaluator.replay(chosen.configuration)),
+            evaluator,
+            fallbacks=_descending(chosen.configuration, map(table.configuration, fallbacks), evaluator),
+            alternatives=[
+                _rung(each.configuration, evaluator, fits=bool(table.fits[each.row])) for each in alternatives
+            ],
+            reasons=(
+                objective_reason(job, cluster, chosen.configuration, evaluator.missing_figures(chosen.configuration)),
+                *count_reasons(table, left),
+                *knob_reasons(chosen.row, table, ranking, evaluator),
+                precision_reason(job, chosen.configuration, cluster),
+                *attention_reasons(job, chosen.configuration, evaluator.versions(chosen.configuration)),
+                *routing_reasons(job, evaluator.profile(chosen.configuration)),
+                *allocator_reasons(job, chosen.configuration, evaluator),
+                *evaluation_reasons(chosen.configuration, evaluator),
+            ),
+        )
 
 
 def estimate(
@@ -194,6 +209,23 @@ def _nothing_evaluated(job: Job, table: Table) -> InputError:
     )
 
 
+def _expected(table: Table, ranking: Ranking, evaluator: Evaluator) -> list[Configuration]:
+    """Return what `solve` will look at more closely, in order, if what is best of each method fits as it is."""
+    fitting = np.flatnonzero(table.fits)
+    if not fitting.size:
+        return []
+    chosen, methods = ranking.best(fitting), table.knob("method")
+    of_methods = [fitting[methods[fitting] == method] for method in dict.fromkeys(methods[fitting].tolist())]
+    rows = [chosen, *(ranking.best(rows) for rows in of_methods if methods[rows[0]] != methods[chosen])]
+    rungs = map(table.configuration, ranking.ladder(chosen, _smaller(table, chosen)))
+    rivals = cheaper_rivals(chosen, table, ranking)
+    return [
+        *map(table.configuration, rows),
+        *map(evaluator.evaluating_less, rungs),
+        *map(table.configuration, rivals),
+    ]
+
+
 def _search_of_smallest(profiles: ProfileSet, estimate_memory: MemoryEstimator | None) -> Search:
     """Return a search of the smallest micro-batch alone: enough to show that something fits."""
 
@@ -219,7 +251,7 @@ def _descending(chosen: Configuration, rungs: Iterable[Configuration], evaluator
     A rung evaluates less at a time too: it may have been an evaluation that ran out of memory.
     """
     kept, lowest = [], evaluator.replay(chosen)
-    for configuration, misfit in (as_it_fits(evaluating_less(rung, evaluator), evaluator) for rung in rungs):
+    for configuration, misfit in (evaluator.as_it_fits(evaluator.evaluating_less(rung)) for rung in rungs):
         memory = evaluator.replay(configuration)
         is_less = memory.peak_allocated_bytes < lowest.peak_allocated_bytes
         if is_less and memory.needed_bytes < lowest.needed_bytes and misfit == "none":

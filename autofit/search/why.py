@@ -43,12 +43,13 @@ class Knob:
     rivals: tuple[Rival, ...]
 
 
-def knobs(plan: Plan, profiles: ProfileSet) -> tuple[Knob, ...]:
+def knobs(plan: Plan, profiles: ProfileSet, *, num_cores: int = 1) -> tuple[Knob, ...]:
     """Set beside each knob of a plan what its other values come to; nothing where it is none of its own search.
 
     Args:
         plan: what was chosen, by whatever release and at whatever prices.
         profiles: of the code paths of its search.
+        num_cores: how many processes may work; with more than 1 this one is copied, see `autofit.search.ahead`.
 
     Raises:
         InputError: the job leaves nothing to choose from on this cluster.
@@ -61,9 +62,12 @@ def knobs(plan: Plan, profiles: ProfileSet) -> tuple[Knob, ...]:
     if chosen is None:
         return ()
     ranking = Ranking(table, job.restrictions.objective)
+    asked = [(name, mine, value, rows) for name, mine, others in rivals(chosen, table) for value, rows in others]
+    fitting = (rows[table.fits[rows]] for *_, rows in asked)
+    expected = [table.configuration(ranking.best(rows)) for rows in fitting if rows.size]
     found: dict[tuple[str, str], list[Rival]] = {}
-    for name, mine, others in rivals(chosen, table):
-        for value, rows in others:
+    with evaluator.looking_ahead(expected, num_cores):
+        for name, mine, value, rows in asked:
             marked, best = settled(table, rows, evaluator, ranking)
             row = nearest_row(marked, rows) if best is None else best.row
             configuration = table.configuration(row) if best is None else best.configuration

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from autofit.search.allowed import Allowed
-from autofit.search.evaluate import HEADROOM_FRACTION, Evaluator, Misfit, as_it_fits
+from autofit.search.evaluate import HEADROOM_FRACTION, Evaluator, Misfit
 from autofit.search.rank import SAFETY_FRACTION, Ranking
 from autofit.search.rules.engines import routes
 from autofit.search.space import USUAL_EVAL_BATCH
@@ -223,6 +223,15 @@ def knob_reasons(chosen: int, table: Table, ranking: Ranking, evaluator: Evaluat
     )
 
 
+def cheaper_rivals(chosen: int, table: Table, ranking: Ranking) -> Iterator[int]:
+    """Yield the rows that `knob_reasons` looks at more closely."""
+    for _, _, others in rivals(chosen, table):
+        for _, group in others:
+            fitting = group[table.fits[group]]
+            if fitting.size and _is_cheaper(best := ranking.cheapest(fitting), chosen, ranking):
+                yield best
+
+
 def rivals(chosen: int, table: Table) -> Iterator[tuple[str, object, list[tuple[object, Rows]]]]:
     """Yield each knob that has other values, with its own value and each other one's rows, of the same method."""
     methods = table.knob("method")
@@ -251,8 +260,8 @@ def _compared(value: object, chosen: int, group: Rows, table: Table, ranking: Ra
     best = ranking.cheapest(fitting)
     configuration = table.configuration(best)
     devices, spent = table.knob("num_processes"), ranking.spent
-    if spent[best] < (1 - LEAST_SHOWN_FRACTION) * spent[chosen]:  # it was not taken for what it needs
-        configuration, misfit = as_it_fits(configuration, evaluator)
+    if _is_cheaper(best, chosen, ranking):
+        configuration, misfit = evaluator.as_it_fits(configuration)
         if misfit != "none":
             return f"{spelt(value)} would not fit {misfit_words(misfit)}"
     replayed = evaluator.known_replay(configuration)
@@ -262,6 +271,11 @@ def _compared(value: object, chosen: int, group: Rows, table: Table, ranking: Ra
         _slower(float(table.seconds[best] / table.seconds[chosen]) - 1, knows_time=table.knows_time),
     ]
     return f"{spelt(value)} would {', '.join(parts[:-1])}{' and ' if parts[1:] else ''}{parts[-1]}"
+
+
+def _is_cheaper(row: int, chosen: int, ranking: Ranking) -> bool:
+    """Whether one costs less than what was chosen: it was not taken for what it needs."""
+    return bool(ranking.spent[row] < (1 - LEAST_SHOWN_FRACTION) * ranking.spent[chosen])
 
 
 def _dearer(excess_fraction: float) -> str:
