@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from autofit.errors import InputError
@@ -66,3 +67,10 @@ def format_count(count: float) -> str:
         if count >= size:
             return f"{count / size:.3g}{suffix}" if count / size < 1000 else f"{count / size:.0f}{suffix}"
     return f"{count:.0f}"
+
+
+def format_three_digits(value: float) -> str:
+    """Write what is not negative to three significant digits or in whole numbers (0.0816, 0.100, 2.10, 1,235)."""
+    rounded = float(f"{value:.3g}")
+    digits_before = math.floor(math.log10(rounded)) + 1 if rounded else 1
+    return f"{value:,.{max(0, 3 - digits_before)}f}"

@@ -11,7 +11,7 @@ from autofit import api
 from autofit.errors import AutofitError
 from autofit.plan import Plan
 from autofit.search.words import describe
-from autofit.units import GIB
+from autofit.units import GIB, format_three_digits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +143,7 @@ def cells(job: TypicalJob) -> Iterator[str]:
     yield f"{made.memory.needed_bytes / GIB:.1f} of {made.memory.budget_bytes / GIB:.1f}"
     speed, dollars = made.time.tokens_per_second, made.cost.dollars_per_million_tokens
     yield "?" if speed is None else f"{speed:,.0f}"
-    yield "?" if dollars is None else f"{dollars:.3g}"
+    yield "?" if dollars is None else format_three_digits(dollars)
 
 
 def planned(job: TypicalJob) -> Plan:

@@ -15,7 +15,7 @@ from autofit.report.plan import bullets, plain_table
 from autofit.report.words import tokens_words
 from autofit.search.compare import Offer
 from autofit.spec.hardware import Cluster
-from autofit.units import GIB
+from autofit.units import GIB, format_three_digits
 
 PICTURE_ROWS = 12
 MOST_PICTURE_COLUMNS = 72
@@ -156,7 +156,7 @@ def _place(value: float, values: Sequence[float], last: int) -> int:
 
 
 def _framed(grid: Sequence[Sequence[str]], speeds: Sequence[float], prices: Sequence[float]) -> list[str]:
-    top, bottom = f"${math.exp(max(prices)):.3g}", f"${math.exp(min(prices)):.3g}"
+    top, bottom = (f"${format_three_digits(math.exp(price))}" for price in (max(prices), min(prices)))
     labels = [top, *[""] * (len(grid) - 2), bottom]
     left, right = tokens_words(math.exp(min(speeds))), tokens_words(math.exp(max(speeds)))
     below = f"{left}{right:>{max(1, len(grid[0]) - len(left))}}"
@@ -175,4 +175,4 @@ def _batch(plan: Plan) -> str:
 
 def _price(offer: Offer) -> str:
     dollars = offer.dollars_per_million_tokens
-    return "?" if dollars is None else f"${dollars:.3g}"
+    return "?" if dollars is None else f"${format_three_digits(dollars)}"

@@ -28,7 +28,7 @@ from autofit.spec.configuration import Configuration
 from autofit.spec.estimate import STAGES, MemoryEstimate, Phase, Stages
 from autofit.timing.batches import step_tokens
 from autofit.timing.binding import binding_resource
-from autofit.units import GIB, format_bytes, format_count, format_seconds
+from autofit.units import GIB, format_bytes, format_count, format_seconds, format_three_digits
 from autofit.writers.render import ACCELERATE_FILE, PLAN_FILE
 from autofit.writers.scripts import launch_options
 
@@ -172,8 +172,10 @@ def price_line(plan: Plan) -> str:
     if cost.dollars_per_million_tokens is not None and cost.dollars_per_device_hour is not None:
         origin = plan.inputs.cluster.device.price_origin or "the lowest price found"
         price = f"at ${cost.dollars_per_device_hour:.2f} per device-hour, {origin}"
-        return f"${cost.dollars_per_million_tokens:.3g} per million tokens {price}"
-    return f"{cost.device_hours_per_million_tokens:.3g} device-hours per million tokens; this device has no price"
+        return f"${format_three_digits(cost.dollars_per_million_tokens)} per million tokens {price}"
+    assert cost.device_hours_per_million_tokens is not None, "asked for only where there are some"
+    hours = format_three_digits(cost.device_hours_per_million_tokens)
+    return f"{hours} device-hours per million tokens; this device has no price"
 
 
 def run_line(plan: Plan) -> str:
@@ -186,7 +188,9 @@ def run_line(plan: Plan) -> str:
     if run.hours is None or run.device_hours is None:
         return f"{line}; how long they take is not known"
     dollars = "; this device has no price" if run.dollars is None else f", ${run.dollars:,.2f}"
-    return f"{line} in {format_seconds(run.hours * 3600)}, {run.device_hours:,.3g} device-hours{dollars}"
+    return (
+        f"{line} in {format_seconds(run.hours * 3600)}, {format_three_digits(run.device_hours)} device-hours{dollars}"
+    )
 
 
 def memory_table(memory: MemoryEstimate, *, width: int) -> RenderableType:
@@ -317,7 +321,7 @@ def _price_cell(plan: Plan, rung: Rung) -> str:
     if rung.step_seconds is None or chosen is None or dollars is None:
         return "?"
     devices = rung.configuration.num_processes / plan.configuration.num_processes
-    return f"{dollars * devices * rung.step_seconds / chosen:.3g}"
+    return format_three_digits(dollars * devices * rung.step_seconds / chosen)
 
 
 def _step_cell(_: Plan, rung: Rung) -> str:

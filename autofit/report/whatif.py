@@ -12,7 +12,7 @@ from autofit.report.plan import bullets, decision, plain_table
 from autofit.report.words import excess_words, tokens_words
 from autofit.search.whatif import Answer, binding_reasons
 from autofit.search.words import describe
-from autofit.units import GIB
+from autofit.units import GIB, format_three_digits
 
 
 def whatif_report(made: Plan, found: Sequence[Answer], *, width: int) -> Group:
@@ -52,7 +52,7 @@ def _cells(made: Plan, plan: Plan) -> tuple[str, ...]:
     return (
         f"{plan.memory.needed_bytes / GIB:.2f}",
         "?" if speed is None else tokens_words(speed),
-        "?" if dollars is None else f"{dollars:.3g}",
+        "?" if dollars is None else format_three_digits(dollars),
         _against(made, plan),
     )
 

@@ -14,7 +14,7 @@ from autofit.report.errors import error_json, error_text
 from autofit.report.plan import bar, files_report, nearest_to_peak, plan_report, unknowns
 from autofit.report.words import further_words
 from autofit.spec.estimate import CostEstimate, Phase
-from autofit.units import GIB
+from autofit.units import GIB, format_three_digits
 
 
 def rendered(renderable, width=110):
@@ -127,6 +127,24 @@ def test_prices_scale_with_the_time_of_a_step(plan):
     row = next(line for line in text.splitlines() if line.startswith("full"))
     chosen = next(line for line in text.splitlines() if line.startswith("lora"))
     assert float(row.split()[-1]) / float(chosen.split()[-1]) == pytest.approx(1.5, rel=0.01)
+
+
+@pytest.mark.parametrize("digits", [1.0, 2.1, 4.56789, 9.994, 9.996])
+@pytest.mark.parametrize("exponent", range(-6, 7))
+def test_three_digits_are_those_of_scientific_notation(digits, exponent):
+    """What is written reads as the number rounded to three digits, and shows three; a larger one is a whole number."""
+    value = digits * 10**exponent
+    written = format_three_digits(value)
+    if value < 100:
+        assert float(written) == float(f"{value:.2e}")
+        assert len(written.replace(".", "").lstrip("0")) == 3
+    else:
+        assert written == f"{round(value):,}"
+
+
+def test_nothing_costs_nothing():
+    """Zero has no digits that count, and is written like what is less than ten."""
+    assert format_three_digits(0) == "0.00"
 
 
 def test_a_figure_not_known_is_named_and_never_zero(plan):

@@ -138,7 +138,7 @@ def test_a_person_reads_the_cheapest_and_the_fastest_first():
     found = [an_offer(1.0, 100.0), an_offer(3.0, 50.0, DEAR), an_offer(2.0, 400.0, OLD_GPU, 4)]
     text = rendered(found)
     assert text.splitlines()[0].strip() == (
-        "Cheapest: 1xby-hand-80G, $1 per million tokens. Fastest: 4xby-hand-old, 400 tokens/s."
+        "Cheapest: 1xby-hand-80G, $1.00 per million tokens. Fastest: 4xby-hand-old, 400 tokens/s."
     )
     picture = text[text.index("Dollars per million tokens (up)") :]
     assert all(letter in picture for letter in ("A", "b", "C"))
