@@ -42,7 +42,8 @@ class Ahead(Generic[Asked, Answer]):
         self._answers: dict[Asked, Answer] = {}
         for n in range(num_cores - 1):
             if share := later[n :: num_cores - 1]:
-                self._copies.update(dict.fromkeys(share, _Copy(partial(_answers, answer, share))))
+                with contextlib.suppress(OSError):  # no further process is allowed: this one answers
+                    self._copies.update(dict.fromkeys(share, _Copy(partial(_answers, answer, share))))
 
     def get(self, asked: Asked) -> Answer | None:
         """Return an answer, which may have to be waited for; None where no copy came to one."""
@@ -72,7 +73,12 @@ class _Copy(Generic[Answer]):
 
     def __init__(self, task: Callable[[], Answer]) -> None:
         reading, writing = os.pipe()
-        self._process = os.fork()
+        try:
+            self._process = os.fork()
+        except OSError:
+            os.close(reading)
+            os.close(writing)
+            raise
         if not self._process:
             _work(task, writing)
         os.close(writing)

@@ -56,6 +56,19 @@ def test_copies_that_nobody_waits_for_end() -> None:
     assert children() == before
 
 
+def test_where_no_process_can_be_made_nothing_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system that allows no further process leaves all to this one, and no pipe open."""
+
+    def refused() -> int:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", refused)
+    opened = len([*Path("/proc/self/fd").iterdir()])
+    with Ahead(process_of, range(7), 3) as ahead:
+        assert [ahead.get(number) for number in range(7)] == [None] * 7
+    assert len([*Path("/proc/self/fd").iterdir()]) == opened
+
+
 def test_a_process_with_torch_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     """There is one core to use where torch is loaded, and otherwise as many as the system lets the process have."""
     monkeypatch.delitem(sys.modules, "torch", raising=False)
