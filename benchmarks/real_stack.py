@@ -3,7 +3,7 @@
     python benchmarks/real_stack.py [--cells CELL,CELL | --all] [--loop accelerate] [--measured FILE [--again]] [--json]
 
 A cell is `METHOD-SHARDING-PRECISION-OPTIM-bB-sS-gaN`, and then any of `-ckpt[-reentrant]`, `-sp2`, `-accelerate`,
-`-views`, `-half`, `-fp32file`, `-keeps`, `-ragged`, `-hybrid` and `-NAME=VALUE`:
+`-views`, `-half`, `-fp32file`, `-keeps`, `-ragged`, `-hybrid`, `-fp32down` and `-NAME=VALUE`:
 `lora-zero2-bf16-adamw_torch_fused-b2-s256-ga1-ckpt`. `zero2_offload` keeps the optimizer on the host,
 `zero3_offload_all` the weights as well; `qlora_bf16` stores packed weights in bf16, which FSDP shards. `-accelerate`
 runs a bare Accelerate loop, which keeps the model's output alive through backward, in place of the Trainer, and with
@@ -11,7 +11,9 @@ runs a bare Accelerate loop, which keeps the model's output alive through backwa
 train are loaded in 16 bits, where they would be in fp32; in `-fp32file` the checkpoint is stored in fp32, whatever it
 is loaded in, where it would be as it is loaded. In `-keeps` evaluation keeps its predictions, for a `compute_metrics`.
 In `-ragged` sequences are of many lengths, up to `-s`, and each batch is padded to its longest. In `-hybrid` four ranks
-hold two copies of the model, each sharded over two of them. NAME is a setting of DeepSpeed's `zero_optimization` block.
+hold two copies of the model, each sharded over two of them. In `-fp32down` the model's class names its `down_proj`
+among the modules that transformers loads in fp32 beside 16-bit weights. NAME is a setting of DeepSpeed's
+`zero_optimization` block.
 
 Sharded cells run on two gloo ranks; under FSDP, `cpu_fsdp/` makes accelerate take them for GPUs. Measured is the most
 bytes that tensor storages held at one time, on the rank that held most: from the first step to the last, and in each
@@ -489,13 +491,33 @@ def predict(cell: str, profiles: dict[Any, Any]) -> MemoryEstimate:
     from autofit.profile.trace import trace
 
     configuration, tokens = parse_cell(cell)
-    regime = regime_of(configuration, CPU_RANK)
+    keeps = keeps_fp32_modules(cell)
+    regime = regime_of(configuration, CPU_RANK, frozenset({"bfloat16"}) if keeps else frozenset())
     if regime not in profiles:
-        profiles[regime] = trace("a small Llama", MODEL, regime)
+        with down_projections_in_fp32() if keeps else contextlib.nullcontext():
+            profiles[regime] = trace("a small Llama", MODEL, regime)
     # A rank is a node of its own, so that the host's bytes are those of one rank.
     cluster = Cluster(device=CPU_RANK, num_devices_per_node=1, num_nodes=configuration.num_processes)
     model = MemoryModel(profiles[regime], tokens, (configuration.per_device_train_batch_size,))
     return model.estimate(configuration, cluster, replays=True)
+
+
+def keeps_fp32_modules(cell: str) -> bool:
+    """Tell a cell whose model has modules in fp32."""
+    return "fp32down" in cell.split("-")
+
+
+@contextlib.contextmanager
+def down_projections_in_fp32() -> Iterator[None]:
+    """Let Llama's class name a third of its weights among those that are loaded in fp32, as T5's names its `wo`."""
+    from transformers import LlamaForCausalLM
+
+    before = LlamaForCausalLM._keep_in_fp32_modules_strict  # noqa: SLF001 - the name that transformers asks for
+    LlamaForCausalLM._keep_in_fp32_modules_strict = ["down_proj"]  # noqa: SLF001
+    try:
+        yield
+    finally:
+        LlamaForCausalLM._keep_in_fp32_modules_strict = before  # noqa: SLF001
 
 
 def save_model(folder: Path, dtype: str) -> Path:
@@ -523,6 +545,7 @@ def measure(cell: str, model_folders: dict[str, Path], folder: Path) -> Ranks:
         "model": str(model_folders[configuration.stored_dtype or configuration.weights_dtype]),
         "hidden_size": HIDDEN_SIZE,
         "vocab_size": VOCAB_SIZE,
+        "keeps_fp32_modules": keeps_fp32_modules(cell),
     }
     (run_folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
     child = subprocess.run(

@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 import torch
 from host_memory import HostMemory, prepare_as_beside_a_gpu
+from real_stack import down_projections_in_fp32
 
 from autofit.runtime.live_bytes import LiveBytes
 from autofit.runtime.run import leave_process_group
@@ -157,7 +158,9 @@ def train(run_folder: Path) -> None:
         peaks.enter("loading")
         on_host = host is not None and configuration.quantization is None
         with host.placing() if on_host and host else contextlib.nullcontext():
-            model = load_model(request["model"], configuration)
+            keeps = request["keeps_fp32_modules"]
+            with down_projections_in_fp32() if keeps else contextlib.nullcontext():
+                model = load_model(request["model"], configuration)
         live.count_existing()
         dataset = make_dataset(request["tokens"], request["vocab_size"], configuration)
         loop = train_in_a_loop if configuration.keeps_outputs else train_with_trainer

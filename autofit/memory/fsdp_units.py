@@ -128,7 +128,11 @@ class _Sharder:
         quantization = self._configuration.quantization
         if quantization is not None and quantization.prepares_kbit:
             return MASTER_BYTES
-        return BYTES_PER_ELEMENT[self._configuration.weights_dtype]
+        return self.loaded_bytes(tensor)
+
+    def loaded_bytes(self, tensor: StaticTensor) -> int:
+        """Bytes of an element of a parameter that is not quantised, as it is loaded."""
+        return BYTES_PER_ELEMENT["float32" if tensor.loaded_in_fp32 else self._configuration.weights_dtype]
 
     def shard_elements(self, tensor: StaticTensor) -> int:
         """Elements of the largest shard: FSDP2 cuts along the first dimension, FSDP1 anywhere."""
@@ -283,7 +287,7 @@ def sharded(configuration: Configuration, profile: RegimeProfile) -> list[Sharde
         stored = sharder.stored_bytes(tensor)
         loaded = stored
         if tensor.kind == "parameter" and configuration.quantization is None:
-            loaded = BYTES_PER_ELEMENT[configuration.weights_dtype]
+            loaded = sharder.loaded_bytes(tensor)
         return Sharded(
             unit=f"{unit} adapter" if of_first and tensor.kind == "adapter" else unit,
             num_elements=tensor.num_elements,

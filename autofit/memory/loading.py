@@ -132,7 +132,9 @@ def _freed_experts(named: list[_Named], loaded_bytes: int) -> int:
 
 
 def _loaded_bytes(tensor: StaticTensor, profile: RegimeProfile, bytes_per_element: int) -> int:
-    """Bytes of a parameter as it is loaded; those that stay in fp32 have been traced so."""
+    """Bytes of a parameter as it is loaded; those that stay in fp32 have been traced so, or are marked."""
+    if tensor.loaded_in_fp32:
+        return tensor.num_elements * BYTES_PER_ELEMENT["float32"]
     return num_bytes_of(tensor) if profile.regime.keeps_fp32 else tensor.num_elements * bytes_per_element
 
 

@@ -158,6 +158,8 @@ def loading(run: Run) -> Stage:
 
 
 def _loaded_bytes(tensor: Tensor, bytes_per_element: int, *, keeps_fp32: bool = False) -> int:
+    if tensor.loaded_in_fp32:
+        return tensor.num_elements * BYTES_PER_ELEMENT["float32"]
     if tensor.kind == "parameter":
         return tensor.num_bytes if keeps_fp32 else tensor.num_elements * bytes_per_element
     return tensor.num_elements * ADAPTER_BYTES if tensor.kind == "adapter" else tensor.num_bytes

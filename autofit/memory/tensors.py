@@ -30,6 +30,8 @@ class Tensor:
     """Last dimension, 0 where it is what is left of the first."""
     outside_linear: bool = False
     """Whether it is a matrix of a module that is neither nn.Linear nor nn.Embedding."""
+    loaded_in_fp32: bool = False
+    """Whether transformers loads it in fp32, though an engine gathers it in 16 bits."""
     num_bytes: int = field(init=False, repr=False, compare=False)
     """Without an allocator's rounding; asked for a hundred thousand times in a search."""
 
@@ -123,6 +125,7 @@ def _tensor(tensor: StaticTensor) -> Tensor:
         rows=tensor.rows,
         columns=tensor.columns,
         outside_linear=tensor.outside_linear,
+        loaded_in_fp32=tensor.loaded_in_fp32,
     )
 
 

@@ -9,11 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from autofit.profile.dtypes import DTYPES
+from autofit.profile.models import is_loaded_in_fp32
+from autofit.spec.configuration import Dtype
 from autofit.spec.profile import StaticTensor
 
 
-def static_tensors(model: nn.Module) -> list[tuple[str, StaticTensor]]:
-    """List the parameters and buffers, shared ones once, in the model's order."""
+def static_tensors(model: nn.Module, fp32_beside: Dtype | None = None) -> list[tuple[str, StaticTensor]]:
+    """List the parameters and buffers, shared ones once, in the model's order.
+
+    Args:
+        model: on any device.
+        fp32_beside: the dtype that it would be loaded in, if what transformers loads in fp32 then is to be marked.
+    """
     embedding = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     tables = (nn.Linear, nn.Embedding)
     known = {id(module.weight) for module in model.modules() if isinstance(module, tables)}
@@ -25,7 +33,12 @@ def static_tensors(model: nn.Module) -> list[tuple[str, StaticTensor]]:
         seen.add(id(tensor))
         static = _static(name, tensor, embeds=id(tensor) in embedding)
         is_outside = isinstance(tensor, nn.Parameter) and tensor.dim() > 1 and id(tensor) not in known
-        found.append((name, replace(static, outside_linear=is_outside)))
+        is_fp32 = (
+            fp32_beside is not None
+            and static.kind == "parameter"
+            and is_loaded_in_fp32(model, name, DTYPES[fp32_beside])
+        )
+        found.append((name, replace(static, outside_linear=is_outside, loaded_in_fp32=is_fp32)))
     return found
 
 

@@ -448,7 +448,7 @@ def trace_model(
         inputs = arrange(a_batch(points[0], model, regime, feed), regime) if has_images else None
         return Traced(
             steps=steps,
-            tensors=static_tensors(model),
+            tensors=static_tensors(model, regime.stores_fp32_beside),
             first_indices=watch.first_indices(),
             attends_causally=recorder.attends_causally,
             routes_evenly=evenly is not None and evenly.was_asked,

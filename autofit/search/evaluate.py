@@ -154,7 +154,7 @@ class Evaluator:
         self._cluster, self._workload, self._profiles = cluster, workload, profiles
         self._held_stages, self.frees_evaluation = held_stages, frees_evaluation
         # A model that has such modules has been traced with them.
-        self._fp32_modules = frozenset(regime.weights_dtype for regime in profiles if regime.keeps_fp32)
+        self._fp32_modules = frozenset(each.fp32_modules_beside for each in profiles if each.fp32_modules_beside)
         self._micro_batches = tuple(sorted(set(micro_batches)))
         self._estimate_memory = estimate_memory
         self._times: dict[tuple[Regime, int], TimeModel] = {}

@@ -80,8 +80,15 @@ class Regime:
 
     keeps_fp32: bool = False
     """Whether modules that transformers loads in fp32 whatever dtype is asked for are in fp32 (`fp32_modules`)."""
+    stores_fp32_beside: Dtype | None = None
+    """The dtype beside which such modules are loaded, where an engine stores them in fp32 and computes in another."""
     evaluates: bool = False
     """Whether the tape is a forward pass without gradients, as Trainer evaluates, instead of a step of training."""
+
+    @property
+    def fp32_modules_beside(self) -> Dtype | None:
+        """The dtype of weights beside which the model has modules in fp32; None: it has none."""
+        return self.weights_dtype if self.keeps_fp32 else self.stores_fp32_beside
 
     @property
     def masks_one_row(self) -> bool:
@@ -115,6 +122,8 @@ class StaticTensor:
     outside_linear: bool = False
     """Whether it is a matrix of a module that is neither nn.Linear nor nn.Embedding: GPT-2's Conv1D, experts in one
     tensor. Low-rank optimizers project an nn.Linear's weight alone."""
+    loaded_in_fp32: bool = False
+    """Whether transformers loads it in fp32, and `dtype` is another that an engine gathers it in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,7 +34,7 @@ def regime_of(configuration: Configuration, device: Device, fp32_modules: frozen
     Stage 3 replaces torch's linear function. Where every weight trains that keeps what torch's own keeps.
 
     Modules that transformers loads in fp32 beside 16-bit weights stay so, unless an engine casts or gathers the weights
-    in 16 bits; `prepare_model_for_kbit_training` makes the others fp32 as well.
+    in 16 bits; what FSDP gathers so, it stores in fp32. `prepare_model_for_kbit_training` makes the others fp32 too.
 
     Args:
         configuration: what is trained, and how.
@@ -47,7 +47,9 @@ def regime_of(configuration: Configuration, device: Device, fp32_modules: frozen
     gathers_half = configuration.uses_fsdp and half is not None
     quantization = _quantization(configuration.quantization, casts_rest=gathers_half)
     weights_dtype = half if (engine_casts or gathers_half) and half else configuration.weights_dtype
-    becomes_fp32 = quantization is not None and quantization.prepares_kbit
+    quantized = configuration.quantization
+    becomes_fp32 = quantized is not None and quantized.prepares_kbit
+    has_fp32_modules = configuration.weights_dtype in fp32_modules and not (engine_casts or becomes_fp32)
     return Regime(
         method=configuration.method,
         quantization=quantization,
@@ -73,7 +75,8 @@ def regime_of(configuration: Configuration, device: Device, fp32_modules: frozen
         keeps_outputs=configuration.keeps_outputs,
         zero3_linear=configuration.zero_stage == ZERO3 and configuration.method != "full",
         sequence_parallel_size=configuration.sequence_parallel_size,
-        keeps_fp32=weights_dtype in fp32_modules and not (engine_casts or gathers_half or becomes_fp32),
+        keeps_fp32=has_fp32_modules and not gathers_half,
+        stores_fp32_beside=configuration.weights_dtype if has_fp32_modules and gathers_half else None,
     )
 
 

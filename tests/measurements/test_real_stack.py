@@ -35,6 +35,7 @@ CELLS = (
     "qlora_bf16-fsdp2_offload_all-bf16-adamw_torch_fused-b2-s256-ga1-ckpt",
     "lora-ddp-bf16-adamw_torch_fused-b2-s256-ga1-ragged",
     "full-fsdp1-bf16-adamw_torch_fused-b1-s32-ga1-hybrid",
+    "lora-fsdp2-bf16-adamw_torch_fused-b2-s256-ga1-fp32down",
 )
 """Activations are the peak of most; in one the optimizer's step is, in one what offloading a gradient takes."""
 SURE = ("forward", "backward", "optimizer_step", "host", "loading", "first_step", "preparing", "saving")

@@ -15,6 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, mo
 
 from autofit.memory.tape import BIRTH_FIELDS
 from autofit.profile.models import build, load_config
+from autofit.profile.parameters import static_tensors
 from autofit.profile.trace import trace_steps
 from autofit.runtime.live_bytes import LiveBytes
 from autofit.spec.configuration import Configuration, Lora, Quantization
@@ -94,6 +95,20 @@ def test_every_parameter_has_the_dtype_in_which_it_is_loaded(case, tmp_path):
     assert getattr(torch, regime.weights_dtype) in unpacked.values()
 
 
+@pytest.mark.parametrize("case", ["t5 in fp16", "norms and sinks in bf16", "norms in fp16"])
+def test_what_an_engine_gathers_in_16_bits_is_marked_as_loaded_in_fp32(case, tmp_path):
+    """Exactly those parameters that `from_pretrained` leaves in fp32; all are traced in the dtype that computes."""
+    config, regime = CASES[case]
+    gathers = replace(regime, weights_dtype="bfloat16", stores_fp32_beside=regime.weights_dtype)
+    real = {name: each.dtype for name, each in loaded(config, regime, tmp_path).named_parameters()}
+    built = build(load_config(config, None, gathers), gathers)
+    marked = dict(static_tensors(built, gathers.stores_fp32_beside))
+    assert {name: marked[name].loaded_in_fp32 for name in real} == {
+        name: dtype == torch.float32 for name, dtype in real.items()
+    }
+    assert {marked[name].dtype for name in real} == {"bfloat16"}
+
+
 def test_a_forward_pass_with_modules_in_fp32_keeps_what_a_real_one_does(tmp_path):
     """For the backward pass of T5 in fp16, whose layers cast what goes into `wo` to fp32: to 0.01 %."""
     regime = a_regime(weights_dtype="float16", keeps_fp32=True)
@@ -163,9 +178,11 @@ def a_configuration(**changes: Any) -> Configuration:
     ],
 )
 def test_engines_that_cast_weights_leave_none_in_fp32(changes, keeps):
-    """Norms and sinks stay in fp32 where weights are used as they were loaded, and nowhere else."""
+    """Norms and sinks stay in fp32 where weights are used as they were loaded, and are stored so where FSDP casts."""
     device = Device(name="A100-80G", kind="cuda", memory_bytes=80 * GIB)
     configuration = a_configuration(**changes)
     assert regime_of(configuration, device, dtypes_with_fp32_modules(DEEPSEEK)).keeps_fp32 is keeps
     assert regime_of(configuration, device, dtypes_with_fp32_modules(T5)).keeps_fp32 is False  # in fp16 alone
+    stored = regime_of(configuration, device, dtypes_with_fp32_modules(DEEPSEEK)).stores_fp32_beside
+    assert stored == ("bfloat16" if changes.get("sharding") == "fsdp2" else None)
     assert dtypes_with_fp32_modules({"model_type": "llava", "text_config": GPT_OSS}) == {"float16"}

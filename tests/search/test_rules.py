@@ -24,6 +24,7 @@ QLORA = {"method": "qlora", "sharding": "zero3"}
 UINT8, INT8 = Quantization(storage_dtype="uint8"), Quantization(bits=8)
 PACKED = Quantization(quant_type="gptq", storage_dtype="int32")
 MIXTRAL = {"model_type": "mixtral", "num_local_experts": 8}
+ERNIE = {"model_type": "ernie4_5_moe"}
 OLD_RELEASES = {
     "accelerate": "1.5.2",
     "bitsandbytes": "0.49.1",
@@ -98,6 +99,12 @@ BROKEN: dict[str, tuple[Any, ...]] = {
     "fsdp1-cannot-save-8bit-state": (a_configuration(sharding="fsdp1", optim="adamw_8bit"), GPU),
     "fsdp-cannot-shard-int8": (a_configuration(method="qlora", sharding="fsdp2", quantization=INT8), GPU),
     "fsdp1-flattens-one-floating-dtype": (a_configuration(method="qlora", sharding="fsdp1"), GPU),
+    "fsdp1-flattens-no-fp32-modules": (a_configuration(sharding="fsdp1", weights_dtype="bfloat16"), GPU, ERNIE),
+    "fsdp2-trains-no-fp32-modules": (
+        a_configuration(sharding="fsdp2", weights_dtype="bfloat16", mixed_precision="no"),
+        GPU,
+        ERNIE,
+    ),
     "fsdp-would-cast-packed-weights": (
         a_configuration(method="qlora", sharding="fsdp2", quantization=Quantization(storage_dtype="float32")),
         GPU,

@@ -37,6 +37,8 @@ FOUND_UNDER_ENGINES: dict[str, dict[str, Any]] = {
         "fsdp1-has-no-galore": "IndexError: tuple index out of range",
         "fsdp-cannot-shard-int8": "Cannot flatten integer dtype tensors",
         "fsdp1-flattens-one-floating-dtype": "Must flatten tensors with uniform dtype",
+        "fsdp1-flattens-no-fp32-modules": "Must flatten tensors with uniform dtype",
+        "fsdp2-trains-no-fp32-modules": "FSDP expects uniform original parameter dtype",
         "fsdp-would-cast-packed-weights": "is invalid for input of size",
         "fsdp1-has-no-dora": "IndexError: tuple index out of range",
         "fsdp1-adapter-needs-no-checkpoint": "CheckpointError",
@@ -100,8 +102,15 @@ NOT_RUN = {
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a tiny Llama on disk."""
-    return write_tiny_llama(tmp_path_factory.mktemp("model"))
+    """Return a tiny Llama on disk, and within its folder a tiny gpt-oss."""
+    from transformers import AutoModelForCausalLM, GptOssConfig
+
+    folder = write_tiny_llama(tmp_path_factory.mktemp("model"))
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "head_dim": 16, "num_attention_heads": 2, "vocab_size": 100}
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "num_key_value_heads": 1, "num_hidden_layers": 2}
+    config = GptOssConfig(**sizes, **experts, pad_token_id=0, eos_token_id=1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "gpt-oss")
+    return folder
 
 
 @pytest.fixture(scope="module")

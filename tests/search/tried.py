@@ -60,6 +60,13 @@ def load(folder: str, *, bits: int | None = None, storage: str = "bfloat16", dty
     return LlamaForCausalLM.from_pretrained(folder, **settings)
 
 
+def load_with_fp32_modules(folder: str) -> Any:
+    """Load the tiny gpt-oss in fp16: its norms stay in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(Path(folder) / "gpt-oss", dtype="float16", attn_implementation="eager")
+
+
 def adapted(model: Any, **lora: Any) -> Any:
     """Put an adapter on a model."""
     from peft import LoraConfig, get_peft_model
@@ -82,7 +89,9 @@ def train(model: Any, *, first_token: int = 0, **arguments: Any) -> Any:
     return trainer
 
 
-def fsdp(folder: str, version: int, *, adapter: Any = None, checkpoints: bool = False, **rest: Any) -> Any:
+def fsdp(
+    folder: str, version: int, *, adapter: Any = None, checkpoints: bool = False, mixed: str = "bf16", **rest: Any
+) -> Any:
     """Train under FSDP, set up as `accelerate launch` does."""
     from accelerate.state import AcceleratorState, GradientState
 
@@ -90,10 +99,14 @@ def fsdp(folder: str, version: int, *, adapter: Any = None, checkpoints: bool = 
         "FSDP_VERSION": str(version),
         "FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD" if version == 1 else "true",
         "FSDP_ACTIVATION_CHECKPOINTING": str(checkpoints).lower(),
+        "ACCELERATE_MIXED_PRECISION": mixed,
     }
     AcceleratorState._reset_state()
     GradientState._reset_state()
-    model = load(folder, **{name: rest.pop(name) for name in ("bits", "storage", "dtype") if name in rest})
+    if rest.pop("fp32_modules", False):
+        model = load_with_fp32_modules(folder)
+    else:
+        model = load(folder, **{name: rest.pop(name) for name in ("bits", "storage", "dtype") if name in rest})
     return train(model if adapter is None else adapted(model, **adapter), **rest)
 
 
@@ -107,6 +120,8 @@ def fsdp_cases(folder: str) -> dict[str, Case]:
         "fsdp1-has-no-galore": lambda: fsdp(folder, 1, optim="galore_adamw"),
         "fsdp-cannot-shard-int8": lambda: fsdp(folder, 1, bits=8, adapter={}),
         "fsdp1-flattens-one-floating-dtype": lambda: fsdp(folder, 1, bits=4, storage="float32", adapter={}),
+        "fsdp1-flattens-no-fp32-modules": lambda: fsdp(folder, 1, fp32_modules=True),
+        "fsdp2-trains-no-fp32-modules": lambda: fsdp(folder, 2, fp32_modules=True, mixed="no"),
         "fsdp-would-cast-packed-weights": lambda: fsdp(folder, 2, bits=4, storage="float32", adapter={}),
         "fsdp1-has-no-dora": lambda: fsdp(folder, 1, adapter={"use_dora": True}),
         "fsdp1-adapter-needs-no-checkpoint": lambda: fsdp(folder, 1, adapter={}, checkpoints=True),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from autofit.search.rules.rule import Rule, autocast_dtype, is_from_bitsandbytes
+from autofit.spec.fp32_modules import dtypes_with_fp32_modules
 
 FSDP_RULES: tuple[Rule, ...] = (
     Rule(
@@ -134,6 +135,33 @@ FSDP_RULES: tuple[Rule, ...] = (
             and c.quantization is not None
             and c.quantization.storage_dtype != "int32"
             and (c.quantization.storage_dtype != c.weights_dtype or c.quantization.prepares_kbit)
+        ),
+    ),
+    Rule(
+        name="fsdp1-flattens-no-fp32-modules",
+        reason="transformers loads some modules of this model in fp32 beside 16-bit weights, and a unit's weights "
+        "become one flat tensor, of one dtype",
+        library="torch",
+        releases=">=2.0",
+        source='torch/distributed/fsdp/_flat_param.py 2.13, _validate_tensors_to_flatten ("Must flatten tensors with '
+        'uniform dtype"); transformers/modeling_utils.py 5.23, `_get_dtype_plan`',
+        axes=("path", "engine"),
+        breaks=lambda c, on: c.sharding == "fsdp1" and c.weights_dtype in dtypes_with_fp32_modules(on.config),
+    ),
+    Rule(
+        name="fsdp2-trains-no-fp32-modules",
+        reason="transformers loads some modules of this model in fp32 beside 16-bit weights, and what trains in a unit "
+        "has to be of one dtype; mixed precision makes all of it fp32",
+        library="torch",
+        releases=">=2.4",
+        source="torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py 2.13, _init_mp_dtypes; "
+        "transformers/modeling_utils.py 5.23, `_get_dtype_plan`",
+        axes=("path", "engine"),
+        breaks=lambda c, on: (
+            c.sharding == "fsdp2"
+            and c.lora is None
+            and c.mixed_precision == "no"
+            and c.weights_dtype in dtypes_with_fp32_modules(on.config)
         ),
     ),
     Rule(
