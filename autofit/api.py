@@ -61,7 +61,7 @@ class Explanation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferenceEstimate:
-    """What one device needs to generate text. Activations of the prompt being read come on top."""
+    """What one device needs to generate text. Of a prompt whose length is not said, activations come on top."""
 
     weights_bytes: int
     """Parameters and buffers, as they are stored."""
@@ -69,8 +69,10 @@ class InferenceEstimate:
     """Keys and values of every token of every sequence."""
     growth_bytes: int
     """For a moment, while a token is added."""
+    prompt_bytes: int | None
+    """While the prompt is read: activations, and its keys and values; None where its length was not said."""
     total_bytes: int
-    """All of it."""
+    """The most at one time: the weights, and what reading the prompt or adding the last token takes."""
     process_bytes: int | None
     """With cuBLAS workspaces and the CUDA context; None for a CPU rank."""
     budget_bytes: int
@@ -331,7 +333,13 @@ def estimate_stages(job: Job, cluster: Cluster, display: Display = silent) -> tu
 
 
 def estimate_inference(
-    *, model: str | Path, gpus: str, seq_len: int, allow_hub: bool = False, **wishes: Any
+    *,
+    model: str | Path,
+    gpus: str,
+    seq_len: int,
+    prompt_tokens: int | None = None,
+    allow_hub: bool = False,
+    **wishes: Any,
 ) -> InferenceEstimate:
     """Estimate what generating text needs, as `autofit estimate --inference` does.
 
@@ -339,6 +347,7 @@ def estimate_inference(
         model: see `estimate`.
         gpus: one device.
         seq_len: tokens of a sequence, prompt and answer together.
+        prompt_tokens: of these, the prompt's, whose activations are then counted; reading it is traced.
         allow_hub: see `estimate`.
         wishes: `micro_batch` (sequences at one time), `weights_dtype`, and how weights are quantised.
 
@@ -346,7 +355,7 @@ def estimate_inference(
         InputError: something given cannot be used; `message` says what, `to_fix` what to do.
     """
     read = wishes_of(EveryWish, wishes)
-    return infer(model=model, gpus=gpus, seq_len=seq_len, wishes=read, allow_hub=allow_hub)
+    return infer(model=model, gpus=gpus, seq_len=seq_len, prompt_tokens=prompt_tokens, wishes=read, allow_hub=allow_hub)
 
 
 def infer(
@@ -356,10 +365,15 @@ def infer(
     seq_len: int,
     wishes: EveryWish,
     allow_hub: bool,
+    prompt_tokens: int | None = None,
     display: Display = silent,
 ) -> InferenceEstimate:
-    """Estimate generating; the weights are those of a traced model, without what trains."""
-    from autofit.memory.inference import inference_memory
+    """Estimate generating; the weights are those of a traced model, without what trains.
+
+    Raises:
+        InputError: something given cannot be used, or what is asked for is not modelled.
+    """
+    from autofit.memory.inference import inference_memory, kv_cache_elements, prompt_bytes
     from autofit.memory.overheads import context_bytes, workspace_bytes
     from autofit.memory.static import static_bytes
     from autofit.memory.tensors import tensors
@@ -367,6 +381,13 @@ def infer(
     from autofit.sources.packed import refuse_generating
     from autofit.spec.regimes import regime_of
 
+    if prompt_tokens is not None and not 0 < prompt_tokens < seq_len:
+        raise InputError(
+            f"a prompt of {prompt_tokens} tokens does not leave an answer in sequences of {seq_len}.",
+            to_fix=f"give --prompt-tokens from 1 to {seq_len - 1}, or a longer --seq-len: prompt and answer together"
+            if seq_len > 1
+            else "give a longer --seq-len: prompt and answer together",
+        )
     refuse_generating(resolve_model(str(model), allow_hub=allow_hub).config)
     job, cluster = estimated_job(
         model=model,
@@ -380,20 +401,29 @@ def infer(
         raise InputError("generating on several devices is not modelled.", to_fix="give one device")
     configuration, device = only_configuration(job, cluster), cluster.device
     regime = regime_of(configuration, device, job.model.fp32_modules)
-    profile = profiles_of(job.model, (regime,), seq_len, display)[regime]
+    batch = configuration.per_device_train_batch_size
+    reading = None
+    if prompt_tokens is not None:
+        kv_cache_elements(job.model.config, batch=batch, tokens=seq_len)  # refused before it is traced
+        regime = replace(regime, generates=True)
+    profile = profiles_of(job.model, (regime,), prompt_tokens or seq_len, display)[regime]
+    if prompt_tokens is not None:
+        reading = prompt_bytes(profile, batch=batch, prompt_tokens=prompt_tokens)
     held = static_bytes(tuple(t for t in tensors(profile) if t.kind != "adapter"), device.kind)
     memory = inference_memory(
         held.frozen_weights + held.trained_weights + held.quantized_weights + held.buffers,
         job.model.config,
-        batch=configuration.per_device_train_batch_size,
+        batch=batch,
         tokens=seq_len,
         dtype=configuration.weights_dtype,
+        prompt_bytes=reading,
     )
     context = context_bytes(device, 1)
     return InferenceEstimate(
         weights_bytes=memory.weights_bytes,
         kv_cache_bytes=memory.kv_cache_bytes,
         growth_bytes=memory.growth_bytes,
+        prompt_bytes=memory.prompt_bytes,
         total_bytes=memory.total_bytes,
         process_bytes=None if context is None else context + workspace_bytes(device) + memory.total_bytes,
         budget_bytes=device.memory_bytes,

@@ -414,6 +414,16 @@ def estimate(
             help="What generating needs instead: weights, and keys and values of --micro-batch x --seq-len tokens.",
         ),
     ] = False,
+    prompt_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--prompt-tokens",
+            min=1,
+            metavar="N",
+            help="Of --inference: the prompt's tokens of --seq-len; what reading it takes is then counted.",
+            show_default=False,
+        ),
+    ] = None,
     replay: Annotated[
         bool,
         typer.Option(
@@ -428,6 +438,8 @@ def estimate(
 
     What is left out: full fine-tuning, micro-batch 1, adamw_torch_fused, no checkpointing, DDP on several devices.
     """
+    if prompt_tokens is not None and not inference:
+        raise InputError("--prompt-tokens has no effect on training.", to_fix="leave it out, or add --inference")
     if batch is not None:
         if (model, seq_len, gpus, wishes) != (None, None, None, EveryWish()):
             raise InputError("with --batch the rows say what is estimated.", to_fix="write the options into the rows")
@@ -439,7 +451,15 @@ def estimate(
         raise InputError("estimate needs --model, --seq-len and --gpus, or --batch.", to_fix="give them")
     if inference and seq_len is not None:
         print_inference(
-            infer(model=model, gpus=gpus, seq_len=seq_len, wishes=wishes, allow_hub=allow_hub, display=tracing),
+            infer(
+                model=model,
+                gpus=gpus,
+                seq_len=seq_len,
+                prompt_tokens=prompt_tokens,
+                wishes=wishes,
+                allow_hub=allow_hub,
+                display=tracing,
+            ),
             as_json=as_json,
         )
         return
@@ -468,7 +488,10 @@ def print_inference(estimated: InferenceEstimate, *, as_json: bool) -> None:
         "weights": estimated.weights_bytes,
         "keys and values": estimated.kv_cache_bytes,
         "to add a token": estimated.growth_bytes,
-        "together; a prompt being read comes on top": estimated.total_bytes,
+        "to read the prompt, its keys and values included": estimated.prompt_bytes,
+        "together; the activations of a prompt come on top (--prompt-tokens)"
+        if estimated.prompt_bytes is None
+        else "the most at one time": estimated.total_bytes,
         "whole process": estimated.process_bytes,
         f"the device has{'' if estimated.fits else ': does not fit'}": estimated.budget_bytes,
     }

@@ -1,4 +1,6 @@
-"""What generating text needs: the weights and the cache of keys and values, from a config.json alone.
+"""What generating text needs: the weights and the cache of keys and values, and a prompt's activations.
+
+The cache follows from a config.json alone, the activations from a traced forward pass over the prompt.
 
 Source: transformers/cache_utils.py 5.23, DynamicCache and get_layer_types_and_kwargs.
 """
@@ -11,7 +13,9 @@ from typing import Any
 
 from autofit.errors import InputError
 from autofit.memory.inputs import TOKEN_ID_BYTES
+from autofit.memory.tape import phase_peaks
 from autofit.spec.configuration import Dtype
+from autofit.spec.profile import RegimeProfile
 from autofit.units import BYTES_PER_ELEMENT
 
 FULL = "full_attention"
@@ -32,15 +36,24 @@ class InferenceMemory:
     kv_cache_bytes: int
     growth_bytes: int
     """For a moment, while a token is added."""
+    prompt_bytes: int | None = None
+    """While the prompt is read, its keys and values included; None: how long it is was not said."""
 
     @property
     def total_bytes(self) -> int:
-        """All of it; the activations of a prompt being read come on top."""
-        return self.weights_bytes + self.kv_cache_bytes + self.growth_bytes
+        """The most at one time; of a prompt that nobody named, activations come on top."""
+        answering = self.kv_cache_bytes + self.growth_bytes
+        return self.weights_bytes + max(answering, self.prompt_bytes or 0)
 
 
 def inference_memory(
-    weights_bytes: int, config: Mapping[str, Any], *, batch: int, tokens: int, dtype: Dtype = "bfloat16"
+    weights_bytes: int,
+    config: Mapping[str, Any],
+    *,
+    batch: int,
+    tokens: int,
+    dtype: Dtype = "bfloat16",
+    prompt_bytes: int | None = None,
 ) -> InferenceMemory:
     """Add up what generating holds.
 
@@ -50,6 +63,7 @@ def inference_memory(
         batch: sequences at one time (times beams).
         tokens: prompt and answer together.
         dtype: that keys and values are computed in.
+        prompt_bytes: see `prompt_bytes`.
 
     Raises:
         InputError: what the architecture caches does not follow from its config.
@@ -58,7 +72,22 @@ def inference_memory(
         weights_bytes=weights_bytes,
         kv_cache_bytes=kv_cache_bytes(config, batch=batch, tokens=tokens, dtype=dtype),
         growth_bytes=growth_bytes(config, batch=batch, tokens=tokens, dtype=dtype),
+        prompt_bytes=prompt_bytes,
     )
+
+
+def prompt_bytes(profile: RegimeProfile, *, batch: int, prompt_tokens: int) -> int:
+    """Return the most bytes above the weights while every sequence's prompt is read, its keys and values included.
+
+    `generate` holds a mask of all tokens beside what is traced.
+
+    Args:
+        profile: of a regime that generates.
+        batch: sequences at one time (times beams).
+        prompt_tokens: of each, padding included.
+    """
+    beside = batch * prompt_tokens * TOKEN_ID_BYTES
+    return int(max(peak.kept[0] for peak in phase_peaks(profile, [batch], prompt_tokens))) + beside
 
 
 def kv_cache_bytes(config: Mapping[str, Any], *, batch: int, tokens: int, dtype: Dtype = "bfloat16") -> int:

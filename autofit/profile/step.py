@@ -96,6 +96,9 @@ def run_step(model: nn.Module, recorder: Recorder, regime: Regime, point: Point,
     Inputs that the trace alone would not hold on to are held to the end, as those of all micro-steps are.
     Source: transformers/trainer.py 5.23, get_batch_samples.
     """
+    if regime.generates:
+        _read_prompt(model, recorder, regime, point)
+        return
     if regime.evaluates:
         _evaluate(model, recorder, regime, point, feed)
         return
@@ -135,6 +138,28 @@ def _evaluate(model: nn.Module, recorder: Recorder, regime: Regime, point: Point
         del outputs, loss, batch
         recorder.mark("end", "forward")
         del predictions
+
+
+def _read_prompt(model: nn.Module, recorder: Recorder, regime: Regime, point: Point) -> None:
+    """One prompt for each sequence, with a new cache, up to the fp32 logits of its last token.
+
+    Only that token's logits are made where the model can leave out the others. Every sequence has positions of its own,
+    and so rotary tables or position embeddings.
+    Source: transformers/generation/utils.py 5.23, generate (`_supports_logits_to_keep`), `_prefill`, `_sample` and
+    prepare_inputs_for_generation.
+    """
+    model.eval()
+    recorder.mark("embedding", "forward")
+    with torch.no_grad(), branches_of(regime, point):
+        batch = arrange(a_batch(point, model, regime), regime)
+        del batch["labels"]
+        taken = inspect.signature(model.forward).parameters
+        positions = torch.ones_like(batch["input_ids"]).cumsum(-1) - 1
+        given = {name: value for name, value in (("logits_to_keep", 1), ("position_ids", positions)) if name in taken}
+        outputs = forward(model, {**batch, **given, "use_cache": True}, regime)
+        logits = outputs["logits"][:, -1, :].to(copy=True, dtype=torch.float32)
+        recorder.mark("end", "forward")
+        del outputs, logits, batch, given, positions
 
 
 def forward(model: nn.Module, batch: dict[str, Any], regime: Regime) -> Any:

@@ -84,6 +84,8 @@ class Regime:
     """The dtype beside which such modules are loaded, where an engine stores them in fp32 and computes in another."""
     evaluates: bool = False
     """Whether the tape is a forward pass without gradients, as Trainer evaluates, instead of a step of training."""
+    generates: bool = False
+    """Whether it is a prompt that `generate` reads; at its end the cache of keys and values is there."""
 
     @property
     def fp32_modules_beside(self) -> Dtype | None:

@@ -28,6 +28,20 @@ def test_several_devices_are_refused():
         package.estimate_inference(model="gpt2", gpus="2xA100-80G", seq_len=8)
 
 
+@pytest.mark.parametrize("prompt_tokens", [0, 8, -1])
+def test_a_prompt_that_leaves_no_answer_is_refused(prompt_tokens):
+    """A sequence is prompt and answer together."""
+    with pytest.raises(package.AutofitError, match="does not leave an answer"):
+        package.estimate_inference(model="gpt2", gpus="A100-80G", seq_len=8, prompt_tokens=prompt_tokens)
+
+
+def test_training_has_no_prompt(autofit):
+    """--prompt-tokens without --inference is refused, not ignored."""
+    refused = autofit("estimate", "--model", "gpt2", "--gpus", "A100-80G", "--seq-len", 8, "--prompt-tokens", 4)
+    assert refused.exit_code == 2
+    assert "--inference" in refused.stderr
+
+
 @pytest.mark.slow
 def test_weights_and_cache_are_those_of_the_real_model(tmp_path, autofit, monkeypatch):
     """The weights are the real model's bytes in bf16, and the cache what transformers' own holds after generating."""
@@ -49,3 +63,11 @@ def test_weights_and_cache_are_those_of_the_real_model(tmp_path, autofit, monkey
     buffers = sum(buffer.numel() * 4 for buffer in model.buffers())
     assert found["weights_bytes"] == weights + buffers
     assert found["process_bytes"] is None
+    assert found["prompt_bytes"] is None
+    printed = autofit("estimate", "--inference", *options, "--prompt-tokens", 8, "--json")
+    assert printed.exit_code == 0, printed.stderr
+    reading = json.loads(printed.stdout)
+    assert reading["prompt_bytes"] > held * 8 / 12
+    assert reading["total_bytes"] == reading["weights_bytes"] + max(
+        reading["prompt_bytes"], held + reading["growth_bytes"]
+    )

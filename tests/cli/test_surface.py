@@ -110,7 +110,7 @@ SURFACE = {
     | {"--override", "--discover", "--no-discover", "--discovery-limit"},
     "estimate": ESTIMATED
     | {"--model", "--seq-len", "--gpus", "--gradient-accumulation-steps", "--batch", "--replay", "--no-replay"}
-    | {"--inference", "--allow-hub", "--json"},
+    | {"--inference", "--prompt-tokens", "--allow-hub", "--json"},
     "explain": ESTIMATED
     | {"--model", "--seq-len", "--gpus", "--gradient-accumulation-steps", "--by-stage"}
     | {"--why-not", "--what-if", "--allow-hub", "--json"},

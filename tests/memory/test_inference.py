@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from autofit.errors import InputError
-from autofit.memory.inference import inference_memory, kv_cache_bytes
+from autofit.memory.inference import inference_memory, kv_cache_bytes, prompt_bytes
+from autofit.profile.trace import trace
 from autofit.runtime.live_bytes import LiveBytes
+from tests.profile.tiny import a_regime
 
 BATCH, PROMPT, ANSWER = 2, 20, 3
 WINDOW = 8
@@ -124,6 +127,42 @@ def test_a_real_generation_takes_what_is_said(name):
         model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False, **sizes)
     said = inference_memory(weights, config, batch=batch, tokens=answer)
     assert said.total_bytes == pytest.approx(live.peak_bytes, rel=0.03)
+
+
+LONGER = {"hidden_size": 128, "num_hidden_layers": 8, "vocab_size": 1000, "max_position_embeddings": 1024}
+PROMPTS: dict[str, dict[str, Any]] = {
+    "llama, grouped queries": {**CONFIGS["llama, grouped queries"], **LONGER},
+    "gpt2": {**CONFIGS["gpt2"], "n_embd": 128, "n_layer": 8, "n_positions": 1024, "vocab_size": 1000},
+    "gemma3, windows in some layers": {
+        **CONFIGS["gemma3, windows in some layers"],
+        **LONGER,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"] * 2,
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROMPTS)
+def test_reading_a_long_prompt_takes_what_is_said(name):
+    """The most bytes alive while `generate` reads prompts that outweigh the model, above its weights, to 0.3 %."""
+    config, batch, prompt_tokens = PROMPTS[name], 8, 480
+    values = {key: value for key, value in config.items() if key != "model_type"}
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(config["model_type"], **values, use_cache=True), dtype=torch.bfloat16
+    ).eval()
+    with LiveBytes() as live:
+        live.count_existing()
+        weights = live.now_bytes
+        prompt = torch.randint(5, 64, (batch, prompt_tokens))
+        sizes = {"max_new_tokens": 4, "min_new_tokens": 4}
+        model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False, **sizes)
+        measured = live.peak_bytes - weights
+    regime = replace(a_regime(), generates=True)
+    profile = trace(name, {**config, "architectures": [type(model).__name__]}, regime, sequence_tokens=prompt_tokens)
+    reading = prompt_bytes(profile, batch=batch, prompt_tokens=prompt_tokens)
+    said = inference_memory(weights, config, batch=batch, tokens=prompt_tokens + 4, prompt_bytes=reading)
+    assert measured > weights
+    assert said.total_bytes - weights == pytest.approx(measured, rel=0.003)
 
 
 @pytest.mark.parametrize(
