@@ -15,7 +15,7 @@ from autofit.memory.host import NUM_MOMENTS, sub_groups
 from autofit.memory.loading import broadcast_bytes, merged_bytes, read_bytes
 from autofit.memory.static import rounded
 from autofit.memory.tape import returned_logits_bytes
-from autofit.memory.tensors import Model, Tensor
+from autofit.memory.tensors import Model, Tensor, num_bytes_of
 from autofit.spec.configuration import Configuration
 from autofit.spec.deepspeed import DeepSpeedSettings, bucket_settings
 from autofit.spec.estimate import Phase, Stage, Stages
@@ -28,6 +28,8 @@ ADAPTER_BYTES = 4
 SCALE_BYTES, SCALED_ELEMENTS = 4, 64
 """bitsandbytes first makes an fp32 scale for every block. Source: bitsandbytes 0.50 functional.py, quantize_4bit."""
 EIGHT_BITS = 8
+SHARED_TABLE, NUM_STACKS = "shared", 2
+"""What encoder-decoders call the table of their stacks, and how many they have."""
 HALF_BYTES = 2
 LARGEST_SAVED_FILE_BYTES = 50_000_000_000
 """A file of weights is written from one copy in host memory.
@@ -414,17 +416,30 @@ def saving(run: Run) -> Stage:
             return run.placed(device + max(gathered, written), run.plan.host, first_process=written)
         return run.placed(device + gathered, run.plan.host, first_process=2 * written)
     if run.configuration.uses_deepspeed:
-        return run.placed(device, run.plan.host + model + _tied_head_bytes(run))
+        return run.placed(device, run.plan.host + model + _other_names_bytes(run))
     if run.cluster.device.kind == "cpu":
         return run.placed(device, 0)
     return run.placed(device, run.plan.host, first_process=min(written, LARGEST_SAVED_FILE_BYTES))
 
 
-def _tied_head_bytes(run: Run) -> int:
-    """A head that is the embedding has a name of its own in a state dict, and so a copy."""
-    if not ties_embeddings(run.model) or not returned_logits_bytes(run.profile, [1], 1)[0]:
-        return 0
-    return max((t.num_bytes for t, _ in run.model.counted if t.embeds), default=0)
+def _other_names_bytes(run: Run) -> int:
+    """A table that several modules share has the name of each in a state dict, and so a copy for each.
+
+    A head may be one of them; what an encoder-decoder calls `shared` is the table of both of its stacks besides.
+    Source: transformers/models/t5/modeling_t5.py 5.23, T5ForConditionalGeneration (`_tied_weights_keys`), and alike in
+    models/bart and those made from it.
+    """
+    has_tied_head = ties_embeddings(run.model) and bool(returned_logits_bytes(run.profile, [1], 1)[0])
+    shared = [num_bytes_of(t) for t in run.profile.tensors if t.embeds and _module(t.name) == SHARED_TABLE]
+    if shared:
+        return sum(shared) * (has_tied_head + NUM_STACKS)
+    return max((t.num_bytes for t, _ in run.model.counted if t.embeds), default=0) if has_tied_head else 0
+
+
+def _module(name: str) -> str:
+    """The last of the modules that a parameter's dotted name goes through, but for what peft puts around one."""
+    parts = [part for part in name.split(".")[:-1] if part != "base_layer"]
+    return parts[-1] if parts else ""
 
 
 def _collected_bytes(run: Run) -> int:

@@ -155,21 +155,34 @@ def test_stages_1_and_2_copy_the_model_in_every_process_to_save_it():
     assert cloned.host_bytes == 8 * 2 * NUM_PARAMS
 
 
-@pytest.mark.parametrize("is_tied", [True, False])
-def test_a_head_that_is_the_embedding_is_copied_by_both_its_names(is_tied):
+T5 = {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_heads": 4, "num_layers": 2, "vocab_size": 1000}
+BART = {f"{part}_{name}": size for part in ("encoder", "decoder") for name, size in (("layers", 2), ("ffn_dim", 64))}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {**TINY, "tie_word_embeddings": True},
+        {**TINY, "tie_word_embeddings": False},
+        {"model_type": "t5", **T5, "is_encoder_decoder": True, "decoder_start_token_id": 0, "pad_token_id": 0},
+        {"model_type": "bart", **BART, "d_model": 64, "vocab_size": 1000, "is_encoder_decoder": True},
+    ],
+    ids=["tied", "not tied", "t5", "bart"],
+)
+def test_a_table_is_copied_by_each_of_its_names(config):
     """What stage 2 copies to save is what DeepSpeed's own function makes of the model's state dict, to the byte."""
     from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    config = {**TINY, "tie_word_embeddings": is_tied}
+    auto = AutoModelForSeq2SeqLM if config.get("is_encoder_decoder") else AutoModelForCausalLM
     choice = a_configuration(sharding="zero2", num_processes=2, weights_dtype="bfloat16", mixed_precision="bf16")
     profile = trace("tiny", config, regime_of(choice, CPU_RANK))
     cluster = Cluster(device=CPU_RANK, num_devices_per_node=1, num_nodes=2)
     found = MemoryModel(profile, 32, (choice.per_device_train_batch_size,)).estimate(choice, cluster, replays=True)
     values = {key: value for key, value in config.items() if key != "model_type"}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **values), dtype=torch.bfloat16)
+    model = auto.from_config(AutoConfig.for_model(config["model_type"], **values), dtype=torch.bfloat16)
     copies = clone_tensors_for_torch_save(model.state_dict())
-    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    buffers = sum(buffer.nbytes for name, buffer in model.named_buffers() if name not in copies)
     copied = found.stages.saving.device_bytes - found.after_step_allocated_bytes
     assert copied == sum(copy.nbytes for copy in copies.values()) + buffers
 
