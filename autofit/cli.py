@@ -670,7 +670,8 @@ def compare(
     found = compare_job(job, clusters, tracing, planning, num_cores=num_usable_cores())
     print_comparison(found, as_json=as_json)
     if not any(offer.plan for offer in found):
-        raise typer.Exit(NothingFitsError.exit_code)
+        is_too_large = any(offer.fits is False for offer in found)
+        raise typer.Exit(NothingFitsError.exit_code if is_too_large else InputError.exit_code)
 
 
 def print_comparison(found: Sequence[Offer], *, as_json: bool) -> None:

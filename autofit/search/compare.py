@@ -22,6 +22,8 @@ class Offer:
     cluster: Cluster
     plan: Plan | None
     refused: str | None
+    fits: bool | None = True
+    """Whether some configuration fits; None: what was asked for cannot be planned there, whatever memory it has."""
 
     @property
     def dollars_per_hour(self) -> float | None:
@@ -87,7 +89,8 @@ def _offer(job: Job, cluster: Cluster, profiles: ProfileSet, estimate_memory: Me
         plan = solve(job, cluster, profiles, estimate_memory=estimate_memory)
         return Offer(cluster=cluster, plan=plan, refused=None)
     except (InputError, NothingFitsError) as error:
-        return Offer(cluster=cluster, plan=None, refused=error.message)
+        fits = False if isinstance(error, NothingFitsError) else None
+        return Offer(cluster=cluster, plan=None, refused=error.message, fits=fits)
 
 
 def _order(offer: Offer) -> tuple[int, float]:

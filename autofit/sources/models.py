@@ -17,6 +17,7 @@ import msgspec
 from autofit.errors import InputError, nearest
 from autofit.sources.attention import usual_attention
 from autofit.sources.checkpoints import stored_dtype
+from autofit.sources.config_sizes import refuse_impossible_sizes
 from autofit.spec.job import Model, Origin
 
 
@@ -125,13 +126,14 @@ def model_from_config(
     """Return the model that a config.json's content describes, which lies in a folder if it is on this machine.
 
     Raises:
-        InputError: it names no `model_type`, or no class to build.
+        InputError: it names no `model_type`, no class to build, or sizes that no model has.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise InputError(
             f"{source} has no model_type.", to_fix="give the config.json of a transformers model, with its model_type"
         )
+    refuse_impossible_sizes(config, source)
     if config.get("architectures"):
         attention = usual_attention(config)
         return Model(

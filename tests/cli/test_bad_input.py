@@ -215,13 +215,18 @@ def test_a_command_that_starts_nothing_says_so_of_dry_run(autofit, command):
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_a_comparison_that_finds_no_hardware_ends_with_3(autofit, as_json):
-    """What was asked for is printed all the same, with the reason of each; one that fits is enough for a 0."""
+def test_a_comparison_that_finds_no_hardware_ends_as_plan_would(autofit, as_json):
+    """With 2 if what was given cannot be planned on any of it, with 3 if it would fit on none of which it can.
+
+    What was asked for is printed all the same, with the reason of each; one that fits is enough for a 0.
+    """
     job = ("--model", "HuggingFaceTB/SmolLM2-135M-Instruct", "--seq-len", "512", "--global-batch", "8")
     extra = ("--json",) if as_json else ()
     none = autofit("compare", *job, "--gpus", "3xA100-80G", *extra)
-    assert none.exit_code == 3
+    assert none.exit_code == autofit("plan", *job, "--gpus", "3xA100-80G").exit_code == 2
     assert "does not divide over 3 devices" in none.stdout
     assert none.stderr == ""
+    large = ("--model", "meta-llama/Llama-3.1-8B", "--seq-len", "512", "--global-batch", "8", "--method", "full")
+    assert autofit("compare", *large, "--gpus", "1xT4-16G", "--gpus", "3xA100-80G", *extra).exit_code == 3
     if not as_json:
         assert autofit("compare", *job, "--gpus", "3xA100-80G", "--gpus", "T4").exit_code == 0
