@@ -43,6 +43,8 @@ class Traffic:
     """After it, when nothing else runs."""
     overlaps: bool = False
     """Whether kernels run meanwhile."""
+    forward_overlaps: bool = True
+    """Whether they do in forward too, where they do at all."""
 
     def all(self, num_micro_steps: int) -> Iterator[tuple[int, Collective]]:
         """Yield every collective with how often it runs in a step."""
@@ -123,7 +125,15 @@ def _zero3(totals: ParameterTotals, settings: DeepSpeedSettings) -> Traffic:
 
 
 def _fsdp(totals: ParameterTotals, configuration: Configuration) -> Traffic:
-    """A layer is one message; what is kept from forward is not gathered again, and replicas sum each shard."""
+    """A layer is one message; what is kept from forward is not gathered again, and replicas sum each shard.
+
+    FSDP1 gathers a unit in forward when the unit before the last has been freed on the device. Where each adapter's
+    weight is a unit, those are of the layer's last product, so that the next layer's gather begins when the layer has
+    ended. In backward it is prefetched.
+    Source: torch/distributed/fsdp/_runtime_utils.py 2.13 (`_unshard`: `limit_all_gathers`), _limiter_utils.py (two in
+    flight); peft/utils/other.py (`fsdp_auto_wrap_policy`).
+    """
+    waits = configuration.sharding == "fsdp1" and totals.num_adapters > 0 and configuration.reshard_after_forward
     gathered = Collective(kind="all_gather", num_bytes=totals.whole_bytes, num_messages=totals.num_units)
     num_shards = configuration.num_processes // configuration.num_replicas
     summed = [Collective(kind="reduce_scatter", num_bytes=totals.trained_bytes, num_messages=totals.num_units)]
@@ -137,6 +147,7 @@ def _fsdp(totals: ParameterTotals, configuration: Configuration) -> Traffic:
         backward=(gathered,) if configuration.reshard_after_forward else (),
         last_backward=tuple(summed),
         overlaps=True,
+        forward_overlaps=not waits,
     )
 
 
@@ -149,6 +160,7 @@ class TrafficSeconds:
     last_backward_seconds: float
     step_seconds: float
     overlaps: bool
+    forward_overlaps: bool
     hidden_fraction: float
     """What can at best go on behind kernels: all but the first message, or the last."""
     occupied_fraction: float
@@ -165,7 +177,9 @@ def traffic_seconds(
         group = replicas if each.over_replicas else shards
         return collective_seconds(each.kind, each.num_bytes, group, fabric, num_messages=each.num_messages)
 
-    overlapping = [*traffic.forward, *traffic.backward, *traffic.last_backward] if traffic.overlaps else []
+    overlapping = [*traffic.backward, *traffic.last_backward] if traffic.overlaps else []
+    if traffic.overlaps and traffic.forward_overlaps:
+        overlapping += traffic.forward
     fewest = min((each.num_messages for each in overlapping), default=1)
     overlapping_seconds = sum(map(seconds, overlapping))
     occupied = sum(
@@ -178,6 +192,7 @@ def traffic_seconds(
         last_backward_seconds=sum(map(seconds, traffic.last_backward)),
         step_seconds=sum(map(seconds, traffic.step)),
         overlaps=traffic.overlaps,
+        forward_overlaps=traffic.forward_overlaps,
         hidden_fraction=1 - 1 / fewest,
         occupied_fraction=min(1.0, occupied / overlapping_seconds) if overlapping_seconds else 0.0,
     )

@@ -221,7 +221,8 @@ def test_the_engine_of_stage_3_keeps_the_host_busy():
 def test_fsdp1_makes_a_unit_of_each_adapters_weight_that_the_device_waits_for():
     """As many as peft's own policy wraps beside the layers, each in both passes, and not hidden behind kernels.
 
-    FSDP2 knows layers only. Where the device has much to do, the two differ by what the adapters' units take.
+    FSDP2 knows layers only. Where the device has much to do, the two differ by what the adapters' units take,
+    and by forward's gathers of 192 bytes, which FSDP2 hides.
     """
     from peft import LoraConfig, get_peft_model
     from peft.utils.other import fsdp_auto_wrap_policy
@@ -246,7 +247,7 @@ def test_fsdp1_makes_a_unit_of_each_adapters_weight_that_the_device_waits_for():
     expected = a_configuration().gradient_accumulation_steps * 2 * num_adapters * ADAPTER_UNIT_SECONDS
     assert num_adapters == 4 * 2 * 3
     assert first.terms["launch"] - second.terms["launch"] == pytest.approx(expected)
-    assert first.step_seconds - second.step_seconds == pytest.approx(expected)
+    assert 1.001 * expected < first.step_seconds - second.step_seconds < 1.01 * expected
     assert first.step_seconds_lower == second.step_seconds_lower
 
 

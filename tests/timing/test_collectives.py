@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.fsdp._limiter_utils import _FreeEventQueue
 
 from autofit.spec.configuration import Quantization
 from autofit.spec.deepspeed import bucket_settings
@@ -57,6 +58,42 @@ def test_accumulation_multiplies_only_what_runs_in_every_micro_step():
     }
     expected = {"ddp": 1, "zero1": 1, "zero2": 17 / 3, "zero3": 8, "fsdp1": 17 / 3}
     assert ratio == pytest.approx(expected)
+
+
+def test_among_adapters_fsdp1_gathers_a_layer_when_the_layer_before_has_ended():
+    """torch's own queue: what a layer's gather waits for is the last adapter but one of the layer before.
+
+    Without adapters it is the layer before that, so that the gather runs beside the kernels of a layer.
+    """
+
+    def waited_for(num_adapters):
+        queue, waited = _FreeEventQueue(), None
+        for layer in range(4):
+            waited = queue.dequeue_if_needed()
+            for adapter in range(num_adapters):
+                queue.dequeue_if_needed()
+                queue.enqueue((layer, adapter))
+            queue.enqueue((layer, "layer"))
+        return waited
+
+    assert waited_for(8) == (2, 6)
+    assert waited_for(0) == (1, "layer")
+
+
+def test_only_fsdp1_with_adapters_has_nothing_to_hide_forward_gathers_behind():
+    """FSDP2 knows layers alone, and what is not freed in forward is not waited for."""
+    adapted = parameter_totals(an_adapted_profile(num_frozen=1000, num_trained=100))
+    assert adapted.num_adapters
+    hides = {
+        (sharding, reshards, totals is adapted): step_traffic(
+            totals, configuration, bucket_settings(configuration, 8)
+        ).forward_overlaps
+        for sharding in ("fsdp1", "fsdp2")
+        for reshards in (True, False)
+        for totals in (adapted, parameter_totals(HALF))
+        for configuration in (a_configuration(sharding=sharding, reshard_after_forward=reshards),)
+    }
+    assert [each for each, hidden in hides.items() if not hidden] == [("fsdp1", True, True)]
 
 
 def test_what_is_kept_from_forward_is_not_gathered_again():
