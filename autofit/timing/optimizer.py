@@ -91,10 +91,11 @@ and without binding cores: 0.8 to 1.0 ns). A host whose memory is faster is fast
 TORCH_CPU_ADAM_SECONDS_PER_PARAM = 1.45e-9
 """The same of torch's own Adam, which FSDP runs where it offloads.
 
-Source: arXiv 2101.06840 (ZeRO-Offload), table of Adam latencies: PyTorch's on a DGX-2's processors takes 1.39 s for 1
-billion parameters and 14.76 for 10. Its own takes 0.22 and 2.57 there, a fifth, but that is the update by itself, and
-what `CPU_ADAM_SECONDS_PER_PARAM` was read off are whole steps. Measured on one core of an EPYC (torch 2.13): 4.8 ns in
-fp32 and 3.1 in bf16, 1.6 and 1.4 in shards of 131,072 that stay in its cache; a node has more cores than one.
+Source: arXiv 2101.06840 (ZeRO-Offload), table of Adam latencies, quoted from memory: PyTorch's on a DGX-2's processors
+takes 1.39 s for 1 billion parameters and 14.76 for 10. Its own takes 0.22 and 2.57 there, a fifth as DeepSpeed's pages
+have it, but that is the update by itself, and what `CPU_ADAM_SECONDS_PER_PARAM` was read off are whole steps. Measured
+on one core of an EPYC (torch 2.13): 4.8 ns in fp32 and 3.1 in bf16, 1.6 and 1.4 in shards of 131,072 that stay in its
+cache; a node has more cores than one.
 """
 
 
