@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from autofit.errors import InputError
 from autofit.search import required_regimes, solve
 from autofit.search.rules import LIBRARIES, RULES, Site, broken_rule, rules_for, rules_for_given
+from autofit.search.rules.fsdp import SHARE_ONE_TABLE
 from autofit.search.rules.rule import is_in
 from autofit.spec.configuration import Lora, Optim, Quantization
 from autofit.spec.job import Restrictions
@@ -105,6 +106,7 @@ BROKEN: dict[str, tuple[Any, ...]] = {
         GPU,
         ERNIE,
     ),
+    "fsdp2-puts-a-table-in-one-group": (a_configuration(sharding="fsdp2"), GPU, {"model_type": "t5"}),
     "fsdp-would-cast-packed-weights": (
         a_configuration(method="qlora", sharding="fsdp2", quantization=Quantization(storage_dtype="float32")),
         GPU,
@@ -326,3 +328,13 @@ def test_a_job_that_falls_to_rules_altogether_is_refused_by_name():
     for refuse in (lambda: required_regimes(job, cluster), lambda: solve(job, cluster, {})):
         with pytest.raises(InputError, match="bf16-needs-hardware"):
             refuse()
+
+
+def test_stacks_that_share_a_table_are_those_of_transformers():
+    """The types whose class for sequence-to-sequence ties its head to a table called `shared`, all stacks' own."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as CLASSES
+
+    tied = {kind: getattr(transformers, name)._tied_weights_keys or {} for kind, name in CLASSES.items()}
+    sharing = {kind for kind, keys in tied.items() if keys.get("lm_head.weight", "").split(".")[-2:-1] == ["shared"]}
+    assert sharing == SHARE_ONE_TABLE

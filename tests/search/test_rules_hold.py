@@ -39,6 +39,7 @@ FOUND_UNDER_ENGINES: dict[str, dict[str, Any]] = {
         "fsdp1-flattens-one-floating-dtype": "Must flatten tensors with uniform dtype",
         "fsdp1-flattens-no-fp32-modules": "Must flatten tensors with uniform dtype",
         "fsdp2-trains-no-fp32-modules": "FSDP expects uniform original parameter dtype",
+        "fsdp2-puts-a-table-in-one-group": "already managed by another FSDP group",
         "fsdp-would-cast-packed-weights": "is invalid for input of size",
         "fsdp1-has-no-dora": "IndexError: tuple index out of range",
         "fsdp1-adapter-needs-no-checkpoint": "CheckpointError",
@@ -102,14 +103,18 @@ NOT_RUN = {
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a tiny Llama on disk, and within its folder a tiny gpt-oss."""
-    from transformers import AutoModelForCausalLM, GptOssConfig
+    """Return a tiny Llama on disk, and within its folder a tiny gpt-oss and a tiny BART."""
+    from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, GptOssConfig
 
     folder = write_tiny_llama(tmp_path_factory.mktemp("model"))
     sizes = {"hidden_size": 32, "intermediate_size": 32, "head_dim": 16, "num_attention_heads": 2, "vocab_size": 100}
     experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "num_key_value_heads": 1, "num_hidden_layers": 2}
     config = GptOssConfig(**sizes, **experts, pad_token_id=0, eos_token_id=1)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "gpt-oss")
+    layers = {f"{stack}_{what}": 2 for stack in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    tokens = {"vocab_size": 100, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 1}
+    bart = BartConfig(d_model=32, encoder_ffn_dim=32, decoder_ffn_dim=32, forced_eos_token_id=1, **layers, **tokens)
+    BartForConditionalGeneration(bart).save_pretrained(folder / "bart")
     return folder
 
 

@@ -67,6 +67,13 @@ def load_with_fp32_modules(folder: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(Path(folder) / "gpt-oss", dtype="float16", attn_implementation="eager")
 
 
+def load_of_two_stacks(folder: str) -> Any:
+    """Load the tiny BART: its encoder and decoder read one table."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    return AutoModelForSeq2SeqLM.from_pretrained(Path(folder) / "bart", dtype="bfloat16")
+
+
 def adapted(model: Any, **lora: Any) -> Any:
     """Put an adapter on a model."""
     from peft import LoraConfig, get_peft_model
@@ -105,6 +112,8 @@ def fsdp(
     GradientState._reset_state()
     if rest.pop("fp32_modules", False):
         model = load_with_fp32_modules(folder)
+    elif rest.pop("of_two_stacks", False):
+        model = load_of_two_stacks(folder)
     else:
         model = load(folder, **{name: rest.pop(name) for name in ("bits", "storage", "dtype") if name in rest})
     return train(model if adapter is None else adapted(model, **adapter), **rest)
@@ -122,6 +131,7 @@ def fsdp_cases(folder: str) -> dict[str, Case]:
         "fsdp1-flattens-one-floating-dtype": lambda: fsdp(folder, 1, bits=4, storage="float32", adapter={}),
         "fsdp1-flattens-no-fp32-modules": lambda: fsdp(folder, 1, fp32_modules=True),
         "fsdp2-trains-no-fp32-modules": lambda: fsdp(folder, 2, fp32_modules=True, mixed="no"),
+        "fsdp2-puts-a-table-in-one-group": lambda: fsdp(folder, 2, of_two_stacks=True),
         "fsdp-would-cast-packed-weights": lambda: fsdp(folder, 2, bits=4, storage="float32", adapter={}),
         "fsdp1-has-no-dora": lambda: fsdp(folder, 1, adapter={"use_dora": True}),
         "fsdp1-adapter-needs-no-checkpoint": lambda: fsdp(folder, 1, adapter={}, checkpoints=True),

@@ -5,6 +5,34 @@ from __future__ import annotations
 from autofit.search.rules.rule import Rule, autocast_dtype, is_from_bitsandbytes
 from autofit.spec.fp32_modules import dtypes_with_fp32_modules
 
+SHARE_ONE_TABLE = frozenset(
+    {
+        "bart",
+        "bigbird_pegasus",
+        "blenderbot",
+        "blenderbot-small",
+        "led",
+        "longt5",
+        "m2m_100",
+        "mbart",
+        "mt5",
+        "mvp",
+        "nllb-moe",
+        "pegasus",
+        "pegasus_x",
+        "plbart",
+        "seamless_m4t",
+        "seamless_m4t_v2",
+        "switch_transformers",
+        "t5",
+        "umt5",
+    }
+)
+"""Encoder-decoders whose stacks read one table of embeddings, that of a module called `shared`, by `model_type`.
+
+Source: transformers 5.23, each class's `_tied_weights_keys`.
+"""
+
 FSDP_RULES: tuple[Rule, ...] = (
     Rule(
         name="fsdp-needs-gpus",
@@ -163,6 +191,16 @@ FSDP_RULES: tuple[Rule, ...] = (
             and c.mixed_precision == "no"
             and c.weights_dtype in dtypes_with_fp32_modules(on.config)
         ),
+    ),
+    Rule(
+        name="fsdp2-puts-a-table-in-one-group",
+        reason="encoder and decoder of this model read one table of embeddings, and accelerate makes a group of each",
+        library="torch",
+        releases=">=2.13",
+        source='torch/distributed/fsdp/_fully_shard/_fsdp_state.py 2.13, "shared with a parameter already managed by '
+        'another FSDP group"; accelerate/utils/fsdp_utils.py 1.15, fsdp2_prepare_model',
+        axes=("engine",),
+        breaks=lambda c, on: c.sharding == "fsdp2" and on.config.get("model_type") in SHARE_ONE_TABLE,
     ),
     Rule(
         name="fsdp-would-cast-packed-weights",
