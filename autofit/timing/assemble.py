@@ -320,10 +320,9 @@ class EngineTime:
         backward = traffic.backward_seconds + self.backward_host_seconds
         last = backward + traffic.last_backward_seconds
         share = traffic.hidden_fraction
-        hidden = 0.0 * num_micro_steps
+        hidden = (num_micro_steps - 1) * _smaller(share * backward, backward_seconds)
         if traffic.forward_overlaps:
-            hidden = num_micro_steps * _smaller(share * forward, forward_seconds)
-        hidden = hidden + (num_micro_steps - 1) * _smaller(share * backward, backward_seconds)
+            hidden = hidden + num_micro_steps * _smaller(share * forward, forward_seconds)
         return hidden + _smaller(share * last, backward_seconds)
 
     def expected_seconds(
