@@ -36,6 +36,12 @@ NUM_STEPS = 2
 """The first makes the optimizer's state; the second is like all later ones."""
 MAX_MICRO_STEPS = 2
 """The second finds gradients already there; later ones are like it."""
+MAX_BUCKETED_MICRO_STEPS_AT_FIRST = 1
+"""The same for the first step of an engine that takes gradients away at once: there micro-steps are all alike.
+
+The last step's two show whether anything is left to grow. With two in the first step as well, 3,019 configurations of
+shipped models drawn at random reserved the same to the byte; what must at least be there to reserve was up to 0.5 % more
+in five of those that nearly fill a device, and 3.4 % in one."""
 MAX_PRESSURE_REPLAYS = 5
 """The smallest capacity is found to within a 32nd of what fragmentation costs, rounded up."""
 NEARLY_FULL_FRACTION = 0.9
@@ -445,7 +451,7 @@ class _Writer:
             first_number = 0
             began: list[int] = []
             ended: list[int] = []
-            for micro_step in range(min(self._configuration.gradient_accumulation_steps, MAX_MICRO_STEPS)):
+            for micro_step in range(self._num_micro_steps(is_first=is_first)):
                 if micro_step:
                     self._program.play(used, int(step.starts[-2]), int(step.starts[-1]), first_number)
                 first_number = self._program.new_numbers(step.num_tensors)
@@ -467,6 +473,11 @@ class _Writer:
                 self._program.drop(gradients)
             self._program.drop(inputs)
         return self._program.written()
+
+    def _num_micro_steps(self, *, is_first: bool) -> int:
+        is_short = is_first and self._plan.gradients == "bucketed"
+        most = MAX_BUCKETED_MICRO_STEPS_AT_FIRST if is_short else MAX_MICRO_STEPS
+        return min(self._configuration.gradient_accumulation_steps, most)
 
     def _hold_always(self) -> None:
         """What the engine holds from before the first step on; weights that are whole are there already."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import astuple, replace
 from typing import Any
 
@@ -35,14 +36,17 @@ from autofit.memory.static import static_bytes
 from autofit.memory.tensors import tensors
 from autofit.memory.unroll import DeepTape
 from autofit.profile.trace import trace
+from autofit.search import candidates
+from autofit.sources.models import resolve_model
 from autofit.spec.configuration import Configuration, Lora, Quantization
+from autofit.spec.estimate import MemoryEstimate
 from autofit.spec.hardware import Cluster
-from autofit.spec.job import Workload
+from autofit.spec.job import Job, Restrictions, Workload
 from autofit.spec.profile import RegimeProfile, StaticTensor
 from autofit.spec.regimes import regime_of
 from autofit.units import GIB, MIB
 from tests.memory.linked_allocator import LinkedAllocator
-from tests.plans import A100, a_configuration
+from tests.plans import A100, a_configuration, shipped_profiles
 
 TOKENS = 512
 LLAMA: dict[str, Any] = {
@@ -400,6 +404,26 @@ def test_a_micro_step_that_comes_again_in_the_same_state_is_not_run_again(profil
     replayed(profile, configuration)
     loading_and_steps, without_the_stretch = 2, 5
     assert len(runs) == (without_the_stretch if comes_twice else loading_and_steps)
+
+
+@pytest.mark.parametrize("model", ["HuggingFaceTB/SmolLM2-135M-Instruct", "meta-llama/Llama-3.1-8B"])
+def test_a_second_micro_step_in_the_first_step_reserves_nothing_more(model, monkeypatch):
+    """For an engine that takes gradients away at once, one micro-step comes to what two come to."""
+    workload = Workload(sequence_tokens=2048, global_batch_sequences=64)
+    job = Job(model=resolve_model(model), workload=workload, restrictions=Restrictions(shardings=("zero2", "zero3")))
+    cluster = Cluster(device=A100, num_devices_per_node=8)
+    profiles = {profile.regime: profile for profile in shipped_profiles(model)}
+    accumulating = [each for each in candidates(job, cluster) if each.gradient_accumulation_steps > 1]
+    for configuration in random.Random(0).sample(accumulating, 20):  # noqa: S311
+        profile = profiles[regime_of(configuration, A100)]
+
+        def estimated(profile=profile, configuration=configuration) -> MemoryEstimate:
+            return estimate_memory(profile, configuration, cluster, workload, replays=True)
+
+        with monkeypatch.context() as changed:
+            changed.setattr("autofit.memory.replay.MAX_BUCKETED_MICRO_STEPS_AT_FIRST", 2)
+            twice = estimated()
+        assert estimated().peak_reserved_bytes == twice.peak_reserved_bytes, configuration
 
 
 @pytest.mark.parametrize("sharding", ["fsdp1", "fsdp2"])
