@@ -40,8 +40,8 @@ MAX_BUCKETED_MICRO_STEPS_AT_FIRST = 1
 """The same for the first step of an engine that takes gradients away at once: there micro-steps are all alike.
 
 The last step's two show whether anything is left to grow. With two in the first step as well, 3,019 configurations of
-shipped models drawn at random reserved the same to the byte; what must at least be there to reserve was up to 0.5 % more
-in five of those that nearly fill a device, and 3.4 % in one."""
+shipped models drawn at random reserved the same to the byte; what must at least be there to reserve was up to 0.5 %
+more in five of those that nearly fill a device, and 3.4 % in one."""
 MAX_PRESSURE_REPLAYS = 5
 """The smallest capacity is found to within a 32nd of what fragmentation costs, rounded up."""
 NEARLY_FULL_FRACTION = 0.9

@@ -63,11 +63,18 @@ _HIGHEST_BY_ITSELF = ("handed_over", "bucketed", "at_gradients", "reducing", "re
 
 def size_table(profile: RegimeProfile, micro_batches: npt.ArrayLike, sequence_tokens: int) -> Bytes:
     """Evaluate every size of the tape, rounded as the device's allocator does: (num_sizes, num_micro_batches)."""
-    sizes: Bytes = np.asarray(profile.sizes, dtype=np.float64) @ _powers(profile, micro_batches, sequence_tokens)
+    sizes = _unrounded(profile, micro_batches, sequence_tokens)
     if profile.regime.loss != "stock":
         sizes = np.minimum(sizes, _bounds(profile, micro_batches, sequence_tokens))
     if profile.regime.device == "cuda":
         sizes = np.ceil(sizes / CUDA_BLOCK_BYTES) * CUDA_BLOCK_BYTES
+    return sizes
+
+
+def _unrounded(profile: RegimeProfile, micro_batches: npt.ArrayLike, sequence_tokens: int) -> Bytes:
+    """Evaluate every size, without a matrix product: those wake threads, which a copied process has not."""
+    polynomials = np.asarray(profile.sizes, dtype=np.float64)
+    sizes: Bytes = np.einsum("sm,mb->sb", polynomials, _powers(profile, micro_batches, sequence_tokens))
     return sizes
 
 
@@ -193,10 +200,10 @@ def offloaded_bytes(profile: RegimeProfile, micro_batches: npt.ArrayLike, sequen
         for event in segment.events:
             if len(event) == BIRTH_FIELDS and event[1] == ON_HOST:
                 counts[event[0]] += profile.repeats(segment)
-    sizes = np.asarray(profile.sizes, dtype=np.float64) @ _powers(profile, micro_batches, sequence_tokens)
+    sizes = _unrounded(profile, micro_batches, sequence_tokens)
     if profile.regime.device == "cuda":
         sizes = 2 ** np.ceil(np.log2(np.maximum(sizes, 1)))
-    kept: Bytes = counts @ sizes
+    kept: Bytes = np.sum(counts[:, None] * sizes, axis=0)
     return kept
 
 

@@ -5,14 +5,21 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import select
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Generic, NoReturn, TypeVar
+
+from autofit.errors import AutofitError
 
 Asked = TypeVar("Asked")
 Answer = TypeVar("Answer")
+
+_TURN_BYTES = 2
+_LENGTH_BYTES = 8
+MOST_EXPECTED = 2048
+"""So many turns fit the smallest pipe that Linux makes, a page."""
 
 
 def num_usable_cores() -> int:
@@ -27,85 +34,138 @@ def num_usable_cores() -> int:
 
 
 class Ahead(Generic[Asked, Answer]):
-    """Answers that copies of this process work out while it goes on; a context, at whose end they end.
+    """Answers that this process and copies of it work out, each taking the next question when it is done with one.
+
+    A context, at whose end the copies end.
 
     Args:
-        answer: what a copy calls for each of its share.
-        expected: what is likely to be asked, in that order. The first are left to this process, as many as to a copy.
-        num_cores: how many processes may work, this one among them; with 1 there are no copies.
+        answer: what is called for each; it comes to the same wherever it is called.
+        expected: what is likely to be asked, in that order.
+        num_cores: how many processes may work, this one among them; with 1 there are no copies, and no answers.
     """
 
     def __init__(self, answer: Callable[[Asked], Answer], expected: Iterable[Asked], num_cores: int) -> None:
-        tasks = list(dict.fromkeys(expected))
-        later = tasks[len(tasks) // num_cores :]
-        self._copies: dict[Asked, _Copy[dict[Asked, Answer]]] = {}
-        self._answers: dict[Asked, Answer] = {}
-        for n in range(num_cores - 1):
-            if share := later[n :: num_cores - 1]:
-                with contextlib.suppress(OSError):  # no further process is allowed: this one answers
-                    self._copies.update(dict.fromkeys(share, _Copy(partial(_answers, answer, share))))
+        self._answer = answer
+        self._expected = list(dict.fromkeys(expected))[:MOST_EXPECTED]
+        self._answers: dict[int, Answer] = {}
+        self._turns = _Turns(len(self._expected))
+        self._copies: list[_Copy[Answer]] = []
+        for _ in range(min(num_cores, len(self._expected)) - 1):
+            with contextlib.suppress(OSError):  # no further process is allowed: those there are answer
+                self._copies.append(_Copy(self._answered, self._turns))
+        self._number_of = {asked: n for n, asked in enumerate(self._expected)} if self._copies else {}
 
     def get(self, asked: Asked) -> Answer | None:
-        """Return an answer, which may have to be waited for; None where no copy came to one."""
-        if asked in self._copies:
-            copy = self._copies[asked]
-            self._copies = {each: other for each, other in self._copies.items() if other is not copy}
-            self._answers.update(copy.result() or {})
-        return self._answers.get(asked)
+        """Return an answer, working on others while a copy works on it; None where nobody came to one."""
+        number = self._number_of.get(asked, -1)
+        while number >= 0 and number not in self._answers:
+            if self._collect(waits=False):
+                continue
+            turn = self._turns.take()
+            if turn is not None:
+                self._answers.update(self._answered(turn))
+            elif not self._collect(waits=True):
+                break
+        return self._answers.get(number)
+
+    def _answered(self, turn: int) -> dict[int, Answer]:
+        """Answer one question, unless it is refused: then whoever asks for it will hear why."""
+        with contextlib.suppress(AutofitError):
+            return {turn: self._answer(self._expected[turn])}
+        return {}
+
+    def _collect(self, *, waits: bool) -> bool:
+        """Take what copies have answered; tell whether there was any, or a copy that has ended."""
+        ready = (
+            select.select([copy.pipe for copy in self._copies], [], [], None if waits else 0)[0] if self._copies else []
+        )
+        for copy in [copy for copy in self._copies if copy.pipe in ready]:
+            answers = copy.read()
+            if answers is None:
+                self._copies.remove(copy)
+                copy.stop()
+            else:
+                self._answers.update(answers)
+        return bool(ready)
 
     def __enter__(self) -> Ahead[Asked, Answer]:
         """Nothing is left to begin."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the copies that nobody waited for."""
-        for copy in set(self._copies.values()):
+        """End the copies, whether or not they are done."""
+        for copy in self._copies:
             copy.stop()
-        self._copies = {}
+        self._copies, self._number_of = [], {}
+        self._turns.close()
 
 
-def _answers(answer: Callable[[Asked], Answer], share: Sequence[Asked]) -> dict[Asked, Answer]:
-    return {asked: answer(asked) for asked in share}
+class _Turns:
+    """Numbers from 0 on, each of which one of several processes takes."""
+
+    def __init__(self, count: int) -> None:
+        self._pipe, writing = os.pipe()
+        os.write(writing, b"".join(n.to_bytes(_TURN_BYTES, "big") for n in range(count)))
+        os.close(writing)
+
+    def take(self) -> int | None:
+        """Take the next; None where all are taken."""
+        taken = os.read(self._pipe, _TURN_BYTES)
+        return int.from_bytes(taken, "big") if taken else None
+
+    def close(self) -> None:
+        """Forget the rest."""
+        os.close(self._pipe)
 
 
 class _Copy(Generic[Answer]):
-    """A copy of this process that works out one result, which pickle can write; what it raises is not told."""
+    """A copy of this process that answers as long as there are turns; what it raises is not told."""
 
-    def __init__(self, task: Callable[[], Answer]) -> None:
-        reading, writing = os.pipe()
+    def __init__(self, answered: Callable[[int], dict[int, Answer]], turns: _Turns) -> None:
+        self.pipe, writing = os.pipe()
         try:
             self._process = os.fork()
         except OSError:
-            os.close(reading)
+            os.close(self.pipe)
             os.close(writing)
             raise
         if not self._process:
-            _work(task, writing)
+            _work(answered, turns, writing)
         os.close(writing)
-        self._pipe = os.fdopen(reading, "rb")
 
-    def result(self) -> Answer | None:
-        """Wait for the result; None where the copy came to none."""
-        with self._pipe:
-            written = self._pipe.read()
-        _, status = os.waitpid(self._process, 0)
-        return None if status else pickle.loads(written)  # noqa: S301 - a copy of ours wrote it
+    def read(self) -> dict[int, Answer] | None:
+        """Wait for some answers; None where the copy has ended."""
+        length = int.from_bytes(_read(self.pipe, _LENGTH_BYTES), "big")
+        written = _read(self.pipe, length)
+        if not length or len(written) < length:
+            return None
+        answers: dict[int, Answer] = pickle.loads(written)  # noqa: S301 - a copy of ours wrote it
+        return answers
 
     def stop(self) -> None:
         """End the copy, whether or not it is done."""
-        self._pipe.close()
+        os.close(self.pipe)
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._process, signal.SIGKILL)
         os.waitpid(self._process, 0)
 
 
-def _work(task: Callable[[], object], writing: int) -> None:
-    """Write a task's result and end the process, without what belongs to the original's end."""
-    status = 1
+def _work(answered: Callable[[int], dict[int, Answer]], turns: _Turns, writing: int) -> NoReturn:
+    """Answer and end the process, without what belongs to the original's end."""
     try:
-        written = pickle.dumps(task())
         with os.fdopen(writing, "wb") as pipe:
-            pipe.write(written)
-        status = 0
+            while (turn := turns.take()) is not None:
+                written = pickle.dumps(answered(turn))
+                pipe.write(len(written).to_bytes(_LENGTH_BYTES, "big") + written)
+                pipe.flush()
     finally:
-        os._exit(status)
+        os._exit(0)
+
+
+def _read(pipe: int, num_bytes: int) -> bytes:
+    """Read so many bytes, fewer only where there are no more."""
+    parts = []
+    while num_bytes and (part := os.read(pipe, num_bytes)):
+        parts.append(part)
+        num_bytes -= len(part)
+    return b"".join(parts)

@@ -313,8 +313,10 @@ class Evaluator:
         self._ahead = None
 
     def _look(self, configuration: Configuration) -> _Looked:
-        self._replays = {}
-        return self._as_it_fits(configuration), self._replays
+        known, self._replays = self._replays, {}
+        found, replays = self._as_it_fits(configuration), self._replays
+        self._replays = known | replays
+        return found, replays
 
     def _remember(self, configuration: Configuration, memory: MemoryEstimate) -> None:
         self._replays[configuration] = self._trainings[configuration.training_alone] = memory

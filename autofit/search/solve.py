@@ -91,7 +91,7 @@ def solve(
     """
     left = allowed(job, cluster)
     evaluator = evaluator_of(job, cluster, profiles, left.blocks, estimate_memory)
-    table = tabulate(left, evaluator)
+    table = tabulate(left, evaluator, num_cores=num_cores)
     if not len(table):
         raise _nothing_evaluated(job, table)
     ranking = Ranking(table, job.restrictions.objective)
@@ -210,19 +210,23 @@ def _nothing_evaluated(job: Job, table: Table) -> InputError:
 
 
 def _expected(table: Table, ranking: Ranking, evaluator: Evaluator) -> list[Configuration]:
-    """Return what `solve` will look at more closely, in order, if what is best of each method fits as it is."""
+    """Return what `solve` will look at more closely, if what is best of each method fits as it is.
+
+    What needs most comes first: where a device is nearly full the least that would do is searched for, which takes
+    longest, and should not be what all others wait for.
+    """
     fitting = np.flatnonzero(table.fits)
     if not fitting.size:
         return []
     chosen, methods = ranking.best(fitting), table.knob("method")
     of_methods = [fitting[methods[fitting] == method] for method in dict.fromkeys(methods[fitting].tolist())]
     rows = [chosen, *(ranking.best(rows) for rows in of_methods if methods[rows[0]] != methods[chosen])]
-    rungs = map(table.configuration, ranking.ladder(chosen, _smaller(table, chosen)))
-    rivals = cheaper_rivals(chosen, table, ranking)
+    rungs = ranking.ladder(chosen, _smaller(table, chosen))
+    expected = dict.fromkeys(((row, False) for row in [*rows, *cheaper_rivals(chosen, table, ranking)]))
+    expected |= dict.fromkeys((row, True) for row in rungs)
     return [
-        *map(table.configuration, rows),
-        *map(evaluator.evaluating_less, rungs),
-        *map(table.configuration, rivals),
+        evaluator.evaluating_less(table.configuration(row)) if is_rung else table.configuration(row)
+        for row, is_rung in sorted(expected, key=lambda each: -table.needed_bytes[each[0]])
     ]
 
 

@@ -16,10 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from autofit.errors import InputError
+from autofit.search.ahead import Ahead
 from autofit.search.allowed import Allowed, Mask
 from autofit.search.evaluate import MISFITS, EvaluatedBlock, Evaluator, Misfit, usable_bytes
 from autofit.search.space import Block
 from autofit.spec.configuration import Configuration, Lora
+from autofit.spec.profile import Regime
 
 Rows = npt.NDArray[np.intp]
 """Places of configurations in a table."""
@@ -108,6 +110,32 @@ def adapter_name(lora: Lora | None) -> str:
     return f"{lora.kind} r={lora.r}, alpha={lora.lora_alpha} on {'+'.join(lora.target_modules)}"
 
 
+def _evaluated(left: Allowed, evaluator: Evaluator, num_cores: int) -> dict[int, EvaluatedBlock | str]:
+    """Evaluate the blocks that were traced, or say what of one is not modelled.
+
+    Those of one code path share most, so that one process evaluates them.
+    """
+    by_path: dict[Regime, list[int]] = {}
+    for number, block in enumerate(left.blocks):
+        profile = evaluator.profile(block.first)
+        if profile is not None:
+            evaluator.refuse_length(block.first)
+            by_path.setdefault(profile.regime, []).append(number)
+
+    def evaluated(path: Regime) -> dict[int, EvaluatedBlock | str]:
+        return {number: _block_or_name(left, number, evaluator) for number in by_path[path]}
+
+    with Ahead(evaluated, by_path, num_cores) as ahead:
+        return {number: each for path in by_path for number, each in (ahead.get(path) or evaluated(path)).items()}
+
+
+def _block_or_name(left: Allowed, number: int, evaluator: Evaluator) -> EvaluatedBlock | str:
+    try:
+        return evaluator.evaluate_block(number, left.blocks[number], left.masks[number])
+    except InputError as error:
+        return error.message.removesuffix(" is not modelled.")
+
+
 def _of_parts(
     blocks: Sequence[Block],
     block: npt.NDArray[np.int32],
@@ -120,8 +148,13 @@ def _of_parts(
     return np.array([value for one in each for value in one])[begins[block] + part]
 
 
-def tabulate(left: Allowed, evaluator: Evaluator) -> Table:
+def tabulate(left: Allowed, evaluator: Evaluator, *, num_cores: int = 1) -> Table:
     """Evaluate all that is left of a space and whose code path was traced.
+
+    Args:
+        left: the space.
+        evaluator: what evaluates.
+        num_cores: how many processes may work; with more than 1 this one is copied, see `autofit.search.ahead`.
 
     Raises:
         InputError: a length takes a code path that was not traced.
@@ -129,15 +162,15 @@ def tabulate(left: Allowed, evaluator: Evaluator) -> Table:
     unmodelled: Counter[str] = Counter()
     num_untraced = 0
     found: list[EvaluatedBlock] = []
-    for number, (block, mask) in enumerate(zip(left.blocks, left.masks, strict=True)):
-        if evaluator.profile(block.first) is None:
+    evaluated = _evaluated(left, evaluator, num_cores)
+    for number, mask in enumerate(left.masks):
+        block = evaluated.get(number)
+        if block is None:
             num_untraced += int(mask.sum())
-            continue
-        evaluator.refuse_length(block.first)
-        try:
-            found.append(evaluator.evaluate_block(number, block, mask))
-        except InputError as error:
-            unmodelled[error.message.removesuffix(" is not modelled.")] += int(mask.sum())
+        elif isinstance(block, str):
+            unmodelled[block] += int(mask.sum())
+        else:
+            found.append(block)
     knows_time = not any(np.isnan(each.seconds).any() for each in found)
     if not knows_time:
         found = [

@@ -57,7 +57,7 @@ def knobs(plan: Plan, profiles: ProfileSet, *, num_cores: int = 1) -> tuple[Knob
     job, cluster = plan.inputs.job, plan.inputs.cluster
     left = allowed(job, cluster)
     evaluator = evaluator_of(job, cluster, profiles, left.blocks)
-    table = tabulate(left, evaluator)
+    table = tabulate(left, evaluator, num_cores=num_cores)
     chosen = _row_of(plan.configuration, table)
     if chosen is None:
         return ()

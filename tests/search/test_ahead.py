@@ -7,19 +7,21 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from autofit.errors import InputError
 from autofit.search.ahead import Ahead, num_usable_cores
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes are copied on Linux alone")
 
 
 def process_of(number: int) -> tuple[int, int]:
-    """Return a number's square, and where it was worked out; there is none for a negative one."""
+    """Return a number's square, and where it was worked out; a negative one is refused."""
     if number < 0:
-        raise ValueError(number)
+        raise InputError(f"{number} is negative.", to_fix="give another")
     return number**2, os.getpid()
 
 
@@ -28,24 +30,66 @@ def children() -> str:
     return Path(f"/proc/self/task/{os.getpid()}/children").read_text()
 
 
-@pytest.mark.parametrize("num_cores", [1, 2, 3, 9])
-def test_copies_answer_all_but_the_first_share(num_cores: int) -> None:
-    """Of seven questions this process is left a share as large as a copy's, rounded down; the others are answered."""
-    before = children()
+def num_open_files() -> int:
+    """Return how many files, pipes among them, this process has open."""
+    return len([*Path("/proc/self/fd").iterdir()])
+
+
+@pytest.mark.parametrize("num_cores", [2, 3, 9])
+@pytest.mark.parametrize("asked", [range(7), range(6, -1, -1), [3, 0, 3, 6]], ids=str)
+def test_every_question_is_answered_once_by_whoever_is_free(num_cores: int, asked: Sequence[int]) -> None:
+    """In whatever order it is asked, each has its answer, and no process or pipe is left."""
+    before, opened = children(), num_open_files()
     with Ahead(process_of, [*range(7), 3], num_cores) as ahead:
-        answers = [ahead.get(number) for number in range(7)]
-    mine = 7 // num_cores
-    assert answers[:mine] == [None] * mine
-    assert [answer and answer[0] for answer in answers[mine:]] == [number**2 for number in range(mine, 7)]
-    assert len({answer[1] for answer in answers if answer}) == min(num_cores - 1, 7 - mine)
-    assert children() == before
+        answers = {number: ahead.get(number) for number in asked}
+        assert ahead.get(7) is None
+    assert {number: answer and answer[0] for number, answer in answers.items()} == {n: n**2 for n in asked}
+    assert (children(), num_open_files()) == (before, opened)
 
 
-def test_a_copy_that_fails_leaves_its_questions_to_the_process() -> None:
-    """An error in a copy is no answer for all of its share; the other copy's share is answered."""
+def test_with_one_core_nothing_is_answered_or_copied() -> None:
+    """All is left to whoever asks."""
+    before = children()
+    with Ahead(process_of, range(7), 1) as ahead:
+        assert [ahead.get(number) for number in range(7)] == [None] * 7
+        assert children() == before
+
+
+def test_what_is_refused_is_left_to_whoever_asks_and_the_others_are_answered() -> None:
+    """A refusal ends no copy, and is not raised where something else is asked for."""
     with Ahead(process_of, [0, 1, -2, 3, -4, 5], 3) as ahead:
-        assert ahead.get(-2) is ahead.get(-4) is None
-        assert ahead.get(3) is not None
+        assert [answer and answer[0] for answer in map(ahead.get, [5, -4, -2, 0])] == [25, None, None, 0]
+
+
+def test_copies_work_while_nobody_asks() -> None:
+    """Copies answer all that is expected, each when it is done with another."""
+    told, telling = os.pipe()
+
+    def answer(number: int) -> int:
+        os.write(telling, b".")
+        return os.getpid() - number
+
+    with Ahead(answer, range(5), 3) as ahead:
+        assert sum(len(os.read(told, 1)) for _ in range(5)) == 5
+        processes = {number + (ahead.get(number) or 0) for number in range(5)}
+    assert os.getpid() not in processes
+    assert len(processes) <= 2
+
+
+def test_a_copy_that_ends_leaves_the_others_at_work() -> None:
+    """What the copies were at has no answer; all else has."""
+    us, (told, telling) = os.getpid(), os.pipe()
+
+    def answer(number: int) -> int:
+        if os.getpid() != us:
+            os.write(telling, b".")
+            os._exit(3)
+        return number + 100
+
+    with Ahead(answer, range(9), 3) as ahead:
+        assert len(os.read(told, 1) + os.read(told, 1)) == 2
+        answers = [ahead.get(number) for number in range(9)]
+    assert answers == [None, None, *range(102, 109)]
 
 
 def test_copies_that_nobody_waits_for_end() -> None:
@@ -56,6 +100,13 @@ def test_copies_that_nobody_waits_for_end() -> None:
     assert children() == before
 
 
+def test_a_large_answer_comes_whole() -> None:
+    """An answer that is larger than a pipe is not cut."""
+    with Ahead(bytes, [3_000_000, 5_000_000], 2) as ahead:
+        time.sleep(0.1)
+        assert [len(ahead.get(number) or b"") for number in (3_000_000, 5_000_000)] == [3_000_000, 5_000_000]
+
+
 def test_where_no_process_can_be_made_nothing_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     """A system that allows no further process leaves all to this one, and no pipe open."""
 
@@ -63,10 +114,10 @@ def test_where_no_process_can_be_made_nothing_is_answered(monkeypatch: pytest.Mo
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
     monkeypatch.setattr(os, "fork", refused)
-    opened = len([*Path("/proc/self/fd").iterdir()])
+    opened = num_open_files()
     with Ahead(process_of, range(7), 3) as ahead:
         assert [ahead.get(number) for number in range(7)] == [None] * 7
-    assert len([*Path("/proc/self/fd").iterdir()]) == opened
+    assert num_open_files() == opened
 
 
 def test_a_process_with_torch_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
