@@ -3,6 +3,7 @@
     python benchmarks/accuracy.py [FILE] [--ids ID,ID] [--json] [--peers]
 
 A row is compared only under the transformers release that it was measured with; the others are listed with the reason.
+What is traced is kept as `autofit plan` keeps it, so that a run that is interrupted goes on from there.
 `benchmarks/make_environment.sh 4.48.1` makes a folder with an older release to put on PYTHONPATH, `make_peers.sh` one
 with other estimators, whose figures `--peers` sets beside ours.
 """
@@ -16,23 +17,35 @@ import re
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-import transformers
+from published_rows import (
+    Line,
+    RefusedError,
+    flag,
+    letters,
+    number_beside,
+    print_fields_not_read,
+    read_lines,
+    text,
+    whole,
+)
+from published_spellings import attention_of, method_of, offload_of, optimizer_of, sharding_of
+from published_traces import CodePath, Traced, code_path, traces
 
 from autofit.errors import AutofitError
 from autofit.memory.assemble import MemoryModel
-from autofit.profile.trace import trace
+from autofit.sources.hardware import parse_cluster
 from autofit.sources.models import resolve_model
-from autofit.sources.rows import PACKED, read_case
+from autofit.sources.rows import NOT_READ, PACKED, READ, Case, read_case
 from autofit.spec.estimate import MemoryEstimate
 from autofit.spec.libraries import installed_versions
-from autofit.spec.profile import Regime, RegimeProfile
+from autofit.spec.profile import RegimeProfile
 from autofit.units import GIB, MIB
 
 Row = dict[str, Any]
@@ -81,13 +94,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of tables")
     parser.add_argument("--peers", action="store_true", help="ask other estimators about the same rows")
     options = parser.parse_args(arguments)
-    rows = [json.loads(line) for line in options.file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    compared = compare_all([row for row in rows if _is_chosen(row["id"], options.ids)])
-    peers = peer_errors(rows, compared) if options.peers else []
+    lines = [line for line in read_lines(options.file) if _is_chosen(line.id, options.ids)]
+    compared = compare_all(lines)
+    peers = peer_errors({line.id: dict(line.row or {}) for line in lines}, compared) if options.peers else []
     if options.json:
         print(json.dumps([asdict(each) for each in compared], indent=1))
     else:
-        print_all(list(compared), peers)
+        print_all(compared, peers)
+        print_fields_not_read(lines, {*READ, *NOT_READ, *MEASURED, *NOT_OF_MEMORY})
     return 0
 
 
@@ -98,43 +112,152 @@ def _is_chosen(row_id: str, patterns: str | None) -> bool:
     )
 
 
-def compare_all(rows: Iterable[Row]) -> list[Compared]:
-    """Compare rows, tracing each code path once."""
-    profiles: dict[tuple[str, Regime], RegimeProfile] = {}
-    return [compare(row, profiles) for row in rows]
+def compare_all(lines: Sequence[Line]) -> list[Compared]:
+    """Compare rows; each code path is traced once."""
+    cases: dict[str, Case | str] = {}
+    for line in lines:
+        try:
+            cases[line.id] = line.refused or "the line has no row" if line.row is None else stated(line.row)
+        except RefusedError as refusal:
+            cases[line.id] = str(refusal)
+        except AutofitError as error:
+            cases[line.id] = error.message
+        except Exception as error:  # noqa: BLE001 - a row of the wrong kinds must not lose the others
+            cases[line.id] = f"cannot be read: {type(error).__name__}: {error}"
+    found = traces([_path(case) for case in cases.values() if isinstance(case, Case)])
+    return [compare(line, cases[line.id], found) for line in lines]
 
 
-def compare(row: Row, profiles: dict[tuple[str, Regime], RegimeProfile]) -> Compared:
-    """Predict one row, unless something about it is not modelled or not known."""
-    bare = Compared(
-        id=row["id"],
-        source=source_name(row["source"]),
-        method=row["method"],
-        predicted_bytes={},
-        measured_bytes={name: int(row[f"{name}_gib"] * GIB) for name in FIGURES if row.get(f"{name}_gib") is not None},
-    )
-    row = completed(row)
-    reason = refusal(row)
+def _path(case: Case) -> CodePath:
+    return code_path(case.model, case.regime, case.workload.sequence_tokens)
+
+
+def stated(row: Mapping[str, Any]) -> Case:
+    """State a row as a configuration.
+
+    Raises:
+        RefusedError: something about it is not stated, or this environment does not run it.
+        InputError: it is not modelled.
+    """
+    complete = completed(known(row))
+    reason = refusal(complete)
     if reason is not None:
-        return replace(bare, refused=reason)
+        raise RefusedError(reason)
+    refuse_what_is_open(complete)
+    return read_case({name: value for name, value in complete.items() if name in {*READ, *NOT_READ}})
+
+
+def compare(line: Line, case: Case | str, found: Traced) -> Compared:
+    """Predict one row, unless something about it is not modelled or not known."""
+    row = line.row or {}
+    measured = {name: number_beside(row, f"{name}_gib") or 0 for name in FIGURES}
+    bare = Compared(
+        id=line.id,
+        source=source_name(text(row, "source")),
+        method=text(row, "method"),
+        predicted_bytes={},
+        measured_bytes={name: int(gib * GIB) for name, gib in measured.items() if gib > 0},
+    )
+    if isinstance(case, str):
+        return replace(bare, refused=case)
+    profile = found[_path(case).key]
+    if isinstance(profile, str):
+        return replace(bare, refused=profile)
     try:
-        predicted = predict(row, profiles)
+        predicted = predict(case, profile)
     except AutofitError as error:
         return replace(bare, refused=error.message)
-    except Exception as error:  # noqa: BLE001 - whatever a library raises while it is traced is the row's reason
-        first_line = str(error).partition("\n")[0]
-        return replace(bare, refused=f"cannot be traced: {type(error).__name__}: {first_line}")
+    except Exception as error:  # noqa: BLE001 - one row must not lose the others
+        return replace(bare, refused=f"cannot be estimated: {type(error).__name__}: {error}")
     figures = {name: getattr(predicted, f"{name}_bytes") for name in FIGURES}
-    known = {name: figure for name, figure in figures.items() if figure is not None}
-    if row["outputs_kept"]:  # and so alive after the step, which the figure leaves out
-        del known["after_step_allocated"]
-    full = replace(bare, predicted_bytes=known)
+    counted = {name: figure for name, figure in figures.items() if figure is not None}
+    if case.configuration.keeps_outputs:  # and so alive after the step, which the figure leaves out
+        del counted["after_step_allocated"]
+    full = replace(bare, predicted_bytes=counted)
     return replace(full, contradicts=contradiction(full))
+
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+AUTOCASTS = {"bfloat16": "bf16", "float16": "fp16", "none": "no", "false": "no", "off": "no"}
+FLAGS = ("outputs_kept", "gradient_checkpointing", "kbit_prepare", "recasts_tables", "use_reentrant")
+MEASURED = (*(f"{name}_gib" for name in FIGURES), "peak_gib")
+NOT_OF_MEMORY = ("family", "num_params", "mfu", "tokens_per_second_per_gpu")
+"""Fields beside those of `autofit.sources.rows` that say nothing of memory."""
+
+
+def known(row: Mapping[str, Any]) -> Row:
+    """Return a row with every field that is looked at, in its kind and spelt as `autofit.sources.rows` does.
+
+    Raises:
+        RefusedError: a value is of no such kind, or not modelled.
+    """
+    found: Row = {name: value for name, value in row.items() if value is not None}
+    found |= {name: text(row, name) for name in ("source", "stack", "notes", "method", "sharding", "gpus", "model")}
+    found |= {name: whole(row, name) for name in ("seq_len", "micro_batch_size", "lora_rank")}
+    found |= {name: flag(row, name) for name in FLAGS}
+    for name, words in (("weights_dtype", DTYPES), ("autocast", AUTOCASTS)):
+        said = text(row, name).casefold().removeprefix("torch.")
+        found[name] = words.get(said, said) or None
+    found["quantization"] = _quantization(row)
+    bits = (found["quantization"] or {}).get("bits")
+    method = method_of({"method": found["method"], "quant_bits": bits})
+    bits = method.pop("bits", None)
+    if method["method"] == "qlora" and not found["quantization"]:
+        found["quantization"] = {"bits": bits or 4}
+    found |= method
+    found["optimizer"] = optimizer_of(row)
+    attention = attention_of(row)
+    if attention.pop("nearest", None):
+        raise RefusedError(f"the attention {row['attention']!r} is not modelled")
+    found |= attention
+    if found["gpus"]:
+        cluster = parse_cluster(found["gpus"])
+        counted = {"sharding": found["sharding"], "gpus_count": cluster.num_devices}
+        found |= sharding_of(counted, cluster.num_nodes) or {}
+    found["offload"] = "none"
+    found |= offload_of(row)
+    targets = row.get("lora_target_modules")
+    if isinstance(targets, str):
+        found["lora_target_modules"] = [each.strip() for each in targets.split(",") if each.strip()]
+    return {"outputs_kept": None, **found}
+
+
+def _quantization(row: Mapping[str, Any]) -> Row | None:
+    said = row.get("quantization")
+    if isinstance(said, dict):
+        return dict(said) or None
+    name = letters(text(row, "quantization"))
+    if name in {"", "none", "no", "false", "16"}:
+        return None
+    if name in {"int8", "8bit", "8", "llmint8"}:
+        return {"bits": 8}
+    if name in {"4bit", "4"}:
+        return {"bits": 4}
+    if name in {"nf4", "fp4", "gptq", "awq"}:
+        return {"bits": 4, "type": name}
+    raise RefusedError(f"the quantization {said!r} is not modelled")
+
+
+def refuse_what_is_open(row: Row) -> None:
+    """Refuse a row that leaves open what its memory depends on.
+
+    Raises:
+        RefusedError: it does; the message says what.
+    """
+    names = ["model", "gpus", "seq_len", "micro_batch_size", "gradient_checkpointing", "weights_dtype", "autocast"]
+    names += ["optimizer", "sharding"]
+    if row["method"] in {"lora", "qlora"}:
+        names += ["lora_rank", "lora_target_modules"]
+    missing = [name for name in names if row.get(name) is None or not str(row[name])]
+    if missing:
+        raise RefusedError(f"not stated: {', '.join(missing)}")
+    if not any(number_beside(row, f"{name}_gib") for name in FIGURES):
+        raise RefusedError("no figure of its memory is stated")
 
 
 def source_name(source: str) -> str:
     """Shorten a source to whom it is from."""
-    return re.split(r",| scripts/| sdist| row ", source)[0].removeprefix("PyPI ")
+    return re.split(r",| scripts/| sdist| row ", source)[0].removeprefix("PyPI ") or "(source not stated)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,7 +303,7 @@ ADDITIONS: dict[str, tuple[Addition, ...]] = {
 
 
 def _comes_packed(row: Row) -> bool:
-    return (row["quantization"] or {}).get("type") in PACKED
+    return (row.get("quantization") or {}).get("type") in PACKED
 
 
 def completed(row: Row) -> Row:
@@ -207,25 +330,21 @@ def release_refusal(stack: str) -> str | None:
     """Say why the transformers in effect is not what a row was measured with; None if it is."""
     if "custom training loop" in stack:
         return "a training loop of its own"
-    exact = re.search(r"transformers (\d+(?:\.\d+)+)", stack)
+    here = installed_versions(("transformers",)).get("transformers", "")
+    exact = re.search(r"transformers[ =~v-]*(\d+(?:\.\d+)+)", stack)
     if exact:
-        same = exact[1] == transformers.__version__
-        return None if same else f"measured with transformers {exact[1]}, in effect is {transformers.__version__}"
+        same = here == exact[1] or here.startswith(f"{exact[1]}.")
+        return None if same else f"measured with transformers {exact[1]}, in effect is {here}"
     if any(words in stack for words in RECENT_STACKS):
-        is_recent = int(transformers.__version__.split(".")[0]) >= 5
-        return None if is_recent else f"measured with transformers 5, in effect is {transformers.__version__}"
+        is_recent = int(here.split(".")[0]) >= 5
+        return None if is_recent else f"measured with transformers 5, in effect is {here}"
     return "the transformers release it was measured with is not stated"
 
 
-def predict(row: Row, profiles: dict[tuple[str, Regime], RegimeProfile]) -> MemoryEstimate:
-    """Trace the row's code path, unless that was done, and assemble the row's configuration."""
-    case = read_case(row)
-    key = (case.model.name, case.regime)
-    if key not in profiles:
-        print(f"tracing {row['model']}: {row['method']}, {row['attention']}", file=sys.stderr)
-        profiles[key] = trace(case.model.name, case.model.config, case.regime)
+def predict(case: Case, profile: RegimeProfile) -> MemoryEstimate:
+    """Assemble a row's configuration from the profile of its code path."""
     micro_batch = case.configuration.per_device_train_batch_size
-    model = MemoryModel(profiles[key], case.workload.sequence_tokens, (micro_batch,))
+    model = MemoryModel(profile, case.workload.sequence_tokens, (micro_batch,))
     return model.estimate(case.configuration, case.cluster, replays=True)
 
 
@@ -288,11 +407,10 @@ PeerError = tuple[str, str, str, float, str]
 """Source, method, estimator, relative error of the whole process, row."""
 
 
-def peer_errors(rows: Iterable[Row], compared: Sequence[Compared]) -> list[PeerError]:
+def peer_errors(content: Mapping[str, Row], compared: Sequence[Compared]) -> list[PeerError]:
     """Ask the other estimators about every row that was compared and whose whole process was measured."""
     from peers import ask_all
 
-    content = {row["id"]: row for row in rows}
     errors = []
     for each in compared:
         measured = each.measured_bytes.get("process")

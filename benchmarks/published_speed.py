@@ -7,25 +7,34 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from autofit.errors import AutofitError, InputError
-from autofit.sources.gpus import catalogue, find
-from autofit.sources.models import model_catalogue
-from autofit.sources.rows import Case, read_case
-from autofit.spec.profile import Regime
+from published_rows import RefusedError, Row, flag, letters, number, number_beside, text, whole
+from published_spellings import (
+    GENERAL_OPTIMIZERS,
+    attention_of,
+    checkpointing_of,
+    device_of,
+    kind_of_precision,
+    leaves_weights_open,
+    method_of,
+    offload_of,
+    optimizer_of,
+    precision_of,
+    sharding_of,
+)
 
-Row = Mapping[str, Any]
+from autofit.errors import AutofitError, InputError
+from autofit.sources.models import model_catalogue, resolve_model
+from autofit.sources.rows import Case, read_case
+from autofit.spec.profile import Regime, RegimeProfile
+
 MODELS = Path(__file__).parent / "data" / "speed_models.json"
 MAX_DEVICES_PER_NODE = 8
-
-
-class RefusedError(Exception):
-    """A row cannot be stated as a configuration; the message says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +48,12 @@ class Stated:
     """What ran it, as far as a configuration does not say."""
     nearest: str | None
     """What of the row is not modelled and was stated as the nearest that is; None: nothing."""
+    assumed: tuple[str, ...] = ()
+    """What neither the row nor its source says, and what it was taken to be."""
+    model: str
+    """As the row names it."""
+    num_params: float | None
+    """Of the model, as the row says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,12 +71,15 @@ def _is(name: str, *values: Any) -> Callable[[Row], bool]:
 
 
 def _notes(words: str) -> Callable[[Row], bool]:
-    return lambda row: re.search(words, row.get("notes") or "") is not None
+    return lambda row: re.search(words, text(row, "notes")) is not None
 
 
 def _is_sharded(row: Row) -> bool:
     return row["gpus_count"] > 1
 
+
+QWEN_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+"""Qwen's c_attn, c_proj, w1 and w2 under the names of Qwen2's layers, as which it is stated."""
 
 FACTS: dict[str, tuple[Fact, ...]] = {
     "mosaicml/llm-foundry": (
@@ -157,6 +175,11 @@ FACTS: dict[str, tuple[Fact, ...]] = {
             applies=_is("method", "lora+emb/lm_head"),
         ),
         Fact(
+            fields={"sharding": "zero2"},
+            because="finetune/finetune_lora_ds.sh: ds_config_zero2.json",
+            applies=lambda row: row["method"] != "full" and _is_sharded(row),
+        ),
+        Fact(
             fields={"sharding": "zero3"},
             because="finetune/finetune_ds.sh: ds_config_zero3.json",
             applies=lambda row: row["method"] == "full" and _is_sharded(row),
@@ -167,8 +190,18 @@ FACTS: dict[str, tuple[Fact, ...]] = {
             applies=_is("method", "lora (multinode)"),
         ),
         Fact(
-            fields={"refused": "layers of GPTQ run CUDA kernels of auto_gptq of 2023, which are not modelled"},
-            because="README.md: Q-LoRA on the Int4 model; finetune.py, GPTQConfig(disable_exllama=True)",
+            fields={
+                "packed_by": "gptqmodel",
+                "weights_dtype": "float16",
+                "autocast": "fp16",
+                "adapter_dtype": "float16",
+                "kbit_prepare": True,
+                "lora_target_modules": QWEN_LINEAR,
+                "nearest": "auto_gptq's layers of 2023, timed as gptqmodel's: both unpack by torch's operators",
+            },
+            because="README.md: Q-LoRA on the Int4 model; finetune.py, GPTQConfig(disable_exllama=True); auto_gptq "
+            "nn_modules/qlinear/qlinear_cuda_old.py, forward: from 128 rows on no kernel of its own; "
+            "finetune/finetune_qlora_single_gpu.sh: fp16, which DeepSpeed casts adapters to",
             applies=_is("method", "qlora"),
         ),
     ),
@@ -248,44 +281,124 @@ FACTS: dict[str, tuple[Fact, ...]] = {
 }
 """By what a source's name begins with; of two facts about one field the later one holds."""
 
-METHODS = {"pretrain(full)": "full", "full": "full", "lora": "lora", "qlora": "qlora", "lora+emb/lm_head": "lora"}
-SHARDINGS = (
-    (r"^(none|None)", "none"),
-    (r"SHARD_GRAD_OP", "fsdp_shard_grad_op"),
-    (r"^DDP|NO_SHARD", "ddp"),
-    (r"HYBRID", None),
-    (r"^FSDP2", "fsdp2"),
-    (r"^FSDP|full.?shard", "fsdp1"),
-    (r"ZeRO-1(?!/)", "zero1"),
-    (r"ZeRO-2(?!/)", "zero2"),
-    (r"ZeRO-3(?!/)", "zero3"),
-)
-OFFLOADS = {
-    "none": "none",
-    "fsdp_params_cpu": "optimizer_and_parameters",
-    "param+optim cpu": "optimizer_and_parameters",
-}
-OPTIMIZERS = {
-    "adamw": "adamw_torch",
-    "adamw8bit": "adamw_8bit",
-    "pagedadamw8bit": "paged_adamw_8bit",
-    "pagedadamw32bit": "paged_adamw_32bit",
-    "sgd": "sgd",
-    "adafactor": "adafactor",
-    "lion": "lion_32bit",
-}
 NOT_A_CHOICE_HERE = re.compile(
-    r"nemo|megatron|tensor.?parallel|pipeline|mlperf|habana|gaudi|tpu|colossal|nanotron|\bTP\d|\bPP\d|\bCP\d|jax",
+    r"\bnemo\b|megatron|tensor[-_ ]?parallel|pipeline[-_ ]?parallel|mlperf|habana|gaudi|\btpus?\b|colossal|nanotron"
+    r"|\bTP\d|\bPP\d|\bCP\d|\bjax\b|maxtext|gpt-neox repo",
     re.IGNORECASE,
 )
-
-
+SOFTWARE = (
+    (r"unsloth", "refused", "Unsloth's own kernels and backward pass are not modelled"),
+    (r"torchtitan", "nearest", "torchtitan's own modules, timed as transformers'"),
+    (r"torchtune", "nearest", "torchtune's own modules, timed as transformers'"),
+    (r"lit-?gpt|lit-?llama", "nearest", "LitGPT's own modules, timed as transformers'"),
+)
+"""What runs a model in place of transformers, where no fact says more."""
+NOT_FILLED = (
+    r"\bcap(ped)?\b|cutoff|upper (bound|limit)|\bat most\b|truncat|unpacked|not packed|packing[ :=]*(off|false|no)\b"
+    r"|padding tokens|dynamic(ally)? pad|variable.length|real lengths?|shorter"
+)
+"""Notes by which sequences need not be as long as the row says."""
+FILLED = (
+    r"pad(ded|ding)?\W*(and truncated |/truncated |= ?)?(to )?(the )?[\"']?max|all filled"
+    r"|dummy|random tokens|fills? seq"
+)
+COMPILED = r"(?<!no )(?<!without )(?<!not )torch[._ ]?compile(?! *(=|:|is)? *(off|false|no\b|disabled|not))"
 OF_QUANTIZATION = ("storage", "packed_by")
 """Facts about a quantised model alone."""
+OF_ADAPTERS = (
+    *("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora", "use_rslora", "modules_to_save"),
+)
+OF_ROWS = (
+    *OF_ADAPTERS,
+    *("freeze_trainable_layers", "freeze_extra_modules", "loss", "use_reentrant", "checkpoint_every_n_layers"),
+    *("kbit_prepare", "sdpa_kernel", "sequence_parallel_size"),
+)
+"""Fields of `autofit.sources.rows` that rows of published speeds may have under the same name."""
+TEXTS = (
+    *("id", "source", "family", "model", "method", "gpu", "precision", "sharding", "offload", "attention"),
+    *("optimizer", "parallelism", "notes", "gradient_checkpointing", "framework", "software", "stack", "packing"),
+)
+WHOLES = (*("seq_len", "micro_batch_size", "grad_accum", "gpus_count", "global_batch_size", "num_nodes", "quant_bits"),)
+NUMBERS = ("tokens_per_second_total", "tokens_per_second_per_gpu")
+BESIDE = ("num_params", "peak_gib", "inter_node_gb_s")
+"""Numbers that a row can do without: what is none says nothing."""
+READ = (*TEXTS, *WHOLES, *NUMBERS, *BESIDE, *OF_ROWS, "gpus", "mfu")
+"""Every field that is read; mfu follows from others."""
+BITS_OF_HALVES = 16
+SAME_FIGURE = 0.05
+"""Relative difference of two figures that are said to be the same."""
+
+
+def read(row: Row) -> dict[str, Any]:
+    """Return every field that is read, in its kind: texts empty and numbers None where a row says nothing.
+
+    Raises:
+        RefusedError: a number is none, the row says two things of one, or lacks what every row needs.
+    """
+    found: dict[str, Any] = {name: text(row, name) for name in TEXTS}
+    found |= {name: _bits(row) if name == "quant_bits" else whole(row, name) for name in WHOLES}
+    found |= {name: number(row, name) for name in NUMBERS} | {name: number_beside(row, name) for name in BESIDE}
+    found |= {name: row[name] for name in OF_ROWS if row.get(name) is not None}
+    together = re.fullmatch(r"\s*(\d+)\s*[xX]\s*(.+)", text(row, "gpus"))
+    if together and not found["gpu"]:
+        found |= {"gpu": together[2], "gpus_count": found["gpus_count"] or int(together[1])}
+    for name in ("model", "gpu"):
+        if not found[name]:
+            raise RefusedError(f"{name} is not stated")
+    for name in ("seq_len", "gpus_count"):
+        if found[name] is None:
+            raise RefusedError(f"{name} is not stated")
+    counted = re.match(r"\s*(\d+)\s*[xX*]\s*\D", found["gpu"])
+    if counted and int(counted[1]) not in {1, found["gpus_count"]}:
+        raise RefusedError(f"gpu says {counted[1]} devices, and gpus_count {found['gpus_count']}")
+    return found | {"micro_batch_size": _micro_batch(found), "tokens_per_second_total": _speed(found)}
+
+
+def _bits(row: Row) -> int | None:
+    """Read `quant_bits`: a number, or a name such as int4 or nf4; 16 and more are not quantised."""
+    said = text(row, "quant_bits")
+    named = re.fullmatch(r"(?:bnb[-_ ]?)?(?:int|nf|fp)?[-_ ]?(\d+)(?:\.0)?[-_ ]?(?:bits?)?", said.casefold())
+    if not said or said.casefold() in {"none", "0", "0.0"}:
+        return None
+    if named is None:
+        raise RefusedError(f"quant_bits is {row['quant_bits']!r}, which is no number of bits")
+    return int(named[1]) if int(named[1]) < BITS_OF_HALVES else None
+
+
+def _micro_batch(row: Row) -> int:
+    """Return sequences a device and micro-step, which a batch over all devices and micro-steps may stand for."""
+    micro, over_all = row["micro_batch_size"], row["global_batch_size"]
+    if over_all is None:
+        if micro is None:
+            raise RefusedError("micro_batch_size is not stated")
+        return int(micro)
+    others = row["gpus_count"] * (row["grad_accum"] or 1)
+    if micro is None:
+        if row["grad_accum"] is None or over_all % others:
+            raise RefusedError("micro_batch_size is not stated, and does not follow from global_batch_size")
+        return int(over_all // others)
+    if row["grad_accum"] is not None and micro * others != over_all:
+        raise RefusedError(
+            f"global_batch_size is {over_all}, and micro-batches, steps and devices make {micro * others}"
+        )
+    return int(micro)
+
+
+def _speed(row: Row) -> float:
+    total, each = row["tokens_per_second_total"], row["tokens_per_second_per_gpu"]
+    product = None if each is None else each * row["gpus_count"]
+    if total is not None and product is not None and abs(total / (product or 1) - 1) > SAME_FIGURE:
+        raise RefusedError("tokens_per_second_total is not tokens_per_second_per_gpu times the devices")
+    found = total if total is not None else product
+    if found is None:
+        raise RefusedError("tokens_per_second_total is not stated")
+    if found <= 0:
+        raise RefusedError(f"tokens_per_second_total is {found:g}")
+    return float(found)
 
 
 def state(row: Row, folder: Path) -> Stated:
-    """Read a row.
+    """State a row as a configuration.
 
     Args:
         row: one line of a file of published speeds.
@@ -294,39 +407,60 @@ def state(row: Row, folder: Path) -> Stated:
     Raises:
         RefusedError: it cannot be stated.
     """
-    facts = {name: value for fact in _facts(row) for name, value in fact.fields.items()}
+    row = read(row)
+    known = _facts(row)
+    facts = {name: value for fact in known for name, value in fact.fields.items()}
     if "refused" in facts:
         raise RefusedError(facts["refused"])
+    notes = [facts.pop("nearest", None)]
+    facts |= {} if known else _said_of_software(row)
+    notes += [facts.pop("nearest", None), *_power_limits(row)]
     _refuse_what_is_not_modelled(row)
-    nearest, inter_node = facts.pop("nearest", None), facts.pop("inter_node_gb_s", None)
-    adapter_dtype = facts.pop("adapter_dtype", None)
-    stated = {
+    inter_node, adapter_dtype = facts.pop("inter_node_gb_s", None), facts.pop("adapter_dtype", None)
+    assumed: list[str] = []
+    method = method_of(row)
+    bits = method.pop("bits", None)
+    if method["method"] == "lora" and re.search(PACKED_IN_NAMES, row["model"], re.IGNORECASE):
+        method["method"] = "qlora"
+    gpus, num_nodes = _gpus(row, inter_node, assumed)
+    attention = attention_of(row)
+    notes.append(attention.pop("nearest", None))
+    stated: dict[str, Any] = {
         "id": row["id"],
-        "model": _model(row, folder),
-        "gpus": _gpus(row, inter_node),
+        "model": _model(row, folder, assumed),
+        "gpus": gpus,
         "seq_len": row["seq_len"],
         "micro_batch_size": row["micro_batch_size"],
-        "gradient_accumulation_steps": row["grad_accum"] or facts.pop("gradient_accumulation_steps", None),
-        "method": METHODS[row["method"]],
-        "gradient_checkpointing": bool(row["gradient_checkpointing"]),
-        "checkpoint_offload": row["offload"] == "activation_cpu" or None,
-        "attention": _attention(row),
-        "optimizer": _optimizer(row),
-        "sharding": facts.pop("sharding", None) or _sharding(row),
-        "offload": OFFLOADS.get(row["offload"] or "none", "none"),
-        **_precision(row),
-        **{name: value for name, value in facts.items() if name not in OF_QUANTIZATION},
+        **method,
+        **checkpointing_of(row),
+        **offload_of(row),
+        **_precision(row, facts, method["method"], assumed),
+        **_sharding(row, facts, num_nodes),
+        **{name: value for name, value in facts.items() if name not in {*OF_QUANTIZATION, *OF_PRECISION, "sharding"}},
+        **{name: row[name] for name in OF_ROWS if name in row},
     }
+    stated |= {} if "attention" in facts else attention
+    stated["optimizer"] = _optimizer(row, facts)
+    stated["gradient_accumulation_steps"] = row["grad_accum"] or facts.get("gradient_accumulation_steps")
+    _note_what_is_open(stated, assumed)
     if stated["method"] == "qlora":
-        stated["quantization"] = _quantization(row, facts, stated)
-    if stated["method"] == "full":
-        stated = {name: value for name, value in stated.items() if not name.startswith("lora_")}
+        stated["quantization"] = _quantization(row, facts, stated, bits, assumed)
+    if stated["method"] not in {"lora", "qlora"}:
+        stated = {name: value for name, value in stated.items() if name not in OF_ADAPTERS}
     try:
         case = read_case(stated)
     except AutofitError as error:
         raise RefusedError(error.message) from error
     regime = case.regime if adapter_dtype is None else replace(case.regime, adapter_dtype=adapter_dtype)
-    return Stated(case=case, regime=regime, software=_software(row), nearest=nearest)
+    return Stated(
+        case=case,
+        regime=regime,
+        software=_software(row),
+        nearest="; ".join(filter(None, notes)) or None,
+        assumed=tuple(assumed),
+        model=row["model"],
+        num_params=row["num_params"],
+    )
 
 
 def _facts(row: Row) -> list[Fact]:
@@ -334,23 +468,55 @@ def _facts(row: Row) -> list[Fact]:
     return [fact for facts in found for fact in facts if fact.applies(row)]
 
 
+def _said_of_software(row: Row) -> dict[str, Any]:
+    """Return what a row whose source is not known says of the software that ran it.
+
+    Raises:
+        RefusedError: it cannot be modelled.
+    """
+    where = " ".join(row[name] for name in ("source", "family", "framework", "software", "stack"))
+    for pattern, kind, words in SOFTWARE:
+        if re.search(pattern, where, re.IGNORECASE):
+            if kind == "refused":
+                raise RefusedError(words)
+            return {"nearest": words}
+    if _notes(rf"(?i){COMPILED}")(row):
+        raise RefusedError("torch.compile fuses operators that the trace has apart")
+    if _notes("(?i)liger")(row) and "loss" not in row:
+        return {"loss": "liger"}
+    return {}
+
+
+def _power_limits(row: Row) -> Iterator[str]:
+    limit = re.search(r"(\d+) ?W\b", row["gpu"])
+    if limit:
+        yield f"a card held to {limit[1]} W, timed as one that is not"
+
+
 def _refuse_what_is_not_modelled(row: Row) -> None:
-    for name in ("seq_len", "micro_batch_size", "gpus_count", "tokens_per_second_total"):
-        if not row.get(name):
-            raise RefusedError(f"{name} is not stated")
-    if row["method"] not in METHODS:
-        raise RefusedError(f"the method {row['method']!r} is not modelled")
-    if row.get("parallelism"):
-        raise RefusedError(f"tensor, pipeline or context parallelism: {row['parallelism']}")
-    if re.search("fp8|int8|nvfp4", str(row.get("precision")), re.IGNORECASE):
-        raise RefusedError(f"products in {row['precision']} are not modelled")
-    said = NOT_A_CHOICE_HERE.search(f"{row['source']} {row.get('sharding')} {row.get('gpu')}")
+    _refuse_parallelism(row)
+    kind_of_precision(row)
+    where = " ".join(row[name] for name in ("source", "family", "framework", "sharding", "gpu"))
+    said = NOT_A_CHOICE_HERE.search(where)
     if said:
         raise RefusedError(f"not a stack of PyTorch with data parallelism alone: {said[0]}")
-    if row["gradient_checkpointing"] is None:
-        raise RefusedError("whether activations are checkpointed is not stated")
-    if row["offload"] not in {*OFFLOADS, "activation_cpu", None}:
-        raise RefusedError(f"the offload {row['offload']!r} is not modelled")
+    if _facts(row):
+        return
+    is_open = _notes(f"(?i){NOT_FILLED}")(row) or flag(row, "packing") is False
+    if is_open and not _notes(f"(?i){FILLED}")(row):
+        raise RefusedError("the sequences need not be as long as the row says, and how long they are is not stated")
+
+
+OTHER_PARALLELISM = r"(tp|pp|cp|ep|sp|tensor|pipeline|context|expert|sequence)\w*[^\d,;]{0,6}(\d+)"
+
+
+def _refuse_parallelism(row: Row) -> None:
+    stated = row["parallelism"]
+    said = stated.casefold()
+    others = [int(size) for _, size in re.findall(OTHER_PARALLELISM, said)]
+    rest = re.sub(rf"{OTHER_PARALLELISM}|d\w*p\w*[^\d,;]{{0,6}}\d*|data[-_ ]?parallel\w*|none|fsdp\d?", "", said)
+    if any(size > 1 for size in others) or re.search("[a-z]", rest):
+        raise RefusedError(f"tensor, pipeline or context parallelism: {stated}")
 
 
 WHOLE_RUN_SAMPLES = {"atlarge-research/coastline-recommender": 4096}
@@ -366,7 +532,7 @@ def second_speed(row: Row) -> float | None:
     It is a second figure of the same run. None where there is none, or where the run was stopped before its end.
     """
     samples = next((num for prefix, num in WHOLE_RUN_SAMPLES.items() if row["source"].startswith(prefix)), None)
-    seconds = re.search(r"train_runtime ([\d.]+) s", row.get("notes") or "")
+    seconds = re.search(r"train_runtime ([\d.]+) s", text(row, "notes"))
     if samples is None or seconds is None:
         return None
     speed = samples * row["seq_len"] / float(seconds[1])
@@ -382,7 +548,7 @@ def was_stopped(row: Row) -> bool:
     the token counts of runs that it stops; no column of coastline's run_database.csv says which were.
     """
     states_end = any(row["source"].startswith(prefix) for prefix in WHOLE_RUN_SAMPLES)
-    return states_end and "train_runtime" in (row.get("notes") or "") and second_speed(row) is None
+    return states_end and "train_runtime" in (text(row, "notes")) and second_speed(row) is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -403,115 +569,191 @@ def speed_models() -> tuple[SpeedModel, ...]:
     return tuple(SpeedModel(**{**row, "names": tuple(row["names"])}) for row in rows)
 
 
-def _model(row: Row, folder: Path) -> str:
-    key = _key(row["model"])
+def _model(row: Row, folder: Path, assumed: list[str]) -> str:
+    """Return the path or Hub id of the architecture that a row names.
+
+    Raises:
+        RefusedError: it is not known, or the name means several.
+    """
+    named = row["model"]
     for model in speed_models():
-        if key in map(_key, model.names):
-            config = dict(model.config)
-            if "max_position_embeddings" in config:  # a table of learned positions is as long as the sequences
-                config["max_position_embeddings"] = max(row["seq_len"], 2048)
-            path = folder / f"{key}-{config.get('max_position_embeddings', 0)}.json"
-            path.write_text(json.dumps(config), encoding="utf-8")
-            return str(path)
+        if _key(named) in map(_key, model.names):
+            return _written(model, row, folder)
     ids = model_catalogue().ids
-    exact = [known for known in ids if known.casefold() == row["model"].casefold()]
-    found = exact or [known for known in ids if _key(known.rpartition("/")[2]) == key]
-    if not found:
-        raise RefusedError(f"the architecture of {row['model']!r} is not known here")
-    return found[0]
+    exact = [known for known in ids if known.casefold() == named.casefold()]
+    if exact:
+        return exact[0]
+    for key in (_key, _key_of_any_version):
+        found = [known for known in ids if key(known) == key(named)]
+        if found:
+            return _one_of(found, row, assumed)
+    try:
+        resolve_model(named)
+    except InputError as error:
+        raise RefusedError(f"the architecture of {named!r} is not known here") from error
+    return str(named)
+
+
+def _written(model: SpeedModel, row: Row, folder: Path) -> str:
+    config = dict(model.config)
+    if config["model_type"] == "opt":  # its table of learned positions is as long as the sequences
+        config["max_position_embeddings"] = max(row["seq_len"], 2048)
+    path = folder / f"{letters(model.names[0])}-{config.get('max_position_embeddings', 0)}.json"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return str(path)
+
+
+def _one_of(found: Sequence[str], row: Row, assumed: list[str]) -> str:
+    """Choose among ids that a name may mean: of the number of parameters that the row says, else the first version."""
+    sizes = {known: resolve_model(known).num_params for known in found}
+    said = row["num_params"]
+    unpacked = [known for known in found if "gptq" not in known.casefold()] or list(found)
+    if said is not None:
+        unpacked.sort(key=lambda known: (abs((sizes[known] or said) - said), _version(known)))
+    else:
+        unpacked.sort(key=_version)
+        if len({sizes[known] for known in unpacked}) > 1:
+            assumed.append(f"{row['model']} is {unpacked[0]}")
+    return unpacked[0]
+
+
+def _version(known: str) -> tuple[str, str]:
+    version = re.search(r"v0\.\d", known)
+    return (version[0] if version else "", known)
+
+
+PACKED_IN_NAMES = r"[-_ ](gptq|awq|int4|int8|gguf|fp8|bnb[-_]4bit|bnb[-_]8bit|4bit|8bit)\b"
+"""What names of checkpoints say of how their weights are stored."""
 
 
 def _key(name: str) -> str:
     """Reduce a model's name to what tells architectures apart.
 
-    Versions of one model that differ in their weights alone have one key: v0.1 and v0.2, base, chat and instruct.
+    Versions of one model that differ in their weights alone have one key: base, chat and instruct, and how its weights
+    are stored.
     """
     bare = name.rpartition("/")[2].casefold()
-    bare = re.sub(r"[-_ ](hf|base|chat|instruct|it|v0\.\d|meta|gptq|4k|8k|128k)\b", "", bare)
-    bare = re.sub(r"^meta[-_ ]", "", bare)
+    bare = re.sub(PACKED_IN_NAMES, "", bare)
+    bare = re.sub(r"[-_ ](hf|base|chat|instruct|it|pt|meta|4k|8k|128k|v1\.0|unsloth|deduped)\b", "", bare)
+    bare = re.sub(r"^(meta[-_ ]|gpt_bigcode-)", "", bare)
     bare = re.sub(r"granite-3(?:\.\d)?-(\d)", r"granite-3-\1", bare)
+    bare = re.sub(r"(?<=\d)_(?=\d)", ".", bare)
     return re.sub(r"[^a-z0-9.]", "", bare)
 
 
-def _gpus(row: Row, inter_node_gb_s: float | None) -> str:
-    count, device = row["gpus_count"], _device(row["gpu"])
-    if count <= MAX_DEVICES_PER_NODE:
-        return f"{count}x{device}"
-    if inter_node_gb_s is None:
+def _key_of_any_version(name: str) -> str:
+    """Do the same where a name gives no version, or one whose shapes are an earlier one's."""
+    return re.sub(r"v0\.[12]$|v1$", "", _key(name))
+
+
+def _gpus(row: Row, stated_gb_s: float | None, assumed: list[str]) -> tuple[str, int]:
+    """Return the devices as `--gpus` takes them, and how many nodes they are in."""
+    count = row["gpus_count"]
+    device, taken = device_of(row)
+    assumed += taken
+    num_nodes = row["num_nodes"] or _nodes_in_notes(row) or (1 if count <= MAX_DEVICES_PER_NODE else None)
+    if num_nodes == 1:
+        return f"{count}x{device}", 1
+    each = MAX_DEVICES_PER_NODE if num_nodes is None else count // num_nodes
+    nodes, rest = divmod(count, each or 1)
+    if rest or not each:
+        raise RefusedError(f"{count} devices are no whole nodes" + ("" if num_nodes else f" of {each}"))
+    inter_node = row["inter_node_gb_s"] or stated_gb_s or _gb_s_in(row)
+    if inter_node is None:
         raise RefusedError("the network between its nodes is not stated")
-    nodes, rest = divmod(count, MAX_DEVICES_PER_NODE)
-    if rest:
-        raise RefusedError(f"{count} devices are no whole nodes of {MAX_DEVICES_PER_NODE}")
-    return f"{nodes}x{MAX_DEVICES_PER_NODE}x{device}:inter_node_gb_s={inter_node_gb_s:g}"
+    return f"{nodes}x{each}x{device}:inter_node_gb_s={inter_node:g}", nodes
 
 
-def _device(name: str) -> str:
-    """Name a GPU as the catalogue does; where a form factor is not stated it is SXM's, where a size is not, the larger.
+def _nodes_in_notes(row: Row) -> int | None:
+    said = re.search(r"\b(\d+)[- ]nodes?\b", row["notes"])
+    return int(said[1]) if said and int(said[1]) > 0 else None
 
-    llm-foundry's MFU column is relative to 989 TFLOPS on an H100 and 312 on an A100.
+
+def _gb_s_in(row: Row) -> float | None:
+    said = re.search(r"(\d+(?:\.\d+)?) ?(?:Gbps|Gb/s|Gbit/s)", f"{row['source']} {row['notes']}")
+    return float(said[1]) / 8 if said else None
+
+
+def _optimizer(row: Row, facts: Mapping[str, Any]) -> str | None:
+    """Return the row's own; where it is named in general alone, the one that its source's code has."""
+    own: str | None = optimizer_of(row)
+    is_open = own is None or letters(row["optimizer"]) in GENERAL_OPTIMIZERS
+    return facts.get("optimizer", own) if is_open else own
+
+
+def _sharding(row: Row, facts: Mapping[str, Any], num_nodes: int) -> dict[str, Any]:
+    """Return the row's own sharding; where it is not clear, the one of its source's code.
+
+    Raises:
+        RefusedError: it is neither stated nor known.
     """
-    bare = re.sub(r"\(.*\)", "", name).replace("NVIDIA", "").replace("GeForce", "").strip(" -")
-    usual = {
-        "A100": "A100-SXM-80G",
-        "H100": "H100-SXM-80G",
-        "A100-80GB": "A100-SXM-80G",
-        "A100-40GB": "A100-SXM-40G",
-        "A100-80GB-PCIe": "A100-PCIe-80G",
-    }
-    bare = usual.get(bare, bare)
-    spelt = (bare, f"{bare}-80G", bare.replace("H100-80GB", "H100-SXM-80G"), re.sub(r"[ -]?\d+ ?GB?$", "", bare))
-    for each in spelt:
-        try:
-            return find(each, catalogue()).name
-        except InputError:
-            continue
-    raise RefusedError(f"the device {name!r} is not in the catalogue")
+    offloads = offload_of(row).get("offload") is not None
+    if row["gpus_count"] == 1 and not offloads:
+        return {"sharding": "none"}
+    own = sharding_of(row, num_nodes)
+    if own is not None:
+        return own
+    if "sharding" in facts:
+        return {"sharding": "ddp" if facts["sharding"] == "none" else facts["sharding"]}
+    if not row["sharding"]:
+        raise RefusedError("how the model is sharded over its devices is not stated")
+    raise RefusedError(f"the sharding {row['sharding']!r} does not say which")
 
 
-def _attention(row: Row) -> str:
-    stated = (row.get("attention") or "").casefold()
-    if "flash" in stated:
-        return "flash_attention_2"
-    return "eager" if "eager" in stated else "sdpa"
+OF_PRECISION = ("weights_dtype", "autocast")
 
 
-def _optimizer(row: Row) -> str | None:
-    key = re.sub(r"[^a-z0-9]", "", (row.get("optimizer") or "").casefold())
-    if not key:
-        return None
-    if key in {"adamwtorchfused", "adamwtorch"}:
-        return str(row["optimizer"])
-    if key not in OPTIMIZERS:
-        raise RefusedError(f"the optimizer {row['optimizer']!r} is not modelled")
-    return OPTIMIZERS[key]
+def _precision(row: Row, facts: Mapping[str, Any], method: str, assumed: list[str]) -> dict[str, Any]:
+    """Return what the source's code says of the row's precision, or how it reads by itself."""
+    said = {name: facts[name] for name in OF_PRECISION if name in facts}
+    of_dtype = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+    if said:
+        kind = said["autocast"] if said.get("autocast", "no") != "no" else of_dtype[said["weights_dtype"]]
+        if kind == kind_of_precision(row):
+            return said
+    elif method == "full" and leaves_weights_open(row):
+        assumed.append(f"{row['precision']} is autocast over weights in fp32")
+    return precision_of(row, trains_weights=method in {"full", "freeze"})
 
 
-def _sharding(row: Row) -> str:
-    stated = str(row.get("sharding"))
-    if row["gpus_count"] == 1 and row["offload"] in {"none", None, "activation_cpu"}:
-        return "none"
-    for pattern, sharding in SHARDINGS:
-        if re.search(pattern, stated) and sharding is not None:
-            return "ddp" if sharding == "none" else sharding
-    raise RefusedError(f"the sharding {stated!r} is not one that is modelled")
+def _note_what_is_open(stated: dict[str, Any], assumed: list[str]) -> None:
+    """Name what neither a row nor a fact says, and what is taken for it."""
+    if stated.get("attention") is None:
+        stated["attention"] = "sdpa"
+        assumed.append("attention is sdpa")
+    if stated["optimizer"] is None:
+        stated["optimizer"] = "adamw_torch_fused"
+        assumed.append("the optimizer is adamw_torch_fused")
+    if stated["gradient_accumulation_steps"] is None:
+        stated["gradient_accumulation_steps"] = 1
+        assumed.append("one micro-step a step")
+    if stated["method"] in {"lora", "qlora"}:
+        if stated.get("lora_rank") is None:
+            assumed.append("the adapter is of rank 16")
+        if not stated.get("lora_target_modules"):
+            assumed.append("the adapter is on all linear layers")
 
 
-def _precision(row: Row) -> dict[str, str]:
-    """Read the precision where no fact says it: bf16 or fp16 by itself is autocast over weights in fp32."""
-    stated = str(row.get("precision")).casefold()
-    half = "fp16" if "float16" in stated.replace("bfloat16", "") or "fp16" in stated else "bf16"
-    if not re.search("bf16|bfloat16|fp16|float16|fp32|float32|tf32", stated):
-        raise RefusedError(f"the precision {row.get('precision')!r} is not known")
-    if re.search("fp32|float32|tf32", stated) and not re.search("bf16|fp16", stated):
-        return {"weights_dtype": "float32", "autocast": "no"}
-    full = METHODS[row["method"]] == "full"
-    return {"weights_dtype": "float32" if full else {"bf16": "bfloat16", "fp16": "float16"}[half], "autocast": half}
+def _quantization(
+    row: Row, facts: Mapping[str, Any], stated: Mapping[str, Any], bits: int | None, assumed: list[str]
+) -> dict[str, Any]:
+    """Return how the weights under the adapter are stored.
 
-
-def _quantization(row: Row, facts: Mapping[str, Any], stated: Mapping[str, Any]) -> dict[str, Any]:
-    bits = row.get("quant_bits") or 4
-    if "packed_by" in facts:
-        return {"bits": bits, "type": "gptq", "kernel": facts["packed_by"]}
+    Raises:
+        RefusedError: in a way that is not modelled.
+    """
+    named = re.search(PACKED_IN_NAMES, row["model"], re.IGNORECASE)
+    packed = {"gptq": "gptq", "int4": "gptq", "int8": "gptq", "awq": "awq"}.get(named[1].casefold() if named else "")
+    if named and named[1].casefold() in {"gguf", "fp8"}:
+        raise RefusedError(f"a checkpoint in {named[1]} is not modelled")
+    if bits is None:
+        bits = 8 if named and "8" in named[1] else 4
+        assumed.append(f"weights are in {bits} bits")
+    if "packed_by" in facts or packed:
+        if not stated.get("lora_target_modules"):
+            raise RefusedError("which packed layers the adapter is on is not stated")
+        given = {"bits": bits, "type": packed or "gptq", "kernel": facts.get("packed_by")}
+        return {name: value for name, value in given.items() if value is not None}
     shards_weights = stated["sharding"] in {"fsdp1", "fsdp2", "zero3"}
     storage = facts.get("storage") or ("bfloat16" if shards_weights else None)
     given = {"bits": bits, "type": "nf4" if bits == 4 else None, "storage": storage}
@@ -520,6 +762,26 @@ def _quantization(row: Row, facts: Mapping[str, Any], stated: Mapping[str, Any])
 
 def _software(row: Row) -> str:
     """Name what ran a row, where a source compares software: a plan does not choose it."""
-    framework = re.search(r"framework=([^;]+)", row.get("notes") or "")
-    ablation = re.search(r'ablation row "([^"]+)"', row.get("notes") or "")
-    return framework[1].strip() if framework else ablation[1] if ablation else ""
+    framework = re.search(r"framework=([^;]+)", row["notes"])
+    ablation = re.search(r'ablation row "([^"]+)"', row["notes"])
+    return framework[1].strip() if framework else ablation[1] if ablation else row["framework"] or row["software"]
+
+
+EXACT_PARAMS, ROUNDED_PARAMS = 0.05, 0.3
+"""Relative difference of two numbers of parameters of one model: as counted, and rounded as in its name (Gemma 7B has
+8.5 billion)."""
+
+
+def contradicts_size(stated: Stated, profile: RegimeProfile) -> str | None:
+    """Say that a row is of another size than the model of its name here; None if it is not."""
+    said, model = stated.num_params, stated.case.model
+    configuration = stated.case.configuration
+    packs = configuration.quantization is not None
+    if not said or (packs and not model.num_params):
+        return None
+    counted = model.num_params or profile.num_elements(trains=None if configuration.lora is None else False)
+    tolerance = ROUNDED_PARAMS if float(f"{said:.1e}") == said else EXACT_PARAMS
+    off = said / counted - 1
+    if abs(off) <= tolerance or (packs and off < 0):  # a packed weight counts as fewer elements
+        return None
+    return f"the row says {said / 1e9:.3g} billion parameters, and {stated.model} has {counted / 1e9:.3g} here"

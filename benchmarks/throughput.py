@@ -3,7 +3,8 @@
     python benchmarks/throughput.py [FILE] [--json] [--rows]
 
 Each row is read as a configuration, or listed with the reason why it cannot be (`published_speed.py`). It is traced
-under the libraries of this environment, whatever release it was measured with; traces are kept as `autofit plan`'s are.
+under the libraries of this environment, whatever release it was measured with; traces are kept as `autofit plan`'s are,
+those of one model and length as soon as all of them are there, so that a run that is interrupted goes on from them.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from published_speed import RefusedError, Row, Stated, second_speed, state, was_stopped
+from published_rows import Line, RefusedError, Row, print_fields_not_read, read_lines, text
+from published_speed import READ, Stated, contradicts_size, read, second_speed, state, was_stopped
+from published_traces import CodePath, Traced, code_path, traces
 
-from autofit.api import profiles_of
 from autofit.errors import AutofitError
 from autofit.memory.assemble import MemoryModel
-from autofit.search.evaluate import misfit_of, refuse_length
+from autofit.search.evaluate import misfit_of
 from autofit.spec.estimate import MemoryEstimate, TimeEstimate
 from autofit.spec.profile import RegimeProfile
 from autofit.timing import TimeModel
@@ -69,6 +71,8 @@ class Compared:
     fits: bool = True
     """Whether a plan may choose it; it ran, so it does where its memory is not modelled."""
     nearest: str | None = None
+    assumed: tuple[str, ...] = ()
+    """What neither the row nor its source says, and what it was taken to be."""
     refused: str | None = None
     contradicts: str | None = None
     """How the row's own figures contradict its description; then it is in no table."""
@@ -94,46 +98,60 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of tables")
     parser.add_argument("--rows", action="store_true", help="print every row too")
     options = parser.parse_args(arguments)
-    rows = [json.loads(line) for line in options.file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = read_lines(options.file)
     with tempfile.TemporaryDirectory(prefix="autofit-configs-") as folder:
-        compared = [compare(row, Path(folder)) for row in rows]
+        compared = compare_all(lines, Path(folder))
     if options.json:
         print(json.dumps([asdict(each) for each in compared], indent=1))
     else:
         print_all(compared, with_rows=options.rows)
+        print_fields_not_read(lines, READ)
     return 0
 
 
-def compare(row: Row, folder: Path) -> Compared:
-    """Predict one row, unless it cannot be stated, traced or timed."""
-    bare = {
-        "id": row["id"],
-        "source": source_name(row["source"]),
-        "table": row["source"],
-        "held_out": not row["source"].startswith(DEVELOPMENT_SOURCES),
-        "model": row["model"],
-        "gpus": f"{row['gpus_count']}x {row['gpu']}",
-        "seq_len": row["seq_len"],
-        "method": row["method"],
-        "num_devices": row["gpus_count"],
-        "measured": row["tokens_per_second_total"],
-        "measured_again": second_speed(row),
-    }
+def compare_all(lines: Sequence[Line], folder: Path) -> list[Compared]:
+    """Predict every row; each code path is traced once."""
+    stated: dict[str, Stated | str] = {}
+    for line in lines:
+        try:
+            stated[line.id] = line.refused or "the line has no row" if line.row is None else state(line.row, folder)
+        except RefusedError as refusal:
+            stated[line.id] = str(refusal)
+        except Exception as error:  # noqa: BLE001 - a row of the wrong kinds must not lose the others
+            stated[line.id] = f"cannot be read: {type(error).__name__}: {error}"
+    known = [each for each in stated.values() if isinstance(each, Stated)]
+    found = traces([_path(each) for each in known])
+    return [compare(line, stated[line.id], found) for line in lines]
+
+
+def _path(stated: Stated) -> CodePath:
+    return code_path(stated.case.model, stated.regime, stated.case.workload.sequence_tokens)
+
+
+def compare(line: Line, stated: Stated | str, found: Traced) -> Compared:
+    """Predict one row, unless it could not be stated, or cannot be traced or timed."""
+    bare = _bare(line)
+    if isinstance(stated, str):
+        return replace(bare, refused=stated)
+    profile = found[_path(stated).key]
+    if isinstance(profile, str):
+        return replace(bare, refused=profile)
     try:
-        stated = state(row, folder)
-        profile = profiles_of(stated.case.model, (stated.regime,), row["seq_len"])[stated.regime]
-        refuse_length(profile, row["seq_len"])
         time = predict(stated, profile)
     except RefusedError as refusal:
-        return Compared(**bare, software="", refused=str(refusal))
+        return replace(bare, refused=str(refusal))
     except AutofitError as error:
-        return Compared(**bare, software="", refused=error.message)
+        return replace(bare, refused=error.message)
+    except Exception as error:  # noqa: BLE001 - one row must not lose the others
+        return replace(bare, refused=f"cannot be timed: {type(error).__name__}: {error}")
+    assert line.row is not None, "it was stated"
     memory = memory_of(stated, profile)
-    return Compared(
-        **bare,
-        contradicts=contradiction(row, memory),
+    return replace(
+        bare,
+        contradicts=contradicts_size(stated, profile) or contradiction(read(line.row), memory),
         software=stated.software,
         nearest=stated.nearest,
+        assumed=stated.assumed,
         needed_bytes=None if memory is None else memory.needed_bytes,
         fits=memory is None or misfit_of(memory, stated.case.cluster) == "none",
         predicted=time.tokens_per_second,
@@ -141,6 +159,30 @@ def compare(row: Row, folder: Path) -> Compared:
         upper=time.tokens_per_second_upper,
         terms=time.terms,
         step_seconds=time.step_seconds,
+    )
+
+
+def _bare(line: Line) -> Compared:
+    """Return what a row says of itself, as far as it can be read."""
+    said = line.row or {}
+    try:
+        row = read(said)
+    except RefusedError:
+        row = {"seq_len": 0, "gpus_count": 0, "tokens_per_second_total": 0.0}
+    source = text(said, "source")
+    return Compared(
+        id=line.id,
+        source=source_name(source),
+        table=source,
+        held_out=not source.startswith(DEVELOPMENT_SOURCES),
+        model=text(said, "model"),
+        gpus=f"{row['gpus_count']}x {text(said, 'gpu')}",
+        seq_len=row["seq_len"],
+        method=text(said, "method"),
+        software="",
+        num_devices=row["gpus_count"],
+        measured=row["tokens_per_second_total"],
+        measured_again=second_speed(row) if row["gpus_count"] else None,
     )
 
 
@@ -178,7 +220,7 @@ def contradiction(row: Row, memory: MemoryEstimate | None) -> str | None:
 def source_name(source: str) -> str:
     """Shorten a source to whom and what it is from."""
     whole = re.split(r"README\.md|\(IB|\(Ra", source)
-    return " ".join(part.strip(" :") for part in whole if part.strip(" :"))[:90]
+    return " ".join(part.strip(" :") for part in whole if part.strip(" :"))[:90] or "(source not stated)"
 
 
 def print_all(compared: Sequence[Compared], *, with_rows: bool) -> None:
@@ -204,6 +246,10 @@ def print_all(compared: Sequence[Compared], *, with_rows: bool) -> None:
     for title, key in (("model, GPUs and length", _group), ("model, GPUs, length and software", _group_of_software)):
         _print_regrets(title, predicted, key)
     _print_reasons("Rows stated as the nearest that is modelled", ((row.id, row.nearest) for row in compared))
+    _print_reasons(
+        "What rows and their sources leave open, and what it was taken to be",
+        ((row.id, each) for row in predicted for each in row.assumed),
+    )
     _print_reasons("Rows that contradict their own description", ((row.id, row.contradicts) for row in compared))
     _print_reasons("Rows that were not compared", ((row.id, row.refused) for row in compared))
 

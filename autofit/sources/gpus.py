@@ -71,9 +71,13 @@ class Catalogue:
     """The smallest share that a CUDA GPU's usable memory is of its label in GiB."""
 
     def called(self, name: str) -> tuple[Gpu, ...]:
-        """Return the GPUs a name may mean: with or without the memory size, however it is spelt."""
+        """Return the GPUs a name may mean: with or without the memory size, however it is spelt.
+
+        What no GPU is called is read word by word, in any order: `A100 80GB PCIe` is an `A100-PCIe-80G`.
+        """
         key = fold(name)
-        return tuple(gpu for gpu in self.gpus if key in _spellings(gpu))
+        whole = tuple(gpu for gpu in self.gpus if key in _spellings(gpu))
+        return whole or tuple(gpu for gpu in self.gpus if _words(name) in _word_spellings(gpu))
 
     def sizes(self, name: str) -> tuple[Gpu, ...]:
         """Return the GPUs that would be meant if only the memory size in `name` were another."""
@@ -100,6 +104,30 @@ def catalogue() -> Catalogue:
 def fold(name: str) -> str:
     """Drop what does not matter in a GPU's name: case, dashes, spaces, underscores, and the B of GB."""
     return re.sub(r"[-_\s]", "", re.sub(r"(?<=\d)\s*g(i?b)?$", "g", name.strip().casefold()))
+
+
+_MAKERS = frozenset({"nvidia", "geforce", "tesla", "quadro", "amd", "instinct", "intel"})
+_MEMORY_KINDS = re.compile(r"hbm\d\w?|gddr\d\w?")
+_FORMS = {"sxm2": "sxm", "sxm3": "sxm", "sxm4": "sxm", "sxm5": "sxm", "smx": "sxm"}
+"""Sockets, each of one generation, and a spelling that tables have."""
+
+
+def _words(name: str) -> tuple[str, ...]:
+    """Split a name into its words without those that tell no GPUs apart, in an order of their own."""
+    if re.search(r"[^\w .()/,-]", name):  # no name has such a character
+        return (name,)
+    spaced = re.sub(r"(\d)\s*g(?:i?b)?\b", r"\1g", name.casefold())
+    words = [_FORMS.get(word, word) for word in re.split(r"[^a-z0-9.]+", spaced) if word]
+    telling = [word for word in words if word not in _MAKERS and not _MEMORY_KINDS.fullmatch(word)]
+    sizes = [word for word in telling if re.fullmatch(r"\d+g", word)]
+    forms = [word for word in telling if word in {"sxm", "pcie", "nvl"}]
+    rest = "".join(word for word in telling if word not in {*sizes, *forms})
+    return (rest, *sorted({*forms}), *sorted({*sizes}))
+
+
+@cache
+def _word_spellings(gpu: Gpu) -> frozenset[tuple[str, ...]]:
+    return frozenset(map(_words, (*gpu.aliases, *_complete_names(gpu), *gpu.reported_names)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -62,6 +62,8 @@ AUTO_GPTQ_IN_NOTES = "accelerated-peft-autogptq"
 Source: foundation-model-stack/fms-acceleration plugins/accelerated-peft framework_plugin_autogptq.py."""
 PACKED = ("gptq", "awq")
 """What a checkpoint comes packed with, at any number of bits."""
+OF_BITSANDBYTES = (4, 8, None)
+"""Bits that a model can be loaded in; None is 4."""
 FIRST_WITHOUT_REENTRY = 5
 """Of transformers."""
 ALWAYS_UNQUANTISED = ("lm_head",)
@@ -339,6 +341,11 @@ def _quantization(row: Row) -> dict[str, Any]:
     known = {"bits", "type", "double_quant", "storage", "skip", "compute_dtype", "group_size", "kernel"}
     if not isinstance(stated, dict) or set(stated) - known:
         raise InputError(f"the row's quantization is {stated!r}.", to_fix=f"give null or {', '.join(sorted(known))}")
+    if stated.get("bits") not in OF_BITSANDBYTES and stated.get("type") not in PACKED:
+        raise InputError(
+            f"the row's quantization has {stated['bits']!r} bits.",
+            to_fix="give 4 or 8, or the type of a packed checkpoint",
+        )
     skipped = stated.get("skip") or ()
     if not isinstance(skipped, list | tuple):
         raise InputError(f"the row's quantization skips {skipped!r}.", to_fix="give a list of module names")

@@ -139,6 +139,7 @@ def test_a_row_may_say_what_measured_rows_do_not():
         ({"loss": "mine"}, "mine"),
         ({"attention": "paged"}, "paged"),
         ({"quantization": {"bits": 3}}, "3"),
+        ({"quantization": {"bits": 2, "type": "nf4"}}, "2 bits"),
         ({"quantization": {"bits": 4, "type": "int4"}}, "int4"),
         ({"quantization": {"bits": 4, "groups": 128}}, "groups"),
         ({"lora_rnak": 8}, "lora_rnak"),
