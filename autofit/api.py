@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from autofit.errors import InputError, NothingFitsError
 from autofit.options import (
@@ -44,8 +47,7 @@ Display = Callable[[], AbstractContextManager[Progress]]
 """Opens what shows a trace while it runs."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Explanation:
+class Explanation(Struct, frozen=True, kw_only=True):
     """An estimate taken apart."""
 
     plan: Plan
@@ -59,8 +61,7 @@ class Explanation:
     None: what was explained was not searched."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InferenceEstimate:
+class InferenceEstimate(Struct, frozen=True, kw_only=True):
     """What one device needs to generate text. Of a prompt whose length is not said, activations come on top."""
 
     weights_bytes: int
@@ -84,8 +85,7 @@ class InferenceEstimate:
         return (self.process_bytes or self.total_bytes) <= self.budget_bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MeasuredData:
+class MeasuredData(Struct, frozen=True, kw_only=True):
     """How long a data set's sequences are, and what cutting them would lose."""
 
     lengths: LengthDistribution

@@ -8,13 +8,13 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 from multiprocessing import get_context
 from typing import Any
 
 import msgspec
+from msgspec import Struct
 
 from autofit.errors import AutofitError, InputError
 from autofit.memory.assemble import MemoryModel, WholeModel
@@ -34,8 +34,7 @@ NUM_ROWS_A_TASK = 16
 """Rows that one process takes at a time: enough for what they share to count, few enough to spread over cores."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Task:
+class _Task(Struct, frozen=True, kw_only=True):
     """Rows that share a profile."""
 
     profile: RegimeProfile

@@ -10,13 +10,14 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, fields, replace
+from dataclasses import MISSING, Field, dataclass, fields, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
+from msgspec import structs
 from typer.core import TyperCommand, TyperGroup
 
 from autofit.errors import InputError, nearest
@@ -1000,7 +1001,7 @@ def with_option(restrictions_now: Restrictions, text: str) -> Restrictions:
     wanted = restrictions(wishes_of(SearchWish, {name: _from_text(value.strip(), hints[name])}))
     field, parts = RESTRICTS.get(name, (name, ()))
     now, new = getattr(restrictions_now, field), getattr(wanted, field)
-    return replace(restrictions_now, **{field: _with_parts(now, new, parts) if parts else new})
+    return structs.replace(restrictions_now, **{field: _with_parts(now, new, parts) if parts else new})
 
 
 def _from_text(text: str, hint: Any) -> Any:
@@ -1038,7 +1039,7 @@ def _with_parts(now: Any, wanted: Any, parts: Sequence[str]) -> Any:
     """Give each group of settings that there is the parts that were asked for; all others stay."""
     groups, wishes = ((each if isinstance(each, tuple) else (each,)) for each in (now, wanted))
     each = dict.fromkeys(
-        replace(group, **{part: getattr(wish, part) for part in parts}) for group in groups for wish in wishes
+        structs.replace(group, **{part: getattr(wish, part) for part in parts}) for group in groups for wish in wishes
     )
     return tuple(each) if len(each) > 1 else next(iter(each))
 
@@ -1301,7 +1302,7 @@ def _with_deepspeed_file(wishes: AnyWishes) -> tuple[AnyWishes, dict[str, Any]]:
                 f"--{option} is given, and {wishes.deepspeed!r} says otherwise.",
                 to_fix=f"leave out --{option}, or correct the file",
             )
-    return replace(wishes, **said), _stated(asdict(file.settings))
+    return replace(wishes, **said), _stated(structs.asdict(file.settings))
 
 
 def _offload(wishes: Wishes) -> str | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
 
 from autofit.errors import InputError
 from autofit.spec.calibration import Uncalibrated
@@ -28,8 +29,7 @@ from autofit.spec.job import Job
 SCHEMA_VERSION = 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Inputs:
+class Inputs(Struct, frozen=True, kw_only=True):
     """What the plan was made from."""
 
     job: Job
@@ -38,8 +38,7 @@ class Inputs:
     """Identifies the traced profile: architecture, regime and library versions."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rung:
+class Rung(Struct, frozen=True, kw_only=True):
     """Another configuration beside the chosen one: a fallback, or the best of another method."""
 
     configuration: Configuration
@@ -50,8 +49,7 @@ class Rung:
     """False: of its method nothing fits, and this comes nearest."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Plan(Struct, frozen=True, kw_only=True):
     """What will be run, why, and what it is expected to need."""
 
     schema_version: int = SCHEMA_VERSION

@@ -18,9 +18,11 @@ import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import asdict, replace
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -61,8 +63,7 @@ AFTER_STEP_TOLERANCE = 0.02
 """Between two steps only weights and state are held: a figure further off is of another model than is said."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Compared:
+class Compared(Struct, frozen=True, kw_only=True):
     """One row with what was predicted for it, or why nothing was."""
 
     id: str
@@ -260,8 +261,7 @@ def source_name(source: str) -> str:
     return re.split(r",| scripts/| sdist| row ", source)[0].removeprefix("PyPI ") or "(source not stated)"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Addition:
+class Addition(Struct, frozen=True, kw_only=True):
     """What the code that made a source's measurements says about its rows, and they do not say or say otherwise."""
 
     fields: dict[str, Any]
@@ -380,8 +380,7 @@ def _cells(row: Compared) -> Iterator[str]:
         yield f"{row.errors[name]:+.2%}" if name in row.errors else "-"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Summary:
+class Summary(Struct, frozen=True, kw_only=True):
     """How far off one estimator is on one figure of the rows of one source and method."""
 
     source: str

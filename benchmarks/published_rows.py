@@ -8,9 +8,10 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 Row = Mapping[str, Any]
 
@@ -19,8 +20,7 @@ class RefusedError(Exception):
     """A row cannot be stated as a configuration; the message says why."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
+class Line(Struct, frozen=True, kw_only=True):
     """One line of a file."""
 
     id: str

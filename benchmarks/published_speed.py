@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct
+from msgspec.structs import replace
 from published_rows import RefusedError, Row, flag, letters, number, number_beside, text, whole
 from published_spellings import (
     GENERAL_OPTIMIZERS,
@@ -37,8 +38,7 @@ MODELS = Path(__file__).parent / "data" / "speed_models.json"
 MAX_DEVICES_PER_NODE = 8
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stated:
+class Stated(Struct, frozen=True, kw_only=True):
     """A row as a configuration."""
 
     case: Case
@@ -56,8 +56,7 @@ class Stated:
     """Of the model, as the row says."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fact:
+class Fact(Struct, frozen=True, kw_only=True):
     """What a source's own code or text says of its rows."""
 
     fields: Mapping[str, Any]
@@ -551,8 +550,7 @@ def was_stopped(row: Row) -> bool:
     return states_end and "train_runtime" in (text(row, "notes")) and second_speed(row) is None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SpeedModel:
+class SpeedModel(Struct, frozen=True, kw_only=True):
     """An architecture that only published speeds name."""
 
     names: tuple[str, ...]

@@ -6,7 +6,8 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from autofit.sources.profiles import profiles_and_refusals, stored_profiles
 from autofit.spec.job import Model
@@ -19,8 +20,7 @@ Traced = dict[Key, RegimeProfile | str]
 """A profile, or why there is none."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CodePath:
+class CodePath(Struct, frozen=True, kw_only=True):
     """What one trace is of."""
 
     key: Key

@@ -36,12 +36,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec import Struct
 
 from autofit.memory.assemble import MemoryModel
 from autofit.spec.configuration import Configuration, Evaluation, Freeze, Lora, Offload, Quantization
@@ -287,8 +287,7 @@ DEFAULT_CELLS = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Figure:
+class Figure(Struct, frozen=True, kw_only=True):
     """One phase or stage of a run."""
 
     predicted_bytes: int
@@ -302,8 +301,7 @@ class Figure:
         return self.predicted_bytes / self.measured_bytes - 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
+class Result(Struct, frozen=True, kw_only=True):
     """One cell: what was predicted, what was measured."""
 
     cell: str
@@ -373,7 +371,7 @@ class Measurements:
 
 def as_json(result: Result) -> dict[str, Any]:
     """Write a result as JSON, errors included."""
-    content = asdict(result) | {"error": result.error}
+    content = msgspec.to_builtins(result) | {"error": result.error}
     for name, figure in result.figures.items():
         content["figures"][name]["error"] = figure.error
     return content

@@ -18,8 +18,10 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+from msgspec import Struct
+from msgspec.structs import asdict, replace
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -42,8 +44,7 @@ GOALS = {"median": 0.15, "90th percentile": 0.35, "Spearman": 0.9, "median regre
 SMALLEST_SWEEP = 3
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Compared:
+class Compared(Struct, frozen=True, kw_only=True):
     """One row with what was predicted for it, or why nothing was."""
 
     id: str

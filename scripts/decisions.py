@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
 
 from autofit import api
 from autofit.errors import AutofitError
@@ -14,8 +15,7 @@ from autofit.search.words import describe
 from autofit.units import GIB, format_three_digits
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TypicalJob:
+class TypicalJob(Struct, frozen=True, kw_only=True):
     """A job that people ask about, as `autofit plan` takes it."""
 
     words: str

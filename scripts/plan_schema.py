@@ -1,4 +1,4 @@
-"""Prints the JSON Schema of a plan, made from the dataclasses: docs/plan.schema.json is this output."""
+"""Prints the JSON Schema of a plan, made from its classes: docs/plan.schema.json is this output."""
 
 from __future__ import annotations
 

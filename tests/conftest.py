@@ -204,6 +204,6 @@ def plan(llama: Model, a100_pair: Cluster, lora_configuration: Configuration) ->
 
 
 def _with(configuration: Configuration, **changes: object) -> Configuration:
-    from dataclasses import replace
+    from msgspec.structs import replace
 
     return replace(configuration, **changes)

@@ -12,9 +12,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -58,8 +59,7 @@ DELTA_RULE: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Architecture:
+class Architecture(Struct, frozen=True, kw_only=True):
     """A tiny config, and what its type is an example of."""
 
     kind: str
@@ -184,15 +184,14 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class Row(Struct, frozen=True, kw_only=True):
     """How far the assembled peak of one architecture is off."""
 
     name: str
     num_layers: int
     num_traced_layers: int
     relative_error: float
-    architecture: Architecture = field(repr=False)
+    architecture: Architecture
 
 
 def config_of(name: str) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 PCIE_X16_GB_S = {3: 15.75, 4: 31.5, 5: 63.0, 6: 121.0}
 """One direction, sixteen lanes, after line coding. Source: PCI-SIG, specifications 3.0 to 6.0."""
@@ -21,8 +22,7 @@ HOST_FRACTION = 0.88
 Source: stas00/ml-engineering, compute/accelerator."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class Row(Struct, frozen=True, kw_only=True):
     """How a GPU of the table is called, by people and by its driver."""
 
     name: str

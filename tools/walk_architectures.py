@@ -20,9 +20,11 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
+
+from msgspec import Struct
+from msgspec.structs import asdict, replace
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -73,8 +75,7 @@ ONLY_LENGTHS = {"reformer": 4096}
 """Of types that train at one length alone: the product of reformer's `axial_pos_shape`."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class Row(Struct, frozen=True, kw_only=True):
     """What became of one model type."""
 
     head: Head

@@ -28,9 +28,11 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import median
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from autofit.calibrate.records import PredictedRun, RunRecord
 from autofit.memory.uncertainty import Residual, shipped
@@ -46,8 +48,7 @@ MIN_TOKEN_SHARE = 0.1
 Source: assumed."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Widths:
+class Widths(Struct, frozen=True, kw_only=True):
     """How far off predictions are, as standard deviations of logarithms."""
 
     machine: float
@@ -62,8 +63,7 @@ TIME_WIDTHS = Widths(machine=0.148, run=0.148)
 between machines cannot be told apart there, where most sources ran on one."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Observation:
+class Observation(Struct, frozen=True, kw_only=True):
     """What one run says about one correction."""
 
     log_ratio: float
@@ -72,8 +72,7 @@ class Observation:
     """Of the corrected part in the figure that was measured: of a small part a run says little."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fitted:
+class Fitted(Struct, frozen=True, kw_only=True):
     """A calibration, and what it does to the runs that it comes from."""
 
     calibration: Calibration

@@ -6,10 +6,10 @@ Of a model the class of its architecture is kept, and its name only where it is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
 import msgspec
+from msgspec import Struct, field
 
 from autofit.errors import InputError
 from autofit.plan import Plan, planned_batches, planned_rows, predicted_phases
@@ -26,8 +26,7 @@ Seconds = Annotated[float, msgspec.Meta(ge=0, lt=1e12)]
 Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PredictedRun:
+class PredictedRun(Struct, frozen=True, kw_only=True):
     """What was predicted, without any calibration. None: not predicted."""
 
     peak_allocated_bytes: Bytes | None
@@ -46,8 +45,7 @@ class PredictedRun:
     """Rows, and tokens of a row, of the longest micro-batch of each phase that has one."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MeasuredPhase:
+class MeasuredPhase(Struct, frozen=True, kw_only=True):
     """The most that a rank held in one phase of its run. None: not measured."""
 
     allocated_bytes: Bytes | None = None
@@ -61,8 +59,7 @@ class MeasuredPhase:
     """Of the longest micro-batch that the model was given meanwhile; None: it was given none."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MeasuredRank:
+class MeasuredRank(Struct, frozen=True, kw_only=True):
     """What one rank measured. None: not measured."""
 
     rank: Count
@@ -87,8 +84,7 @@ class MeasuredRank:
     """By their names; one that the run did not have is absent."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunRecord:
+class RunRecord(Struct, frozen=True, kw_only=True):
     """One rung of one launch."""
 
     schema_version: Literal[1] = 1
@@ -133,8 +129,7 @@ class RunRecord:
         return max((rank.step_seconds for rank in self.ranks if rank.step_seconds is not None), default=None)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PhaseOutcome:
+class PhaseOutcome(Struct, frozen=True, kw_only=True):
     """One phase of a run: what was predicted to be allocated beside what was, on the rank that held most."""
 
     phase: str
@@ -188,8 +183,7 @@ def _outcome(
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ending:
+class Ending(Struct, frozen=True, kw_only=True):
     """Which rung of a launch it was, and how it ended."""
 
     rung: int

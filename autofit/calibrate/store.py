@@ -5,10 +5,10 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+from msgspec import Struct
 
 from autofit.calibrate.records import RunRecord, decode, encode
 from autofit.errors import InputError
@@ -20,16 +20,14 @@ RUNS_FILE = "runs.jsonl"
 CALIBRATION_SCHEMA_VERSION = 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BrokenLine:
+class BrokenLine(Struct, frozen=True, kw_only=True):
     """A line of the store that is no record of this release; it stays where it is."""
 
     number: int
     reason: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stored:
+class Stored(Struct, frozen=True, kw_only=True):
     """What the store holds."""
 
     path: Path
@@ -89,8 +87,7 @@ def new_ones(known: Sequence[RunRecord], given: Sequence[RunRecord]) -> tuple[Ru
     return tuple({record.id: record for record in given if record.id not in ids}.values())
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Calibrations:
+class _Calibrations(Struct, frozen=True, kw_only=True):
     """The content of calibration.json."""
 
     schema_version: int

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from autofit.launch.road import Road, flags_of
 from autofit.memory.alloc_conf import refuse_other_setting
@@ -42,8 +43,7 @@ TRACKERS_OFF = {
 """Keeps a probe from starting a tracker's run."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Invocation:
+class Invocation(Struct, frozen=True, kw_only=True):
     """What the user wants run, and from where."""
 
     script: Path
@@ -63,8 +63,7 @@ class Invocation:
     """Whether two steps on the longest batch are all that is wanted."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Command:
+class Command(Struct, frozen=True, kw_only=True):
     """What is started, completely."""
 
     argv: tuple[str, ...]

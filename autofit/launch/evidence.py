@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+from msgspec import Struct
 
 from autofit.spec.event import Event
 
@@ -14,8 +14,7 @@ LOG_FILE = "log.txt"
 RANK_EVENTS_PATTERN = "events-rank*.jsonl"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
+class Evidence(Struct, frozen=True, kw_only=True):
     """One launch, after it ended."""
 
     exit_code: int

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from autofit.plan import Plan, Rung
 from autofit.spec.estimate import MemoryEstimate, TimeEstimate

@@ -7,12 +7,13 @@ import secrets
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
 
 from autofit.calibrate.records import Ending, record_of
 from autofit.calibrate.store import append
@@ -35,8 +36,7 @@ from autofit.writers.files import refuse_foreign_files, write_files
 from autofit.writers.render import render_files
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class Outcome(Struct, frozen=True, kw_only=True):
     """A launch that ended well, or that the user stopped."""
 
     exit_code: int
@@ -48,8 +48,7 @@ class Outcome:
     """The content of summary.json."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Conduct:
+class Conduct(Struct, frozen=True, kw_only=True):
     """How a launch is to go about it."""
 
     road: str | None = None

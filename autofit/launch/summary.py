@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from msgspec.structs import asdict
 
 from autofit.calibrate.records import measured_ranks, phase_outcomes
 from autofit.launch.evidence import LOG_FILE

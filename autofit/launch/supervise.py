@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from autofit.launch.evidence import Evidence
 from autofit.launch.verdict import Verdict, judge
@@ -13,8 +14,7 @@ Run = Callable[[int, Plan], Evidence]
 """Runs one rung to its end: (number, plan) -> what it left behind."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attempt:
+class Attempt(Struct, frozen=True, kw_only=True):
     """One rung that was run."""
 
     number: int

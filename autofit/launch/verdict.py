@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import signal
-from dataclasses import dataclass
 from typing import Literal
+
+from msgspec import Struct
 
 from autofit.launch.evidence import Evidence
 from autofit.spec.event import MISMATCH_EXIT_CODE, Event
@@ -32,8 +33,7 @@ KILLED = re.compile(r"exitcode\s*:\s*-9\b|<Signals\.SIGKILL: 9>")
 """How torchrun's report, or accelerate's for one process, says that a process got SIGKILL."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
+class Verdict(Struct, frozen=True, kw_only=True):
     """Why a launch ended."""
 
     failure: Failure

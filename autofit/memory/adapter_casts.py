@@ -7,7 +7,7 @@ is stored. Source: peft/tuners/tuners_utils.py 0.21, `_cast_input_dtype`; torch 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from autofit.spec.profile import ACTIVATION, MONOMIALS, Event, RegimeProfile
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from autofit.errors import InputError
 from autofit.spec.configuration import Configuration
@@ -38,8 +39,7 @@ Source: torch v2.13 c10/cuda/CUDACachingAllocator.cpp, malloc and setMemoryFract
 """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UserSetting:
+class UserSetting(Struct, frozen=True, kw_only=True):
     """What the user's environment says about the allocator."""
 
     variable: str

@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from msgspec import Struct
+
 from autofit.units import MIB
 
 MIN_BLOCK_BYTES = 512
@@ -49,8 +51,7 @@ _SIZE_SHIFT = 60
 _ADDRESS_MASK = (1 << _SIZE_SHIFT) - 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AllocatorSettings:
+class AllocatorSettings(Struct, frozen=True, kw_only=True):
     """What PYTORCH_ALLOC_CONF says of the allocator's policy."""
 
     expandable_segments: bool = False

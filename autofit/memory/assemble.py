@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
+from msgspec.structs import replace
 
 from autofit.errors import InputError
 from autofit.memory.adapter_casts import without_adapter_casts
@@ -53,16 +54,14 @@ Split = tuple[int, int]
 """Micro-batch and accumulation steps."""
 
 
-@dataclass(frozen=True, slots=True)
-class Moment:
+class Moment(Struct, frozen=True):
     """All that is alive at one moment of a step."""
 
     phase: str
     held: tuple[Held, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Needs:
+class Needs(Struct, frozen=True, kw_only=True):
     """What configurations need that differ in optimizer (rows) and split of the batch (columns) alone."""
 
     device_bytes: Columns

@@ -5,9 +5,11 @@ A layout says what is resident all the time, how backward treats gradients, and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Literal
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from autofit.memory.host import sub_groups, zero2_buffers, zero3_buffers, zero3_weight_buffers
 from autofit.memory.static import OptimizerBytes, StaticBytes, Update, optimizer_bytes, partition_optimizer_bytes
@@ -29,8 +31,7 @@ NCCL_ALIGNMENT_ELEMENTS = 2
 """DeepSpeed pads flat buffers to this many elements a rank. Source: stage_1_and_2.py, nccl_start_alignment_factor."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class Layout(Struct, frozen=True, kw_only=True):
     """Bytes of one device, without activations."""
 
     resident: Terms
@@ -174,8 +175,7 @@ def _partition_elements(num_elements: int, num_ranks: int) -> int:
     return -(-num_elements // (num_ranks * NCCL_ALIGNMENT_ELEMENTS)) * NCCL_ALIGNMENT_ELEMENTS
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Casts:
+class _Casts(Struct, frozen=True, kw_only=True):
     """What DeepSpeed copies into fp32 to reduce it, where processes share sequences; nothing elsewhere.
 
     Source: deepspeed/runtime/zero/stage_1_and_2.py 0.19.8 (allreduce_bucket, always fp32 then); engine.py

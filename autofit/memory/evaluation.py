@@ -6,9 +6,9 @@ Source: transformers/trainer.py 5.23, evaluation_loop and prediction_step; train
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import numpy as np
+from msgspec import Struct, field
 
 from autofit.memory.inputs import TOKEN_ID_BYTES, input_bytes, traced_input_bytes
 from autofit.memory.tape import BIRTH_FIELDS, phase_peaks, size_table
@@ -21,8 +21,7 @@ NUM_BATCHES_AHEAD = 1
 Source: accelerate/data_loader.py 1.15, DataLoaderShard.__iter__."""
 
 
-@dataclass(frozen=True, slots=True)
-class EngineForward:
+class EngineForward(Struct, frozen=True):
     """What an engine does around a forward pass: what it gathers, and what it hands on."""
 
     moments: Mapping[int, tuple[int, int]] = field(default_factory=dict)

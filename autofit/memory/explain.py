@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from autofit.memory.tape import size_table
 from autofit.memory.terms import TERM_SOURCES
@@ -17,8 +18,7 @@ PHASE_NAMES = {"layer": "layer_forward", "head": "head_and_loss"}
 MONOMIAL_WORDS = ("", "b", "s", "b s", "s^2", "b s^2")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeldTensors:
+class HeldTensors(Struct, frozen=True, kw_only=True):
     """Equal tensors that are alive at a phase's highest moment."""
 
     born_in: str
@@ -35,8 +35,7 @@ class HeldTensors:
         return self.num_tensors * self.tensor_bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExplainedTerm:
+class ExplainedTerm(Struct, frozen=True, kw_only=True):
     """One term of a phase."""
 
     name: str
@@ -46,8 +45,7 @@ class ExplainedTerm:
     sources: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExplainedPhase:
+class ExplainedPhase(Struct, frozen=True, kw_only=True):
     """One phase, the terms that its bytes are the sum of, and the largest tensors behind its activations."""
 
     name: str
@@ -58,8 +56,7 @@ class ExplainedPhase:
     alive: what is more or less than the term is what a sharding does with gradients there."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Symbols:
+class Symbols(Struct, frozen=True, kw_only=True):
     """What the letters in formulas stand for."""
 
     num_params: int

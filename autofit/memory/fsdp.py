@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from autofit.errors import InputError
 from autofit.memory.engines import Layout, Terms, with_optimizer
@@ -36,8 +37,7 @@ Source: transformers 4.48 models/llama/modeling_llama.py, `_gradient_checkpointi
 transformers 5.23 modeling_layers.py, GradientCheckpointingLayer."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Curve:
+class _Curve(Struct, frozen=True):
     """What a segment, or a part of it, holds above its start: one figure for each micro-batch asked for."""
 
     highest: Bytes
@@ -262,7 +262,6 @@ def _refuse_inner_reentry(configuration: Configuration, profile: RegimeProfile) 
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Made:
+class _Made(Struct, frozen=True):
     units: Units
     operations: list[Operation]

@@ -8,8 +8,9 @@ FSDP1.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
 from typing import Literal
+
+from msgspec import Struct
 
 from autofit.memory.evaluation import EngineForward
 from autofit.memory.fsdp_units import Unit, Units, num_shards
@@ -22,8 +23,7 @@ MAX_MICRO_STEPS = 3
 Key = Hashable
 
 
-@dataclass(frozen=True, slots=True)
-class Take:
+class Take(Struct, frozen=True):
     """Hold bytes under a key."""
 
     key: Key
@@ -31,15 +31,13 @@ class Take:
     num_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Give:
+class Give(Struct, frozen=True):
     """Free what is held under a key."""
 
     key: Key
 
 
-@dataclass(frozen=True, slots=True)
-class Play:
+class Play(Struct, frozen=True):
     """Play a segment of the tape, or a part of it."""
 
     index: int
@@ -52,23 +50,20 @@ class Play:
     """`loss`: up to the gradient of the logits; `head`: from there on."""
 
 
-@dataclass(frozen=True, slots=True)
-class Retain:
+class Retain(Struct, frozen=True):
     """Hold as many tensors of the size of a layer's input under a key."""
 
     key: Key
     num_tensors: int
 
 
-@dataclass(frozen=True, slots=True)
-class GiveGradients:
+class GiveGradients(Struct, frozen=True):
     """Free the gradients that a unit's segments made."""
 
     unit: Key
 
 
-@dataclass(frozen=True, slots=True)
-class Enter:
+class Enter(Struct, frozen=True):
     """What follows belongs to a phase."""
 
     phase: str
@@ -77,8 +72,7 @@ class Enter:
 Operation = Take | Give | Play | Retain | GiveGradients | Enter
 
 
-@dataclass(frozen=True, slots=True)
-class _Real:
+class _Real(Struct, frozen=True):
     """A segment of the step at full depth."""
 
     traced: int

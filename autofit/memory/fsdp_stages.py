@@ -8,8 +8,11 @@ distributed/checkpoint/state_dict.py and distributed/_state_dict_utils.py for FS
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from autofit.memory.evaluation import EngineForward
 from autofit.memory.fsdp_script import forward_in_evaluation
@@ -35,8 +38,7 @@ NUM_GATHERED_SHARDS = 2
 Source: torch v2.13 distributed/fsdp/_optim_utils.py, _allgather_orig_param_states (`local_shard`)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
+class Held(Struct, frozen=True, kw_only=True):
     """What one process holds at most."""
 
     device: int

@@ -10,7 +10,9 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from autofit.memory.engines import Layout, Terms
 from autofit.memory.host import fsdp_buffers
@@ -28,8 +30,7 @@ Source: accelerate/utils/fsdp_utils.py 1.15, fsdp2_prepare_model ("Upcast to fp3
 accelerate/accelerator.py, prepare_model (`_flat_param`, "upcasting")."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class Part(Struct, frozen=True, kw_only=True):
     """A parameter, or those that FSDP1 flattens into one, as a unit handles it; bytes as the device rounds them."""
 
     shard: int
@@ -46,8 +47,7 @@ class Part:
     """The same in the dtype that is stored."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unit:
+class Unit(Struct, frozen=True, kw_only=True):
     """What is gathered together."""
 
     name: str
@@ -63,8 +63,7 @@ class Unit:
         return any(part.gradient for part in self.parts)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Units:
+class Units(Struct, frozen=True, kw_only=True):
     """The units of a model."""
 
     root: Unit
@@ -241,8 +240,7 @@ def make_units(configuration: Configuration, profile: RegimeProfile) -> Units:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sharded:
+class Sharded(Struct, frozen=True, kw_only=True):
     """One parameter that FSDP shards."""
 
     unit: str

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from autofit.memory.tensors import Tensor
 from autofit.spec.hardware import DeviceKind
@@ -13,8 +14,7 @@ NUM_MOMENTS = 2
 """DeepSpeedCPUAdam's, in fp32. Source: deepspeed/ops/adam/cpu_adam.py 0.19.8."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HostBuffers:
+class HostBuffers(Struct, frozen=True, kw_only=True):
     """What one process keeps on the host."""
 
     pinned: tuple[int, ...]

@@ -8,8 +8,9 @@ Source: transformers/cache_utils.py 5.23, DynamicCache and get_layer_types_and_k
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from autofit.errors import InputError
 from autofit.memory.inputs import TOKEN_ID_BYTES
@@ -28,8 +29,7 @@ SQUARE_HEADS = ("bloom", "codegen", "gpt2", "gpt_neo", "gpt_neox", "gptj", "llam
 """Model types in which, where a config names no `num_key_value_heads`, every query head has keys of its own."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InferenceMemory:
+class InferenceMemory(Struct, frozen=True, kw_only=True):
     """What one device holds while it generates."""
 
     weights_bytes: int

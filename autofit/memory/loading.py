@@ -7,7 +7,8 @@ and Trainer moves it.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from autofit.memory.program import Program
 from autofit.memory.tensors import in_model_order, num_bytes_of
@@ -33,8 +34,7 @@ NUM_BROADCASTS_IN_FLIGHT = 2
 """Source: torch v2.13 torch/csrc/distributed/c10d/comm.cpp, broadcast_coalesced, kMaxInFlight."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Named:
+class _Named(Struct, frozen=True):
     """One tensor of the real model."""
 
     tensor: StaticTensor

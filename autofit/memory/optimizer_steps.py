@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from autofit.memory.tape import CUDA_BLOCK_BYTES
 from autofit.memory.tensors import Tensor

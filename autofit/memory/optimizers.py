@@ -7,7 +7,9 @@ Source: transformers/trainer_optimizer.py 5.23.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from autofit.memory import optimizer_steps as steps
 from autofit.memory.optimizer_steps import FP32_BYTES, Frame, Step
@@ -30,8 +32,7 @@ QMAP_ELEMENTS = {8: 256, 4: 16}
 """Of the code table that torchao keeps with every tensor. Source: torchao optim/subclass_8bit.py, subclass_4bit.py."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class State:
+class State(Struct, frozen=True, kw_only=True):
     """Bytes that an optimizer keeps for one tensor, by where they live."""
 
     device: tuple[int, ...] = ()
@@ -45,8 +46,7 @@ class State:
 StateOf = Callable[[Tensor], State]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Optimizer:
+class Optimizer(Struct, frozen=True, kw_only=True):
     """Memory of one of transformers' `optim` names."""
 
     state: StateOf

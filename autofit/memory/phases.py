@@ -6,7 +6,8 @@ Each is a figure of its own, for the device and for the host of a node.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from autofit.memory.engines import MASTER_BYTES, Layout, ties_embeddings
 from autofit.memory.evaluation import PLAIN_FORWARD, evaluation_bytes, forward_bytes
@@ -41,8 +42,7 @@ _AFTER_UPDATES = ("head_backward", "layer_backward", "embedding_backward", "end"
 """Phases of backward in which there are gradients."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
+class Run(Struct, frozen=True, kw_only=True):
     """One configuration, laid out: what every stage is worked out from."""
 
     profile: RegimeProfile

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from autofit.memory.alloc_conf import refuse_small_split_size
 from autofit.memory.allocator import (
@@ -52,8 +53,7 @@ DDP_BUCKET_BYTES = (MIB, 25 * MIB)
 Source: torch v2.13 nn/parallel/distributed.py; torch/csrc/distributed/c10d/reducer.hpp, kDefaultFirstBucketBytes."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Replayed:
+class Replayed(Struct, frozen=True, kw_only=True):
     """What the caching allocator counts at its highest, from before the first step on."""
 
     peak_allocated_bytes: int
@@ -256,8 +256,7 @@ def allocator_settings(configuration: Configuration) -> AllocatorSettings:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Ran:
+class _Ran(Struct, frozen=True):
     peak_allocated_bytes: int
     peak_reserved_bytes: int
     loading_reserved_bytes: int
@@ -269,8 +268,7 @@ class _Ran:
         return max(self.peak_reserved_bytes, self.loading_reserved_bytes)
 
 
-@dataclass(frozen=True, slots=True)
-class _Outcome:
+class _Outcome(Struct, frozen=True):
     """What came of a run."""
 
     ran: _Ran | None
@@ -395,8 +393,7 @@ def holds_whole_tensors(configuration: Configuration) -> bool:
     return configuration.sharding in {"none", "ddp"}
 
 
-@dataclass(frozen=True, slots=True)
-class _Update:
+class _Update(Struct, frozen=True):
     """What an optimizer's step allocates where it updates whole tensors."""
 
     state: tuple[int, ...]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import lru_cache
+
+from msgspec import Struct
 
 from autofit.memory.optimizers import OPTIMIZERS, clip_frame, step_frame, update_frame
 from autofit.memory.tape import CUDA_BLOCK_BYTES
@@ -18,8 +19,7 @@ def rounded(num_bytes: int, device: DeviceKind) -> int:
     return -(-num_bytes // CUDA_BLOCK_BYTES) * CUDA_BLOCK_BYTES if device == "cuda" else num_bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StaticBytes:
+class StaticBytes(Struct, frozen=True, kw_only=True):
     """What a single process without sharding holds."""
 
     frozen_weights: int
@@ -53,8 +53,7 @@ def static_bytes(model: tuple[Tensor, ...], device: DeviceKind) -> StaticBytes:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Update:
+class Update(Struct, frozen=True):
     """What an optimizer that works in backward takes for one tensor, as soon as its gradient is made."""
 
     gradient_bytes: int
@@ -64,8 +63,7 @@ class Update:
     state_bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OptimizerBytes:
+class OptimizerBytes(Struct, frozen=True, kw_only=True):
     """What an optimizer keeps between steps and takes for a moment."""
 
     state: int

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from autofit.memory.fused_losses import bound_on
 from autofit.spec.profile import GRADIENT, MONOMIALS, ON_HOST, Event, RegimeProfile, Segment
@@ -24,8 +23,7 @@ CUDA_BLOCK_BYTES = 512
 Source: torch v2.13 c10/cuda/CUDACachingAllocator.h, kMinBlockSize."""
 
 
-@dataclass(frozen=True, slots=True)
-class PhasePeak:
+class PhasePeak(Struct, frozen=True):
     """The highest moment of a phase, for each way that gradients can be treated."""
 
     name: str
@@ -231,8 +229,7 @@ def _num_meant(profile: RegimeProfile, segment: Segment, event: Event) -> int:
     return 1 if born_in.layer is None else profile.repeats(born_in)
 
 
-@dataclass(frozen=True, slots=True)
-class _Stretch:
+class _Stretch(Struct, frozen=True):
     name: str
     has_gradients: bool
     events: tuple[Event, ...]
@@ -250,8 +247,7 @@ def _stretches(segment: Segment, *, has_gradients: bool) -> list[_Stretch]:
     return [_Stretch(segment.name, False, before), _Stretch(name, True, after)]
 
 
-@dataclass(frozen=True, slots=True)
-class _Curves:
+class _Curves(Struct, frozen=True):
     """Bytes alive above the segment's start, after each event: shape (num_events, num_micro_batches)."""
 
     activations: Bytes
@@ -282,8 +278,7 @@ class _Curves:
         return waiting if self.last_waiting is None else self.last_waiting
 
 
-@dataclass(frozen=True, slots=True)
-class _Start:
+class _Start(Struct, frozen=True):
     """What a stretch finds."""
 
     activations: Bytes
@@ -292,8 +287,7 @@ class _Start:
     large: Bytes
 
 
-@dataclass(frozen=True, slots=True)
-class _Columns:
+class _Columns(Struct, frozen=True):
     """Events as arrays."""
 
     size: npt.NDArray[np.int64]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import groupby
+
+from msgspec import Struct
+from msgspec.structs import force_setattr
 
 from autofit.spec.profile import RegimeProfile, StaticTensor
 from autofit.units import BYTES_PER_ELEMENT
@@ -15,8 +17,7 @@ PARAMETER_KINDS = frozenset({"parameter", "adapter", "quantized"})
 _OTHER_DTYPES = {"bool": 1, "int64": 8, "int32": 4, "float64": 8, "int16": 2}
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
+class Tensor(Struct, frozen=True):
     """One tensor of the real model."""
 
     num_elements: int
@@ -32,11 +33,11 @@ class Tensor:
     """Whether it is a matrix of a module that is neither nn.Linear nor nn.Embedding."""
     loaded_in_fp32: bool = False
     """Whether transformers loads it in fp32, though an engine gathers it in 16 bits."""
-    num_bytes: int = field(init=False, repr=False, compare=False)
+    num_bytes: int = 0
     """Without an allocator's rounding; asked for a hundred thousand times in a search."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "num_bytes", self.num_elements * self.bytes_per_element)
+        force_setattr(self, "num_bytes", self.num_elements * self.bytes_per_element)
 
     @property
     def is_matrix(self) -> bool:

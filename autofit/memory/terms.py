@@ -6,13 +6,12 @@ micro-batch, s tokens of a sequence, h the hidden size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from autofit.spec.configuration import Sharding
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Term:
+class Term(Struct, frozen=True, kw_only=True):
     """A term's meaning and origin."""
 
     meaning: str

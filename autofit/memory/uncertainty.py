@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from typing import Any, Literal
+
+from msgspec import Struct
 
 from autofit.spec.profile import Regime
 
@@ -26,8 +27,7 @@ MIN_SOURCES = 3
 """Runs of one source share machine, driver and releases, and say nothing about another's."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunKind:
+class RunKind(Struct, frozen=True, kw_only=True):
     """What of a run decides how far off a prediction may be."""
 
     method: str
@@ -39,8 +39,7 @@ class RunKind:
     """Whether sequences hold images, of which no measured run was published."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Residual:
+class Residual(Struct, frozen=True, kw_only=True):
     """One published figure beside its prediction."""
 
     source: str
@@ -50,8 +49,7 @@ class Residual:
     """Measured over predicted."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Interval:
+class Interval(Struct, frozen=True, kw_only=True):
     """Between which ratios to a prediction a figure lies."""
 
     low: float

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from autofit.memory.allocator import MIN_BLOCK_BYTES
 from autofit.memory.tape import BIRTH_FIELDS, size_table
@@ -30,8 +30,7 @@ class StepEvent(NamedTuple):
     category: int
 
 
-@dataclass(frozen=True, slots=True)
-class Playable:
+class Playable(Struct, frozen=True):
     """What the allocator sees of a step."""
 
     requests: Integers
@@ -42,8 +41,7 @@ class Playable:
     """Where each event of the step is in it, and where it ends."""
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(Struct, frozen=True):
     """One micro-step of the real model, an entry for each event on the device."""
 
     num_bytes: Integers

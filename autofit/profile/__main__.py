@@ -10,17 +10,16 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+from msgspec import Struct
 
 from autofit.errors import AutofitError
 from autofit.spec.profile import Regime, RegimeProfile
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TraceRequest:
+class TraceRequest(Struct, frozen=True, kw_only=True):
     """What to trace."""
 
     model: str

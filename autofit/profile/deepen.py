@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from itertools import groupby
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from autofit.errors import AutofitError
 from autofit.profile.layers import Depth
@@ -25,8 +27,7 @@ class LayersDifferError(AutofitError):
     """Layers that should be alike do not make and free the same tensors."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stretch:
+class Stretch(Struct, frozen=True, kw_only=True):
     """Which layers of a tape repeat: `depth` counts from the first of the stack, which ran as layer `first`."""
 
     depth: Depth

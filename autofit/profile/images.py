@@ -10,11 +10,12 @@ import inspect
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import transformers
+from msgspec import Struct, field
+from msgspec.structs import replace
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -34,8 +35,7 @@ _MERGES = (2, 1, 4, 3)
 _ID_NAMES = ("image_token_id", "image_token_index")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Images:
+class Images(Struct, frozen=True, kw_only=True):
     """The images of one sequence."""
 
     num_images: int = 1

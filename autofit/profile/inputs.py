@@ -6,10 +6,10 @@ import inspect
 import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from msgspec import Struct
 from torch import nn
 
 from autofit.errors import InputError
@@ -22,8 +22,7 @@ from autofit.profile.tasks import task_of
 from autofit.spec.profile import MONOMIALS, Polynomial, Regime
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Feed:
+class Feed(Struct, frozen=True, kw_only=True):
     """The mode that keeps the integers of a batch real, and the images of every sequence, if it has any."""
 
     known: KnownValues

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
+from msgspec import Struct
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -186,8 +186,7 @@ def _settings(layer: nn.Module) -> dict[tuple[str, str], Any]:
     return found
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Depth:
+class Depth(Struct, frozen=True, kw_only=True):
     """How a model of few layers stands for a deeper one: `period` layers from `start` on are repeated.
 
     The next `period` layers are their twins, traced to show that they are alike.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from autofit.errors import AutofitError, InputError
 
@@ -20,8 +20,7 @@ class TooManyOperatorsError(AutofitError):
     """A step has more operators than are traced."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Growth:
+class Growth(Struct, frozen=True, kw_only=True):
     """How the operators of a step grow with its length: the straight line through two lengths that were run."""
 
     tokens: tuple[int, int]

@@ -10,13 +10,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from dataclasses import replace
 from io import StringIO
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
+from msgspec.structs import replace
 from torch import nn
 
 from autofit.errors import InputError

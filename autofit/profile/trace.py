@@ -7,10 +7,11 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
+from msgspec import Struct
+from msgspec.structs import replace
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -141,8 +142,7 @@ def _lengths(config: Any, regime: Regime, sequence_tokens: int | None) -> Length
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Subject:
+class _Subject(Struct, frozen=True, kw_only=True):
     """What is traced, at whatever sizes."""
 
     config: dict[str, Any]
@@ -272,8 +272,7 @@ def _tape(subject: _Subject, points: Sequence[Point], progress: Progress, **opti
         return _shallow_tape(subject, points, progress, options) or _whole_tape(subject, points, progress, options)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Tape:
+class _Tape(Struct, frozen=True, kw_only=True):
     """What of a profile comes from the steps."""
 
     num_layers: int
@@ -347,8 +346,7 @@ def _shallow_tape(
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Traced:
+class Traced(Struct, frozen=True, kw_only=True):
     """Steps of one model, one for each point, and what it holds all the time."""
 
     steps: list[list[RawSegment]]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, replace
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from autofit.errors import InputError
 
@@ -19,8 +21,7 @@ _CHUNK = re.compile(r"^(?!attention).*chunk_size")
 _WINDOW = re.compile(r"^(?!.*(?:pattern|layers)).*(?:window|attention_chunk|local_attention)")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lengths:
+class Lengths(Struct, frozen=True, kw_only=True):
     """Lengths that take one code path, and the shortest and longest sequence that does."""
 
     traced: tuple[int, ...]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from string import ascii_lowercase
 
+from msgspec import Struct
 from rich.console import Group, RenderableType
 from rich.text import Text
 
@@ -88,8 +88,7 @@ def names(listed: Sequence[Offer]) -> dict[int, str]:
     return {id(offer): name for offer, name in zip(listed, letters, strict=False)}
 
 
-@dataclass(frozen=True, slots=True)
-class _Column:
+class _Column(Struct, frozen=True):
     title: str
     cell: Callable[[Offer, Plan], str]
     min_width: int = 0

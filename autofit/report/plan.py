@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from msgspec import Struct
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -222,8 +222,7 @@ def _gib_cell(num_bytes: int | None) -> str:
     return "" if num_bytes is None else f"{num_bytes / GIB:.2f}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Column:
+class _Column(Struct, frozen=True, kw_only=True):
     """One column of a table of rungs; the least important ones go first where the terminal is narrow."""
 
     title: str

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
+
+from msgspec.structs import asdict
 
 from autofit.spec.configuration import Configuration, Quantization, ZeroSettings
 from autofit.units import format_count

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec import Struct
 
 from autofit.spec.event import Event, EventKind, events_file_name
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EventLog:
+class EventLog(Struct, frozen=True, kw_only=True):
     """The event file of one rank."""
 
     run_folder: Path

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator
-from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import asdict
 
 from autofit.plan import Plan, planned_rows
 from autofit.runtime.fsdp import (
@@ -27,8 +29,7 @@ QUANTIZED_LINEARS = {4: "bitsandbytes.nn.modules.Linear4bit", 8: "bitsandbytes.n
 AUTOCAST_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
+class Check(Struct, frozen=True, kw_only=True):
     """One planned setting beside what is in effect, both as a user would write them."""
 
     setting: str
@@ -41,8 +42,7 @@ class Check:
         return self.planned == self.in_effect
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Training:
+class Training(Struct, frozen=True, kw_only=True):
     """The objects that are about to take the first step, whoever made them."""
 
     model: Any

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
+from msgspec.structs import replace
 
 from autofit.errors import InputError
 from autofit.memory.limits import unmodelled_but_optim, unmodelled_optim
@@ -23,8 +24,7 @@ Mask = npt.NDArray[np.bool_]
 """One row for each optimizer of a block and one column for each split, or a single one for all."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Allowed:
+class Allowed(Struct, frozen=True, kw_only=True):
     """A space with what is left of it."""
 
     blocks: tuple[Block, ...]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from autofit.spec.calibration import Calibration, Uncalibrated, plain_versions
 from autofit.spec.estimate import MemoryEstimate, Phase, Stage, TimeEstimate

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from autofit.errors import InputError, NothingFitsError
 from autofit.plan import Plan
@@ -15,8 +16,7 @@ from autofit.spec.job import Job
 from autofit.spec.profile import ProfileSet, Regime
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Offer:
+class Offer(Struct, frozen=True, kw_only=True):
     """Hardware with what the job would be there: a plan, or why there is none."""
 
     cluster: Cluster

@@ -6,12 +6,13 @@ import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from itertools import compress
 from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
+from msgspec.structs import replace
 
 from autofit.errors import InputError
 from autofit.memory.alloc_conf import expandable_segments_problem
@@ -62,8 +63,7 @@ _Looked = tuple[tuple[Configuration, Misfit], dict[Configuration, MemoryEstimate
 """How a configuration fits, and what was replayed to see that."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluated:
+class Evaluated(Struct, frozen=True, kw_only=True):
     """A configuration with what it needs and takes."""
 
     configuration: Configuration
@@ -82,8 +82,7 @@ class Evaluated:
         return self.memory.needed_bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class EvaluatedBlock:
+class EvaluatedBlock(Struct, frozen=True, kw_only=True, eq=False):
     """What is left of a block, one figure for each of its configurations."""
 
     number: int

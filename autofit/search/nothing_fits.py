@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from autofit.errors import InputError, NothingFitsError
 from autofit.search.evaluate import HEADROOM_FRACTION, Evaluated, usable_bytes
@@ -31,8 +32,7 @@ _EVALUATE_LESS = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
+class Change(Struct, frozen=True, kw_only=True):
     """Something a user can do differently."""
 
     words: str
@@ -141,7 +141,7 @@ def _more_devices(job: Job, cluster: Cluster) -> Iterator[Change]:
 
 
 def _with(**fields: object) -> Callable[[Job], Job]:
-    return lambda job: replace(job, restrictions=replace(job.restrictions, **fields))  # type: ignore[arg-type]
+    return lambda job: replace(job, restrictions=replace(job.restrictions, **fields))
 
 
 def _of_length(tokens: int) -> Callable[[Job], Job]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from autofit.search.evaluate import Evaluator, MemoryEstimator
 from autofit.search.rank import Ranking
@@ -44,8 +45,7 @@ def nearest_row(table: Table, rows: Rows) -> int:
     return min(least, key=lambda row: describe(table.configuration(row)))
 
 
-@dataclass(frozen=True, slots=True)
-class Settled:
+class Settled(Struct, frozen=True):
     """What fits, and where it is in the table."""
 
     row: int

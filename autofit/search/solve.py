@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import replace
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from autofit.errors import InputError
 from autofit.plan import Inputs, Plan, Rung
@@ -222,7 +222,7 @@ def _expected(table: Table, ranking: Ranking, evaluator: Evaluator) -> list[Conf
     of_methods = [fitting[methods[fitting] == method] for method in dict.fromkeys(methods[fitting].tolist())]
     rows = [chosen, *(ranking.best(rows) for rows in of_methods if methods[rows[0]] != methods[chosen])]
     rungs = ranking.ladder(chosen, _smaller(table, chosen))
-    expected = dict.fromkeys(((row, False) for row in [*rows, *cheaper_rivals(chosen, table, ranking)]))
+    expected = dict.fromkeys((row, False) for row in [*rows, *cheaper_rivals(chosen, table, ranking)])
     expected |= dict.fromkeys((row, True) for row in rungs)
     return [
         evaluator.evaluating_less(table.configuration(row)) if is_rung else table.configuration(row)

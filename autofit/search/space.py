@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from itertools import product
 from typing import TypeVar, get_args
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from autofit.errors import InputError
 from autofit.memory.inference import kv_cache_elements
@@ -46,8 +48,7 @@ Split = tuple[int, int]
 """A device's share of the global batch as micro-batch and accumulation steps."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Path:
+class Path(Struct, frozen=True, kw_only=True):
     """The code that a step runs, but for what the engine does around it."""
 
     method: Method
@@ -60,8 +61,7 @@ class Path:
     batching: Batching
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Dtypes:
+class Dtypes(Struct, frozen=True, kw_only=True):
     """What a precision means for one method under one sharding."""
 
     weights_dtype: Dtype
@@ -70,8 +70,7 @@ class Dtypes:
     """Of matrix products, and so what quantised weights are unpacked to."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Engine:
+class Engine(Struct, frozen=True, kw_only=True):
     """How processes share the work, and what of it waits on the host."""
 
     sharding: Sharding
@@ -80,8 +79,7 @@ class Engine:
     num_replicas: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Block:
+class Block(Struct, frozen=True, kw_only=True):
     """Configurations that differ in the optimizer and in the split of the batch alone."""
 
     path: Path

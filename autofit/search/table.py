@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
+from msgspec.structs import replace
 
 from autofit.errors import InputError
 from autofit.search.ahead import Ahead
@@ -28,8 +29,7 @@ Rows = npt.NDArray[np.intp]
 Values = npt.NDArray[Any]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Table:
+class Table(Struct, frozen=True, kw_only=True, eq=False):
     """Configurations as rows. None of the columns is ever written to."""
 
     blocks: tuple[Block, ...]

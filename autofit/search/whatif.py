@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from autofit.errors import InputError, NothingFitsError
 from autofit.plan import Plan
@@ -33,8 +35,7 @@ TERM_WORDS = {
 Solve = Callable[[Job, Cluster], Plan]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class Answer(Struct, frozen=True, kw_only=True):
     """The best plan after a change, or why there is none."""
 
     words: str

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from autofit.plan import Plan
 from autofit.search.allowed import allowed
@@ -17,8 +17,7 @@ from autofit.spec.configuration import Configuration
 from autofit.spec.profile import ProfileSet
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rival:
+class Rival(Struct, frozen=True, kw_only=True):
     """Another value of a knob, everything else chosen best for it."""
 
     value: str
@@ -34,8 +33,7 @@ class Rival:
     """What of it does not fit; `none`: all does."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Knob:
+class Knob(Struct, frozen=True, kw_only=True):
     """A knob of a plan with its value and the others that were allowed."""
 
     name: str

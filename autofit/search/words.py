@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from autofit.search.allowed import Allowed
 from autofit.search.evaluate import HEADROOM_FRACTION, Evaluator, Misfit

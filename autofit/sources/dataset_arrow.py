@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from msgspec import Struct
 
 from autofit.errors import InputError
 from autofit.sources.dataset_rows import Format, Integers, Row
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 CHUNK_ROWS = 256
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ArrowChunk:
+class ArrowChunk(Struct, frozen=True, kw_only=True):
     """Rows of an Arrow table."""
 
     file: Path

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from autofit.errors import InputError
 from autofit.sources.dataset_arrow import ARROW, PARQUET
@@ -26,8 +27,7 @@ _SPLIT = re.compile(r"(?:^|[^a-z])(train|training|test|testing|validation|valid|
 """Words by which `datasets` knows the split of a file. Source: datasets/data_files.py 5.2, SPLIT_KEYWORDS."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DatasetFiles:
+class DatasetFiles(Struct, frozen=True, kw_only=True):
     """A data set on disk."""
 
     path: Path

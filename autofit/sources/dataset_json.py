@@ -6,12 +6,12 @@ import gzip
 import itertools
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
+from msgspec import Struct
 
 from autofit.errors import InputError
 from autofit.sources.dataset_rows import Format, Integers, Row
@@ -29,8 +29,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JsonChunk:
+class JsonChunk(Struct, frozen=True, kw_only=True):
     """JSON objects, decoded when they are taken."""
 
     file: Path

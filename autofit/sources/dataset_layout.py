@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, Protocol
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from autofit.errors import InputError
 from autofit.sources.dataset_rows import Row
@@ -20,8 +22,7 @@ CHAT_ROLES = {"human": "user", "gpt": "assistant"}
 _TO_NAME = "name the column that holds the whole text, the messages or the token ids: --text-column NAME"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Text:
+class Text(Struct, frozen=True, kw_only=True):
     """What is left to be tokenised of a row."""
 
     text: str
@@ -54,8 +55,7 @@ class Renderer(Protocol):
 Read = Callable[[Row, Renderer | None], Text | int]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class Layout(Struct, frozen=True, kw_only=True):
     """How the sequence of a row is found."""
 
     columns: tuple[str, ...]

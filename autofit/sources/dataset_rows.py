@@ -6,11 +6,11 @@ So a sample costs no more than reading the file, and the largest rows are found 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from msgspec import Struct
 
 Row = dict[str, Any]
 Integers = np.ndarray[Any, np.dtype[np.int64]]
@@ -47,8 +47,7 @@ class Chunk(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Format:
+class Format(Struct, frozen=True, kw_only=True):
     """How files of one kind are read. Each function raises InputError where a file cannot be."""
 
     name: str

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from autofit.errors import InputError, nearest
 from autofit.spec.configuration import ZERO_STAGES, Offload, ZeroSettings
@@ -34,8 +35,7 @@ INSTEAD: Mapping[str, str] = {
 _BLOCK = "zero_optimization"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeepSpeedFile:
+class DeepSpeedFile(Struct, frozen=True, kw_only=True):
     """What a file decides; None: it leaves it open."""
 
     stage: int
@@ -123,7 +123,7 @@ def _is_offloaded(place: Any, name: str, path: Path) -> bool:
 
 
 def _settings(block: Mapping[str, Any], path: Path) -> ZeroSettings:
-    known = {field.name for field in fields(ZeroSettings)}
+    known = set(ZeroSettings.__struct_fields__)
     given: dict[str, Any] = {}
     for name, value in block.items():
         if name in AS_WRITTEN:

@@ -6,8 +6,10 @@ import os
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from autofit.errors import InputError
 from autofit.sources.gpus import Catalogue, Gpu, device
@@ -21,8 +23,7 @@ BF16_CPU_FLAGS = ("avx512_bf16", "amx_bf16")
 _TO_FIX = "name the GPUs to plan for, for instance --gpus 2xA100-80G, or train on CPU ranks with --gpus 2xCPU-8G"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VisibleGpu:
+class VisibleGpu(Struct, frozen=True, kw_only=True):
     """One line of nvidia-smi's answer."""
 
     index: str

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from importlib import resources
 from typing import Literal
 
 import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
 
 from autofit.errors import InputError, nearest
 from autofit.spec.hardware import Device
@@ -19,8 +20,7 @@ FIRST_WITH_BF16 = (8, 0)
 """Compute capability of Ampere. Source: CUDA C++ Programming Guide, arithmetic instructions."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Figures:
+class Figures(Struct, frozen=True, kw_only=True):
     """What a GPU can do, in the units of datasheets. None: not known."""
 
     usable_mib: int | None = None
@@ -41,11 +41,10 @@ class Figures:
     dollars_per_hour: float | None = None
 
 
-FIGURE_NAMES = tuple(figure.name for figure in fields(Figures))
+FIGURE_NAMES = Figures.__struct_fields__
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gpu:
+class Gpu(Struct, frozen=True, kw_only=True):
     """A row of the catalogue, or a device that the user described."""
 
     name: str
@@ -62,11 +61,10 @@ class Gpu:
     price_sources: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Catalogue:
+class Catalogue(Struct, frozen=True, kw_only=True):
     """Every known GPU, and how to derive usable memory on the safe side where torch's figure is not published."""
 
-    gpus: tuple[Gpu, ...] = field(repr=False)
+    gpus: tuple[Gpu, ...]
     smallest_usable_per_label: float
     """The smallest share that a CUDA GPU's usable memory is of its label in GiB."""
 
@@ -130,8 +128,7 @@ def _word_spellings(gpu: Gpu) -> frozenset[tuple[str, ...]]:
     return frozenset(map(_words, (*gpu.aliases, *_complete_names(gpu), *gpu.reported_names)))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SizedName:
+class SizedName(Struct, frozen=True, kw_only=True):
     """A name such as `A100-80GB` split into `A100-`, 80 and `GB`."""
 
     whole: str

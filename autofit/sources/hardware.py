@@ -6,9 +6,11 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from autofit.errors import InputError, nearest
 from autofit.search.rules import LIBRARIES
@@ -29,8 +31,7 @@ _TEXT = re.compile(r"(?:(?P<first>[-+]?\d+)\s*[xX]\s*)?(?:(?P<second>[-+]?\d+)\s
 _FORMS = "2xA100-80G, A100-80G, 4x8xH100-80G (nodes x devices), 2xCPU-8G, auto, or a .yaml file"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClusterFigures:
+class ClusterFigures(Struct, frozen=True, kw_only=True):
     """What a user may say of the machines around the devices."""
 
     inter_node_gb_s: float | None = None
@@ -39,7 +40,7 @@ class ClusterFigures:
     """GiB of one node's memory."""
 
 
-_CLUSTER_KEYS = tuple(figure.name for figure in fields(ClusterFigures))
+_CLUSTER_KEYS = ClusterFigures.__struct_fields__
 _KEYS = (*FIGURE_NAMES, *_CLUSTER_KEYS)
 
 

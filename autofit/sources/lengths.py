@@ -10,6 +10,7 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 
 from autofit.errors import InputError
 from autofit.sources.dataset_files import DatasetFiles, open_dataset
@@ -131,8 +132,7 @@ def measure_lengths(
     return _distribution(data, layout, tokenizer, num_rows, measured, int(max([measured.max(), *longest])))
 
 
-@dataclass(frozen=True, slots=True)
-class _Counter:
+class _Counter(Struct, frozen=True):
     """Counts the tokens of rows."""
 
     layout: Layout

@@ -6,13 +6,13 @@ import copy
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec import Struct, field
 
 from autofit.errors import InputError, nearest
 from autofit.sources.attention import usual_attention
@@ -21,8 +21,7 @@ from autofit.sources.config_sizes import refuse_impossible_sizes
 from autofit.spec.job import Model, Origin
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Published:
+class Published(Struct, frozen=True, kw_only=True):
     """The number of parameters as somebody printed it."""
 
     figure: str
@@ -34,8 +33,7 @@ class Published:
     """What those elements are."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class Entry(Struct, frozen=True, kw_only=True):
     """A model of the catalogue."""
 
     id: str
@@ -60,11 +58,10 @@ class Entry:
         return copy.deepcopy(self.config if declared is None else {**self.config, "quantization_config": declared})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelCatalogue:
+class ModelCatalogue(Struct, frozen=True, kw_only=True):
     """Every model whose config.json ships with autofit."""
 
-    models: tuple[Entry, ...] = field(repr=False)
+    models: tuple[Entry, ...]
     config_source: str
     """Where each config was published, with `{id}` for the Hub id."""
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from autofit.errors import InputError, nearest
 from autofit.sources.gpus import catalogue
@@ -19,8 +21,7 @@ MOST_DOLLARS = 1_000_000
 """For an hour of one device: more is a slip of the pen."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prices:
+class Prices(Struct, frozen=True, kw_only=True):
     """Dollars per device-hour that take the place of the catalogue's."""
 
     origin: str

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec import Struct
+from msgspec.structs import asdict
 
 from autofit.errors import InputError, nearest
 from autofit.search.space import ADAPTER_METHODS, candidates
@@ -70,8 +71,7 @@ ALWAYS_UNQUANTISED = ("lm_head",)
 """What transformers leaves unquantised unasked."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
+class Case(Struct, frozen=True, kw_only=True):
     """One row, read."""
 
     id: Any

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from autofit.errors import InputError
 from autofit.memory.optimizers import OPTIMIZERS
@@ -25,8 +26,7 @@ from autofit.spec.job import Job, Model, QuantizationWish, Restrictions, Workloa
 from autofit.spec.lengths import LengthDistribution
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Overrides:
+class Overrides(Struct, frozen=True, kw_only=True):
     """What the user says beside the script; what is None or empty is the script's to say."""
 
     model: Model | None = None
@@ -58,7 +58,7 @@ def job_from_discovery(
     if wishes.frees_settings:
         discovered = _freed(discovered)
     restrictions = _restrictions(discovered, wishes.restrictions, cluster, is_free=wishes.frees_settings)
-    names = (each.name for each in fields(Restrictions))
+    names = Restrictions.__struct_fields__
     return Job(
         model=wishes.model or _model(discovered),
         workload=Workload(

@@ -6,16 +6,16 @@ Its tokenizers import no torch, but for those made of a GGUF file (transformers 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from autofit.errors import InputError
 from autofit.spec.job import Model
 
 
-@dataclass(frozen=True, slots=True)
-class TextTokenizer:
+class TextTokenizer(Struct, frozen=True):
     """A fast tokenizer of transformers, neither truncating nor padding."""
 
     name: str

@@ -1,1 +1,1 @@
-"""The nouns of autofit: frozen dataclasses, standard library only, units in the names."""
+"""The nouns of autofit: frozen structs, units in the names."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from msgspec import Struct
 
 from autofit.spec.estimate import Stages
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Correction:
+class Correction(Struct, frozen=True, kw_only=True):
     """How a predicted figure is corrected: what is added to it, as a share of it."""
 
     applied_fraction: float = 0.0
@@ -26,13 +25,12 @@ class Correction:
         return 1 + self.applied_fraction
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Calibration:
+class Calibration(Struct, frozen=True, kw_only=True):
     """Corrections for one kind of device and one set of library versions."""
 
     device_name: str
     """As the cluster names its devices; CPU ranks are `CPU`, whatever their budget."""
-    versions: dict[str, str] = field(hash=False)
+    versions: dict[str, str]
     """Of the libraries that are traced, without what follows a plus sign (+cpu, +cu128)."""
     num_runs: int
     """Runs that any of the corrections comes from."""
@@ -43,9 +41,12 @@ class Calibration:
     time: Correction
     """Of the time of a step."""
 
+    def __hash__(self) -> int:
+        """Return a hash: a dictionary has none."""
+        return hash((self.device_name, tuple(self.versions), self.static, self.per_token, self.time))
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Uncalibrated:
+
+class Uncalibrated(Struct, frozen=True, kw_only=True):
     """The figures of a calibrated plan as they are without the calibration."""
 
     peak_allocated_bytes: int

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
 from typing import Literal
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 Method = Literal["full", "freeze", "lora", "qlora"]
 Optim = Literal[
@@ -61,8 +63,7 @@ Task = Literal["auto", "causal-lm", "masked-lm", "seq2seq-lm", "sequence-classif
 ZERO_STAGES: dict[str, int] = {"zero1": 1, "zero2": 2, "zero3": 3}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lora:
+class Lora(Struct, frozen=True, kw_only=True):
     """A peft `LoraConfig`, with its field names."""
 
     r: int = 16
@@ -86,8 +87,7 @@ def adapter_kind(*, use_rslora: bool, use_dora: bool) -> str:
     return "+".join(name for name, is_on in (("rslora", use_rslora), ("dora", use_dora)) if is_on) or "lora"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Freeze:
+class Freeze(Struct, frozen=True, kw_only=True):
     """What is left trainable where the rest is frozen, with LLaMA-Factory's field names."""
 
     freeze_trainable_layers: int = 2
@@ -96,8 +96,7 @@ class Freeze:
     """Names of modules outside the layers that train too, for instance `embed_tokens`, `norm` or `lm_head`."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
+class Evaluation(Struct, frozen=True, kw_only=True):
     """What `Trainer.evaluate` needs to know, under transformers' names where it has them."""
 
     per_device_eval_batch_size: int | None = None
@@ -121,8 +120,7 @@ class Evaluation:
         return (counted or not self.keeps_predictions) and (cached or not self.predict_with_generate)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Quantization:
+class Quantization(Struct, frozen=True, kw_only=True):
     """A transformers `BitsAndBytesConfig`, or how the weights of a checkpoint were packed before (`comes_packed`)."""
 
     bits: Bits = 4
@@ -157,8 +155,7 @@ class Quantization:
         return self.bits == 8 and not self.comes_packed
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ZeroSettings:
+class ZeroSettings(Struct, frozen=True, kw_only=True):
     """What somebody gave of DeepSpeed's `zero_optimization` block, with its names; None: see `spec.deepspeed`.
 
     Sizes are numbers of elements, as DeepSpeed counts.
@@ -174,8 +171,7 @@ class ZeroSettings:
     stage3_max_reuse_distance: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Configuration:
+class Configuration(Struct, frozen=True, kw_only=True):
     """A complete training setup. Field names are those a user would search for."""
 
     method: Method

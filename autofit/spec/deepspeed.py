@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import asdict, replace
 
 from autofit.errors import InputError
 from autofit.spec.configuration import Configuration
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeepSpeedSettings:
+class DeepSpeedSettings(Struct, frozen=True, kw_only=True):
     """The `zero_optimization` block, with DeepSpeed's own names. Sizes are numbers of elements, as DeepSpeed counts."""
 
     stage: int

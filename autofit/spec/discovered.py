@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
 
 from autofit.spec.configuration import Batching, Loss, adapter_kind
 
@@ -11,8 +12,7 @@ PROGRESS_FILE = "progress.json"
 """Beside the file that is handed back: how many samples were looked at, and of how many, while that goes on."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FoundAdapter:
+class FoundAdapter(Struct, frozen=True, kw_only=True):
     """The peft adapter that the script puts on its model, with peft's own names."""
 
     peft_type: str
@@ -32,8 +32,7 @@ class FoundAdapter:
         return adapter_kind(use_rslora=self.use_rslora, use_dora=self.use_dora)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FoundQuantization:
+class FoundQuantization(Struct, frozen=True, kw_only=True):
     """The quantisation that the script loads its model with."""
 
     bits: int
@@ -45,8 +44,7 @@ class FoundQuantization:
     """Whether the script calls peft's `prepare_model_for_kbit_training`."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FoundLengths:
+class FoundLengths(Struct, frozen=True, kw_only=True):
     """How long the sequences are that the model is given."""
 
     sequence_tokens: int
@@ -62,8 +60,7 @@ class FoundLengths:
     """Rows of a batch that one sequence fills: 2 where it is a pair of a chosen and a rejected answer."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FoundEvaluation:
+class FoundEvaluation(Struct, frozen=True, kw_only=True):
     """How the script's trainer evaluates."""
 
     batch_sequences: int | None
@@ -76,8 +73,7 @@ class FoundEvaluation:
     generates: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FoundLoop:
+class FoundLoop(Struct, frozen=True, kw_only=True):
     """What a loop of the script's own with accelerate does beside training, as far as it decides what can be planned.
 
     Lines are `train.py:40`; empty where nothing of the kind was seen.
@@ -105,8 +101,7 @@ class FoundLoop:
     """Where it saves weights without gathering them from all ranks."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Discovered:
+class Discovered(Struct, frozen=True, kw_only=True):
     """A training script at the moment before its first step."""
 
     model_name: str

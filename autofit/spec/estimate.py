@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal, get_args
 
+from msgspec import Struct
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Phase:
+
+class Phase(Struct, frozen=True, kw_only=True):
     """One stretch of a training step at the moment of its highest allocation."""
 
     name: str
@@ -17,8 +17,7 @@ class Phase:
     """Bytes by what they hold, for instance `weights`, `gradients`, `activations`."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
+class Stage(Struct, frozen=True, kw_only=True):
     """A part of a run that is not a steady training step."""
 
     device_bytes: int
@@ -31,8 +30,7 @@ StageName = Literal["loading", "preparing", "first_step", "evaluation", "saving"
 STAGES: tuple[StageName, ...] = get_args(StageName)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stages:
+class Stages(Struct, frozen=True, kw_only=True):
     """Parts of a run that are not steady training steps, by `StageName`. None: not known."""
 
     loading: Stage | None = None
@@ -46,8 +44,7 @@ class Stages:
     """Writing a checkpoint."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryEstimate:
+class MemoryEstimate(Struct, frozen=True, kw_only=True):
     """Memory of the most loaded device."""
 
     peak_allocated_bytes: int
@@ -91,8 +88,7 @@ class MemoryEstimate:
         return self.needed_bytes <= self.budget_bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TimeEstimate:
+class TimeEstimate(Struct, frozen=True, kw_only=True):
     """Time of one optimizer step over all devices, and what bounds it."""
 
     step_seconds: float | None
@@ -110,8 +106,7 @@ class TimeEstimate:
     """FLOPs of the model, without recomputation, over the dense peak of the data sheet; see docs/time_model.md."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EpochEstimate:
+class EpochEstimate(Struct, frozen=True, kw_only=True):
     """Training every sequence of a data set once."""
 
     num_steps: int
@@ -126,8 +121,7 @@ class EpochEstimate:
     dollars: float | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Truncation:
+class Truncation(Struct, frozen=True, kw_only=True):
     """What cutting sequences at a length loses, and what the chosen configuration then needs and takes."""
 
     sequence_tokens: int
@@ -138,8 +132,7 @@ class Truncation:
     epoch_dollars: float | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CostEstimate:
+class CostEstimate(Struct, frozen=True, kw_only=True):
     """Price of training tokens."""
 
     dollars_per_million_tokens: float | None
@@ -149,8 +142,7 @@ class CostEstimate:
     """The price it was computed with."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunCost:
+class RunCost(Struct, frozen=True, kw_only=True):
     """Time and price of a whole run; None where the speed or the price is not known."""
 
     tokens: float

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from msgspec import Struct, field
 
 EventKind = Literal[
     "started",
@@ -49,8 +50,7 @@ MISMATCH_EXIT_CODE = 78
 """Of a rank that found a planned setting not in effect (EX_CONFIG of sysexits.h)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
+class Event(Struct, frozen=True, kw_only=True):
     """Something that happened in one rank."""
 
     kind: EventKind

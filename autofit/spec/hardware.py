@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
 from typing import Literal
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from autofit.spec.calibration import Calibration
 from autofit.spec.software import Software
@@ -11,8 +13,7 @@ from autofit.spec.software import Software
 DeviceKind = Literal["cuda", "cpu"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Device:
+class Device(Struct, frozen=True, kw_only=True):
     """One accelerator, or one CPU rank with a memory budget. A `None` was not found in any source."""
 
     name: str
@@ -48,8 +49,7 @@ class Device:
     """Where the row's figures come from."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cluster:
+class Cluster(Struct, frozen=True, kw_only=True):
     """Equal devices, `num_devices_per_node` in each of `num_nodes` nodes."""
 
     device: Device

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from msgspec import Struct, field
 
 from autofit.spec.configuration import (
     Attention,
@@ -37,8 +38,7 @@ approximate, and of those the cheapest."""
 Origin = Literal["catalogue", "folder", "config file", "hub", "script"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
+class Model(Struct, frozen=True, kw_only=True):
     """An architecture, as its `config.json` describes it. No weights."""
 
     name: str
@@ -71,8 +71,7 @@ class Model:
         return None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Workload:
+class Workload(Struct, frozen=True, kw_only=True):
     """Tokens of one optimizer step. The planner never changes either number."""
 
     sequence_tokens: int
@@ -85,8 +84,7 @@ class Workload:
     """Rows of a batch that one sequence fills, its tokens shared evenly: 2 where it is a pair of answers (DPO)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QuantizationWish:
+class QuantizationWish(Struct, frozen=True, kw_only=True):
     """What the user fixes of a quantised model; what is None follows from the precision and the sharding."""
 
     bits: Bits = 4
@@ -113,8 +111,7 @@ class QuantizationWish:
         return "int8" if self.bits == 8 else f"{self.quant_type}{'-double' if self.double_quant else ''}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Restrictions:
+class Restrictions(Struct, frozen=True, kw_only=True):
     """What the user allows. An empty tuple leaves a dimension free; more than one value is a choice.
 
     Precision, attention, loss, replicas, adapter and quantisation are single values or several: unasked there is no
@@ -181,16 +178,14 @@ class Restrictions:
         return tuple(dict.fromkeys(wished)) if isinstance(wished, tuple) else (wished,)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunLength:
+class RunLength(Struct, frozen=True, kw_only=True):
     """How much is trained: tokens, or the data so many times over."""
 
     tokens: float | None = None
     epochs: float | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScriptLoop:
+class ScriptLoop(Struct, frozen=True, kw_only=True):
     """What a loop of the script's own with accelerate says by itself."""
 
     per_device_train_batch_size: int
@@ -203,8 +198,7 @@ class ScriptLoop:
     """Which of the DataLoaders that it prepares it trains on, counted from 0; None: none of them."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class Job(Struct, frozen=True, kw_only=True):
     """One training job."""
 
     model: Model

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LengthBin:
+class LengthBin(Struct, frozen=True, kw_only=True):
     """Neighbouring lengths, and how many of the sequences that were measured have them."""
 
     num_sequences: int
@@ -46,8 +46,7 @@ class LengthBin:
         return (1 + slope * (tokens - middle)) / num, slope / num
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LengthPercentile:
+class LengthPercentile(Struct, frozen=True, kw_only=True):
     """The shortest length that a share of the sequences does not exceed."""
 
     fraction: float
@@ -56,8 +55,7 @@ class LengthPercentile:
     """Where that length of all sequences lies with 95 % confidence; None: all were measured, and it is known."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LengthDistribution:
+class LengthDistribution(Struct, frozen=True, kw_only=True):
     """Lengths of a data set's sequences, before anything is cut.
 
     Sums over the distribution are sums over at most some seventy bins: exact where no more lengths occur, and otherwise
@@ -131,8 +129,7 @@ class LengthDistribution:
         return math.fsum(mean * (to - low) for mean, to, low in zip(self.means(cut_tokens), up_to, below, strict=True))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PackedRows:
+class PackedRows(Struct, frozen=True, kw_only=True):
     """A data set packed into rows: what a trainer then counts as its sequences."""
 
     row_tokens: int
@@ -150,8 +147,7 @@ class PackedRows:
         return self.mean_tokens / self.row_tokens
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cut:
+class Cut(Struct, frozen=True, kw_only=True):
     """What cutting sequences at a length loses, and what packing them then makes."""
 
     sequence_tokens: int

@@ -7,8 +7,9 @@ and the middle layers repeat, so one tape stands for every batch, length and dep
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
+
+from msgspec import Struct
 
 from autofit.spec.configuration import (
     Attention,
@@ -45,8 +46,7 @@ MIDDLE_LAYER = 2
 SegmentKind = Literal["forward", "backward"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Regime:
+class Regime(Struct, frozen=True, kw_only=True):
     """What changes the code path of a step. Configurations that share a regime share a tape."""
 
     method: Method
@@ -104,8 +104,7 @@ class Regime:
         return num_sequences, sequence_tokens / self.sequence_parallel_size
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StaticTensor:
+class StaticTensor(Struct, frozen=True, kw_only=True):
     """A parameter or buffer, or the same one in every layer."""
 
     name: str
@@ -128,8 +127,7 @@ class StaticTensor:
     """Whether transformers loads it in fp32, and `dtype` is another that an engine gathers it in."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Segment:
+class Segment(Struct, frozen=True, kw_only=True):
     """A stretch of the step between two boundaries."""
 
     name: str
@@ -148,8 +146,7 @@ class Segment:
     """Weights unpacked from four bits, in elements; independent of b and s."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProfileHead:
+class ProfileHead(Struct, frozen=True, kw_only=True):
     """What says whether a stored profile is the one that is looked for."""
 
     schema_version: int
@@ -159,8 +156,7 @@ class ProfileHead:
     multiple_tokens: int = 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RegimeProfile:
+class RegimeProfile(Struct, frozen=True, kw_only=True):
     """One traced step of one architecture under one regime."""
 
     schema_version: int = PROFILE_SCHEMA_VERSION

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from autofit.spec.configuration import Configuration, Dtype, Lora, MixedPrecision, Quantization
 from autofit.spec.hardware import Device

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import compress
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from autofit.spec.configuration import Batching, Configuration, Optim
 from autofit.spec.deepspeed import bucket_settings
@@ -251,8 +253,7 @@ class TimeModel:
         return step.num_micro_steps * step.micro_step.model_flops / step.expected_seconds / peak
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Passes:
+class Passes(Struct, frozen=True, kw_only=True):
     """Forward and backward of a micro-batch, for each split of the batch."""
 
     forward_seconds: Seconds
@@ -265,8 +266,7 @@ class Passes:
     """Without unit."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineTime:
+class EngineTime(Struct, frozen=True, kw_only=True):
     """What one optimizer step takes beside forward and backward, whatever its micro-batches are."""
 
     traffic: TrafficSeconds
@@ -353,8 +353,7 @@ def _smaller(bound: float, amount: Amount) -> Amount:
     return smaller
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepTime:
+class StepTime(Struct, frozen=True, kw_only=True):
     """One optimizer step by the resource that each part of it occupies."""
 
     micro_step: MicroStepTime

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from math import ceil
+
+from msgspec import Struct
 
 from autofit.spec.configuration import Configuration
 from autofit.spec.deepspeed import DeepSpeedSettings
@@ -17,8 +18,7 @@ BROADCAST_BUCKET_BYTES = 250 * 2**20
 """Source: torch/nn/parallel/distributed.py, `broadcast_bucket_size`."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Collective:
+class Collective(Struct, frozen=True, kw_only=True):
     """Messages of one kind."""
 
     kind: CollectiveKind
@@ -29,8 +29,7 @@ class Collective:
     """Among the ranks that hold the same shard (hybrid shard), rather than among those that share a copy."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Traffic:
+class Traffic(Struct, frozen=True, kw_only=True):
     """The collectives of a step by when they run."""
 
     forward: tuple[Collective, ...] = ()
@@ -151,8 +150,7 @@ def _fsdp(totals: ParameterTotals, configuration: Configuration) -> Traffic:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrafficSeconds:
+class TrafficSeconds(Struct, frozen=True, kw_only=True):
     """The times of a step's collectives, by when they run."""
 
     forward_seconds: float

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from autofit.spec.configuration import Configuration
 from autofit.timing.kernels import Amount
@@ -23,8 +23,7 @@ are no views of gradients, which is the default that transformers leaves.
 """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CopiedBytes:
+class CopiedBytes(Struct, frozen=True, kw_only=True):
     """Bytes that one device reads and writes so, by when."""
 
     forward_bytes: float = 0.0
@@ -70,8 +69,7 @@ def copied_bytes(totals: ParameterTotals, configuration: Configuration) -> Copie
     return CopiedBytes(later_backward_bytes=summed)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CopySeconds:
+class CopySeconds(Struct, frozen=True, kw_only=True):
     """The times of a step's copies, by when they run; see `CopiedBytes`."""
 
     forward_seconds: float

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from autofit.spec.configuration import Configuration
 from autofit.timing.parameters import ParameterTotals
@@ -26,8 +26,7 @@ layer, sharded by torch's FSDP1 over a process group that moves nothing, less th
 """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HookSeconds:
+class HookSeconds(Struct, frozen=True, kw_only=True):
     """Time that the host spends beside issuing operations, in one micro-step."""
 
     forward_seconds: float = 0.0

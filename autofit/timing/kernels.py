@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from autofit.spec.profile import MONOMIALS, ON_HOST, Polynomial, Regime, RegimeProfile, Segment, SegmentKind
 from autofit.timing.parameters import num_elements
@@ -35,8 +35,7 @@ A score is 4 FLOPs for each of a head's columns (at most 256), so at least this 
 """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PassWork:
+class PassWork(Struct, frozen=True, kw_only=True):
     """What the forward or the backward pass of a micro-step does, over all layers of the real model."""
 
     product_flops: Polynomial
@@ -56,8 +55,7 @@ class PassWork:
     num_kernels: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MicroStepWork:
+class MicroStepWork(Struct, frozen=True, kw_only=True):
     """What a micro-step does, as polynomials of its size. Made once for a profile."""
 
     regime: Regime
@@ -151,8 +149,7 @@ def _unpacked_bytes_per_element(profile: RegimeProfile) -> int:
     return BYTES_PER_ELEMENT[quantization.compute_dtype] if quantization else 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PassTime(Generic[Amount]):
+class PassTime(Struct, Generic[Amount], frozen=True, kw_only=True):
     """The forward or the backward pass of one micro-batch on one device, by what each part is bound by."""
 
     product_seconds: Amount
@@ -190,8 +187,7 @@ class PassTime(Generic[Amount]):
         return self.arithmetic_seconds + self.bytes_seconds + self.host_link_seconds
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MicroStepTime:
+class MicroStepTime(Struct, frozen=True, kw_only=True):
     """Forward and backward of one micro-batch on one device."""
 
     forward: PassTime[float]

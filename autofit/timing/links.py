@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Literal
+
+from msgspec import Struct
 
 from autofit.spec.hardware import Cluster
 
@@ -58,8 +59,7 @@ arXiv 2507.03114, 4 A100 and 4 H100: kernels of a step that overlaps take 19 % l
 """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fabric:
+class Fabric(Struct, frozen=True, kw_only=True):
     """The links of a cluster at the rates that collectives reach. None: not known, or not there."""
 
     num_devices_per_node: int
@@ -98,8 +98,7 @@ def fabric_of(cluster: Cluster) -> Fabric:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
+class Group(Struct, frozen=True, kw_only=True):
     """Ranks that take part in a collective."""
 
     num_ranks: int

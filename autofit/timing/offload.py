@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from autofit.spec.configuration import Configuration
 from autofit.timing.optimizer import num_updated
 from autofit.timing.parameters import ParameterTotals
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HostTraffic:
+class HostTraffic(Struct, frozen=True, kw_only=True):
     """What crosses one device's link to the host, by when."""
 
     forward_bytes: float = 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from autofit.spec.configuration import Configuration, Optim
 from autofit.timing.parameters import ParameterTotals
@@ -10,8 +10,7 @@ from autofit.timing.parameters import ParameterTotals
 FP32_BYTES = 4
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Update:
+class Update(Struct, frozen=True, kw_only=True):
     """What one optimizer's step moves for each parameter."""
 
     weight_accesses: float

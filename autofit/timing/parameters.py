@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from autofit.spec.profile import RegimeProfile, StaticTensor
 from autofit.units import BYTES_PER_ELEMENT
@@ -11,8 +11,7 @@ _ELEMENT_BYTES = {**BYTES_PER_ELEMENT, "float64": 8, "int64": 8, "int32": 4, "bo
 _SHARDABLE = frozenset({"parameter", "adapter", "quantized"})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ParameterTotals:
+class ParameterTotals(Struct, frozen=True, kw_only=True):
     """Parameters as the model holds them; buffers and quantisation state are none, and are never sharded."""
 
     num_trained: int

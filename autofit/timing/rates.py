@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from typing import Literal
 
 import msgspec
+from msgspec import Struct
 
 from autofit.spec.configuration import Configuration
 from autofit.spec.hardware import Cluster, Device
@@ -108,8 +108,7 @@ EFFICIENT_RAMP_TOKENS = 330
 """Source: as above, xformers with a causal mask on an A100: 58 72 82 87 91 92 TFLOPS."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MeasuredRate:
+class MeasuredRate(Struct, frozen=True, kw_only=True):
     """What the best of square matrix products reached on one device, and its data sheet."""
 
     device: str
@@ -118,8 +117,7 @@ class MeasuredRate:
     datasheet_tflops: dict[ProductDtype, float]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MeasuredRates:
+class MeasuredRates(Struct, frozen=True, kw_only=True):
     """The devices that somebody measured."""
 
     source: str
@@ -133,8 +131,7 @@ def measured_rates() -> MeasuredRates:
     return msgspec.json.decode(text, type=MeasuredRates)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rates:
+class Rates(Struct, frozen=True, kw_only=True):
     """What a step's work is divided by. None: not known for this device."""
 
     matmul_flops_per_second: float | None

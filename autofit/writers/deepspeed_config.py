@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
+
+from msgspec.structs import asdict
 
 from autofit.plan import Plan, to_json
 from autofit.spec.configuration import Configuration

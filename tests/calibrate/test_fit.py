@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from autofit.calibrate.fit import (
     HUBER_C,
@@ -172,12 +172,12 @@ def test_a_machine_and_its_libraries_are_groups_of_their_own():
 def test_runs_that_say_nothing_are_left_out_and_counted():
     """Failed runs and runs without a step move nothing; shorter batches than planned say nothing of tokens and time."""
     short = a_record(1, per_token=0.3, time=0.3)
-    ranks = tuple(dataclasses.replace(rank, longest_batch_tokens=20) for rank in short.ranks)
-    idle = tuple(dataclasses.replace(rank, num_steps=0) for rank in short.ranks)
+    ranks = tuple(structs.replace(rank, longest_batch_tokens=20) for rank in short.ranks)
+    idle = tuple(structs.replace(rank, num_steps=0) for rank in short.ranks)
     records = [
-        dataclasses.replace(short, ranks=ranks),
+        structs.replace(short, ranks=ranks),
         a_record(2, static=3.0, failure="out_of_memory"),
-        dataclasses.replace(a_record(3, static=3.0), ranks=idle),
+        structs.replace(a_record(3, static=3.0), ranks=idle),
     ]
     (fitted,) = fit_all(records)
     assert sum(fitted.num_left_out.values()) == 2

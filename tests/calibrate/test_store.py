@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
 
 import msgspec
 import pytest
+from msgspec import structs
 
 from autofit.calibrate.records import (
     Ending,
@@ -66,7 +66,7 @@ def test_phases_compare_where_they_are_of_the_same_batch():
     was not predicted, and what lies between steps is not shown.
     """
     ranks = [
-        dataclasses.replace(a_record(1).ranks[0], rank=rank, phases=phases)
+        structs.replace(a_record(1).ranks[0], rank=rank, phases=phases)
         for rank, phases in enumerate(
             [
                 {"loading": MeasuredPhase(allocated_bytes=100), "between_steps": MeasuredPhase(allocated_bytes=1)},

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from pathlib import Path
 
 import jsonschema
 import pytest
+from msgspec import structs
 
 from autofit.calibrate.store import append, read, store_path
 from autofit.files import calibration_path
@@ -106,7 +106,7 @@ def test_an_estimate_says_that_it_is_calibrated_and_how_far_it_moved(autofit, ca
 def test_runs_of_another_device_or_release_move_nothing(autofit, cache):
     """An estimate for an H100, or under libraries that no run had, is what it was."""
     remember(cache, 50, static=1.2)
-    other = [dataclasses.replace(a_record(1000 + n, static=1.5), versions={"torch": "1.0"}) for n in range(50)]
+    other = [structs.replace(a_record(1000 + n, static=1.5), versions={"torch": "1.0"}) for n in range(50)]
     append(store_path(cache), other)
     autofit("calibrate")
     on_h100 = [*ESTIMATE[:-1], "1xH100-80G"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import os
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from autofit.launch import launch
 from autofit.launch.evidence import read_events
@@ -107,8 +107,8 @@ def alone(script: Path) -> Path:
 def planned(**configuration: Any) -> Plan:
     """Return a plan for the script."""
     plan = a_plan(a_configuration(mixed_precision="no", optim="sgd", **configuration))
-    job = dataclasses.replace(plan.inputs.job, script_loop=LOOP)
-    return dataclasses.replace(plan, inputs=dataclasses.replace(plan.inputs, job=job))
+    job = structs.replace(plan.inputs.job, script_loop=LOOP)
+    return structs.replace(plan, inputs=structs.replace(plan.inputs, job=job))
 
 
 def weights_of(folder: Path) -> dict[str, Any]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 
 from autofit.memory.fsdp_stages import FsdpStages
 from autofit.spec.configuration import Configuration, Lora, Quantization

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
+from msgspec.structs import replace
 
 from autofit.memory.tape import bucket_gradient_bytes, phase_peaks
 from autofit.spec.profile import ACTIVATION, GRADIENT

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from autofit.memory.allocator import CachingAllocator
 from autofit.memory.loading import merged_bytes, read_bytes, write_loading

@@ -7,11 +7,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from autofit.memory.optimizers import OPTIMIZERS, UNMODELLED, step_frame
 from autofit.memory.static import optimizer_bytes, partition_optimizer_bytes

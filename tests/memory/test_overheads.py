@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 
 from autofit.memory.overheads import _figures, context_bytes, workspace_sizes
 from autofit.units import GIB, KIB, MIB

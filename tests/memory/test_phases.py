@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
+from msgspec.structs import replace
 
 from autofit.memory.assemble import MemoryModel
 from autofit.memory.engines import layout

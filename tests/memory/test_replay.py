@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import astuple, replace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from msgspec.structs import astuple, replace
 from torch.distributed.fsdp._limiter_utils import _FreeEventQueue
 from transformers.core_model_loading import dot_natural_key
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from autofit.errors import InputError
 from autofit.memory.fused_losses import CHUNK_ENTRIES, CHUNK_TOKENS, bound_on

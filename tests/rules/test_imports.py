@@ -27,8 +27,8 @@ def test_planning_modules_load_no_training_stack(module):
 
 
 def test_the_command_line_loads_only_what_help_needs():
-    """Importing the command line loads neither rich nor numpy nor msgspec: `--help` needs none of them."""
-    assert not modules_after("import autofit.cli") & {"rich", "numpy", "msgspec", "yaml", "pydantic"}
+    """Importing the command line loads neither rich nor numpy: `--help` needs none of them."""
+    assert not modules_after("import autofit.cli") & {"rich", "numpy", "yaml", "pydantic"}
 
 
 def test_a_command_line_of_words_and_numbers_is_read_without_pydantic():

@@ -1,4 +1,4 @@
-"""The published schema is the one the dataclasses have, and it refuses what is not a plan."""
+"""The published schema is the one the classes have, and it refuses what is not a plan."""
 
 from __future__ import annotations
 

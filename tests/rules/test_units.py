@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import pkgutil
 import typing
 
+import msgspec
 import pytest
 
 import autofit.plan
@@ -55,13 +55,13 @@ SPELT_AS_DEEPSPEED_DOES = {"DeepSpeedSettings", "ZeroSettings"}
 
 
 def spec_classes():
-    """Yield every dataclass of the nouns and of the plan."""
+    """Yield every record of the nouns and of the plan."""
     modules = [autofit.plan] + [
         importlib.import_module(f"autofit.spec.{module.name}") for module in pkgutil.iter_modules(autofit.spec.__path__)
     ]
     for module in modules:
         for value in vars(module).values():
-            ours = dataclasses.is_dataclass(value) and value.__module__ == module.__name__
+            ours = isinstance(value, type) and issubclass(value, msgspec.Struct) and value.__module__ == module.__name__
             if ours and value.__name__ not in SPELT_AS_DEEPSPEED_DOES:
                 yield value
 
@@ -77,9 +77,9 @@ def number_fields():
     """Yield each field that holds a number, as Class.field."""
     for cls in spec_classes():
         hints = typing.get_type_hints(cls)
-        for field in dataclasses.fields(cls):
-            if holds_numbers(hints[field.name]):
-                yield cls, field.name
+        for name in cls.__struct_fields__:
+            if holds_numbers(hints[name]):
+                yield cls, name
 
 
 def says_its_unit(name):

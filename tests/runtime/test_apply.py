@@ -11,6 +11,7 @@ from typing import Literal
 
 import pytest
 import torch
+from msgspec import structs
 
 from autofit.launch.evidence import read_events
 from autofit.runtime.apply import set_fields
@@ -141,7 +142,7 @@ def test_without_padding_a_batch_is_one_row(rows: int, tokens: int, holds: bool)
     """Where all sequences of a micro-batch were planned to be one row, a padded batch is not the plan."""
     plan = a_plan()
     for batching in ("padding_free", "packed"):
-        planned = dataclasses.replace(plan, configuration=dataclasses.replace(plan.configuration, batching=batching))
+        planned = structs.replace(plan, configuration=structs.replace(plan.configuration, batching=batching))
         assert all(check.holds for check in check_first_batch(planned, rows, tokens)) == holds
 
 

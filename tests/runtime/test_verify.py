@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
+from msgspec.structs import asdict
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -40,8 +40,8 @@ def adapting(*target_modules: str) -> Configuration:
     """Return LoRA on the given modules."""
     configuration = a_configuration(method="lora")
     assert configuration.lora is not None
-    lora = dataclasses.replace(configuration.lora, target_modules=target_modules)
-    return dataclasses.replace(configuration, lora=lora)
+    lora = structs.replace(configuration.lora, target_modules=target_modules)
+    return structs.replace(configuration, lora=lora)
 
 
 def adapted(kind: str, targets: str | list[str], **changes: Any) -> Any:
@@ -61,7 +61,7 @@ def test_another_kind_of_adapter_is_not_the_planned_one() -> None:
     """DoRA and rsLoRA are compared by name, and DoRA's magnitudes are counted among what trains."""
     plain = adapting("all-linear")
     assert plain.lora is not None
-    dora = dataclasses.replace(plain, lora=dataclasses.replace(plain.lora, use_dora=True))
+    dora = structs.replace(plain, lora=structs.replace(plain.lora, use_dora=True))
     in_effect = adapted("llama", "all-linear", use_dora=True)
     assert all(check.holds for check in check_adapter(dora, in_effect))
     failing = [check.setting for check in check_adapter(plain, in_effect) if not check.holds]

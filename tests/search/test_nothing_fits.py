@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from autofit.errors import NothingFitsError
 from autofit.search import explaining_regimes, required_regimes, solve

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 
 from autofit.errors import InputError, NothingFitsError
 from autofit.options import SearchWish, restrictions

@@ -6,9 +6,9 @@ import io
 import json
 import subprocess
 import sys
-from dataclasses import fields, replace
 
 import pytest
+from msgspec.structs import replace
 from rich.console import Console
 
 from autofit.errors import InputError
@@ -157,7 +157,7 @@ def test_the_command_answers_from_a_plan_file(tmp_path):
     path.write_bytes(subprocess.run(plan, capture_output=True, check=True).stdout)
     ask = [*autofit, "explain", str(path), "--why-not", "zero_stage=2", "--why-not", "micro_batch=3", "--json"]
     document = json.loads(subprocess.run(ask, capture_output=True, check=True).stdout)
-    assert {field.name for field in fields(plan_of(a_job(), a_cluster()))} <= set(document["plan"])
+    assert {*plan_of(a_job(), a_cluster()).__struct_fields__} <= set(document["plan"])
     two, three = document["answers"]
     assert two["plan"]["configuration"]["sharding"] == "zero2"
     assert "does not divide" in three["refused"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from autofit.search import required_regimes
 from autofit.spec.estimate import MemoryEstimate, Phase

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from autofit.spec.configuration import Lora, Quantization
 from autofit.spec.profile import Polynomial, Regime, RegimeProfile, Segment, StaticTensor

@@ -6,11 +6,11 @@ import functools
 import itertools
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from autofit.plan import Plan
 from autofit.spec.configuration import Quantization

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import transformers.modeling_utils
+from msgspec import Struct
 from torch.nn import functional
 
 from autofit.errors import InputError
@@ -35,8 +35,7 @@ _MASK_ALIGNMENT = 8
 _MAX_SPLITS = 200
 
 
-@dataclass(frozen=True, slots=True)
-class _Query:
+class _Query(Struct, frozen=True):
     """What the choice depends on."""
 
     query: torch.Tensor

@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 import torch
 import transformers
+from msgspec import Struct
 from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 from autofit.errors import InputError
@@ -123,8 +123,7 @@ def flex_backward(grad_out: torch.Tensor, *_args: Any, **_kwargs: Any) -> tuple[
     return rows * 4, rows * 4
 
 
-@dataclass(frozen=True, slots=True)
-class _QueryOnCuda:
+class _QueryOnCuda(Struct, frozen=True):
     """A query on fake CPU memory that says it is on a GPU: transformers asks for no row sums on a CPU."""
 
     tensor: torch.Tensor

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 SAVES = ("save_pretrained", "state_dict")
 """Methods by which weights are saved; a scheduler's and an optimizer's `state_dict` are taken for a model's."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoopSource:
+class LoopSource(Struct, frozen=True, kw_only=True):
     """Lines of the script, `train.py:40`, where it does something; empty: nowhere."""
 
     reads_gradients: str = ""

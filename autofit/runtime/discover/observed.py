@@ -77,7 +77,7 @@ class Observed:
     def finish(self, found: Discovered) -> NoReturn:
         """Write what was found and end the process where it stands: no handler, thread or worker can hold it up."""
         seconds = time.monotonic() - self.began_seconds
-        found = dataclasses.replace(found, seconds=seconds, peak_process_bytes=process_peak_bytes())
+        found = msgspec.structs.replace(found, seconds=seconds, peak_process_bytes=process_peak_bytes())
         self.clean_up()
         write_whole(self.out, msgspec.json.encode(found))  # last: whoever waits for it ends this process
         sys.stdout.flush()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any, Literal
+
+from msgspec import Struct, field
 
 from autofit.spec.configuration import Configuration
 from autofit.spec.hardware import Cluster, Device
@@ -22,8 +23,7 @@ loaded in, the dtype that packed ones are stored in and the kind of checkpoint f
 """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Site:
+class Site(Struct, frozen=True, kw_only=True):
     """What a configuration would run on, and with which model."""
 
     cluster: Cluster
@@ -55,8 +55,7 @@ _CURRENT = "999999"
 """A release that is not known, and taken to come after every bound."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rule:
+class Rule(Struct, frozen=True, kw_only=True):
     """A named reason for which configurations are left out."""
 
     name: str
@@ -95,8 +94,7 @@ class Rule:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DescribedRule:
+class DescribedRule(Struct, frozen=True, kw_only=True):
     """A rule as data, beside what is installed."""
 
     name: str

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from autofit.search.rules.rule import Axis, Rule, is_from_bitsandbytes
 from autofit.spec.configuration import Configuration
@@ -11,8 +12,7 @@ from autofit.spec.configuration import Configuration
 _EVERY_RELEASE = ">=0"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Need:
+class _Need(Struct, frozen=True, kw_only=True):
     """A package that some configurations cannot run without."""
 
     library: str
