@@ -161,13 +161,13 @@ class CachingAllocator:
         starts, ends, owners = self._starts, self._ends, self._owners
         large, small = pools[0].keys, pools[1].keys
         expands, max_split = self.settings.expandable_segments, self.settings.max_split_size_bytes
-        unmapped_from = self._unmapped_from
         is_split_bounded = max_split is not None and not expands
         split_below = max_split if max_split is not None and not expands else math.inf
         for event in events:
             if event < 0:
                 number = ~event
                 start, end, keys = starts[number], ends[number], pools[owners[number]].keys
+                starts[number] = ends[number] = 0  # nobody asks again, and the processor's caches hold what is left
                 if end in free_from:
                     key = free_from.pop(end)
                     del keys[bisect_left(keys, key)]
@@ -194,15 +194,16 @@ class CachingAllocator:
             index = bisect_left(keys, size << _SIZE_SHIFT)
             if is_split_bounded:
                 index = self._splittable(keys, index, size)
-            if index < len(keys):
-                if expands and (keys[index] & _ADDRESS_MASK) + (keys[index] >> _SIZE_SHIFT) in unmapped_from:
-                    index = self._hardly_growing(keys, index)
+            if expands and index < len(keys):
+                index = self._hardly_growing(keys, index)
+            try:
                 key = keys.pop(index)
+            except IndexError:
+                start, end = self._new_block(pools[owner], size)
+            else:
                 start = key & _ADDRESS_MASK
                 end = start + (key >> _SIZE_SHIFT)
                 del free_from[start]
-            else:
-                start, end = self._new_block(pools[owner], size)
             rest_from = start + size
             rest = end - rest_from
             if (rest > SMALL_BYTES and size < split_below) or (rest and (expands or size <= SMALL_BYTES)):
@@ -316,6 +317,8 @@ class CachingAllocator:
         It is taken only if the next larger ones could become as large. Source: CUDACachingAllocator.cpp,
         get_free_block.
         """
+        if (keys[index] & _ADDRESS_MASK) + (keys[index] >> _SIZE_SHIFT) not in self._unmapped_from:
+            return index
         while index + 1 < len(keys) and self._expandable_size(keys[index + 1]) < self._expandable_size(keys[index]):
             index += 1
         return index
