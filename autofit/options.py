@@ -946,6 +946,8 @@ ALIASES = {
     "attn_implementation": "attention",
 }
 """Other words for an option: a field of a plan, or a second spelling on the command line."""
+JOB_OPTIONS = {"model", "global_batch", "gpus", "seq_len"}
+"""Options of `autofit plan` that are no wish about how it is done."""
 SWITCHES = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}
 
 
@@ -996,6 +998,11 @@ def with_option(restrictions_now: Restrictions, text: str) -> Restrictions:
     hints = {known: hint for known, hint in every.items() if known not in of_run}
     if name == "deepspeed":
         raise InputError("what a whole file would change is a plan of its own.", to_fix="plan with --deepspeed")
+    if name in of_run | JOB_OPTIONS:
+        raise InputError(
+            f"{name!r} is of the job, and --why-not sets what a plan may choose.",
+            to_fix="plan anew with it; --what-if says what other lengths, devices and sizes of memory come to",
+        )
     if name not in hints:
         raise InputError(f"{name!r} is no option of plan.", to_fix=f"the nearest are {nearest(name, hints)}")
     wanted = restrictions(wishes_of(SearchWish, {name: _from_text(value.strip(), hints[name])}))
@@ -1013,13 +1020,18 @@ def _from_text(text: str, hint: Any) -> Any:
     if bool in kinds:
         return SWITCHES.get(text.casefold(), text)
     if {int, list[int]} & {*kinds}:
-        return int(text) if text.lstrip("-").isdigit() else text
+        numbers = [_whole(each.strip()) for each in text.split(",")]
+        return numbers if list[int] in kinds else numbers[0] if len(numbers) == 1 else text
     if float in kinds:
         try:
             return float(text)
         except ValueError:
             return text
     return text
+
+
+def _whole(text: str) -> int | str:
+    return int(text) if text.removeprefix("-").isdecimal() else text
 
 
 def refuse_absurd(name: str, given: Any) -> None:

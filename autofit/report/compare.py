@@ -12,7 +12,7 @@ from rich.text import Text
 
 from autofit.plan import Plan
 from autofit.report.plan import bullets, plain_table
-from autofit.report.words import tokens_words
+from autofit.report.words import price_words, tokens_words
 from autofit.search.compare import Offer
 from autofit.spec.hardware import Cluster
 from autofit.units import GIB, format_three_digits
@@ -33,7 +33,7 @@ def comparison_report(found: Sequence[Offer], unbeaten: Sequence[Offer], *, widt
         parts.append(offers_table(listed, unbeaten, width=width))
     if len(listed) < len(planned):
         parts.append(
-            Text(f"{len(planned) - len(listed)} more, each dearer than the same device above; --json has all.")
+            Text(f"{len(planned) - len(listed)} more, none cheaper than the same device above; --json has all.")
         )
     drawn = [offer for offer in planned if is_drawn(offer)]
     if len(drawn) >= _SMALLEST_POINTS:
@@ -66,14 +66,17 @@ def refusals(found: Sequence[Offer]) -> list[str]:
 def verdict(found: Sequence[Offer], unbeaten: Sequence[Offer]) -> str:
     """Say which hardware is cheapest and which is fastest."""
     if not any(offer.plan for offer in found):
-        return "The job fits none of this hardware."
+        planned = any(offer.fits is not None for offer in found)
+        return f"The job {'fits none' if planned else 'cannot be planned on any'} of this hardware."
+    fastest = max((offer for offer in found if offer.plan), key=_speed)
+    said = f"Fastest: {words(fastest.cluster)}, {tokens_words(_speed(fastest))} tokens/s."
     if not unbeaten:
-        return "Neither price nor speed is known of any of this hardware: it is listed by what is known."
-    cheapest, fastest = unbeaten[0], max(unbeaten, key=lambda offer: offer.tokens_per_second or 0)
+        if not _speed(fastest):
+            return "No speed is known of any of this hardware, and so no price of a token."
+        return f"No price is known of any of this hardware whose speed is; --price takes them. {said}"
+    cheapest = unbeaten[0]
     first = f"Cheapest: {words(cheapest.cluster)}, {_price(cheapest)} per million tokens"
-    if fastest is cheapest:
-        return f"{first}; nothing here is faster."
-    return f"{first}. Fastest: {words(fastest.cluster)}, {tokens_words(fastest.tokens_per_second or 0)} tokens/s."
+    return f"{first}; nothing here is faster." if _speed(fastest) <= _speed(cheapest) else f"{first}. {said}"
 
 
 def words(cluster: Cluster) -> str:
@@ -173,5 +176,9 @@ def _batch(plan: Plan) -> str:
 
 
 def _price(offer: Offer) -> str:
-    dollars = offer.dollars_per_million_tokens
-    return "?" if dollars is None else f"${format_three_digits(dollars)}"
+    assert offer.plan is not None, "only what was planned has a price"
+    return ("" if offer.dollars_per_million_tokens is None else "$") + price_words(offer.plan.cost)
+
+
+def _speed(offer: Offer) -> float:
+    return offer.tokens_per_second or 0.0

@@ -72,7 +72,9 @@ def picture(lengths: LengthDistribution) -> RenderableType:
     shares = [lengths.share_above(edge - width) - lengths.share_above(edge) for edge in edges]
     if edges and lengths.share_above(0) < 1:
         shares[0] += 1 - lengths.share_above(0)
-    table = plain_table("Lengths", "up to", "share", "")
+    longer = lengths.share_above(edges[-1]) if edges else 0
+    title = f"Lengths ({share_words(longer)} are longer)" if longer else "Lengths"
+    table = plain_table(title, "up to", "share", "")
     table.columns[2].justify = "left"
     for edge, share in zip(edges, shares, strict=True):
         table.add_row(f"{edge:,}", f"{share:.1%}", "#" * round(_BAR_CELLS * share / max(shares)))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from msgspec import Struct
+from msgspec.structs import replace
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -21,11 +22,13 @@ from autofit.report.words import (
     method_words,
     model_words,
     precision_words,
+    price_words,
     share_words,
     tokens_words,
 )
 from autofit.spec.configuration import Configuration
 from autofit.spec.estimate import STAGES, MemoryEstimate, Phase, Stages
+from autofit.timing import estimate_cost
 from autofit.timing.batches import step_tokens
 from autofit.timing.binding import binding_resource
 from autofit.units import GIB, format_bytes, format_count, format_seconds, format_three_digits
@@ -296,8 +299,11 @@ def _batch_cell(_: Plan, rung: Rung) -> str:
     return f"{rung.configuration.per_device_train_batch_size} x {rung.configuration.gradient_accumulation_steps}"
 
 
-def _sharding_cell(_: Plan, rung: Rung) -> str:
-    return f"{rung.configuration.sharding}{'' if rung.configuration.offload == 'none' else ', host'}"
+def _sharding_cell(plan: Plan, rung: Rung) -> str:
+    """Name the sharding; on how many devices only where a plan could choose that."""
+    used, restrictions = rung.configuration.num_processes, plan.inputs.job.restrictions
+    on = f" on {used}" if len(restrictions.num_processes) > 1 else ""
+    return f"{rung.configuration.sharding}{on}{'' if rung.configuration.offload == 'none' else ', host'}"
 
 
 def _checkpointing_cell(_: Plan, rung: Rung) -> str:
@@ -313,14 +319,11 @@ def _rate_cell(plan: Plan, rung: Rung) -> str:
 
 
 def _price_cell(plan: Plan, rung: Rung) -> str:
-    """Scale the chosen plan's price: every rung trains the same tokens in a step, and pays for the devices it uses."""
+    """Price a rung: it trains the same tokens in a step as the plan, and pays for the devices it uses."""
     if not rung.fits:
         return "-"
-    chosen, dollars = plan.time.step_seconds, plan.cost.dollars_per_million_tokens
-    if rung.step_seconds is None or chosen is None or dollars is None:
-        return "?"
-    devices = rung.configuration.num_processes / plan.configuration.num_processes
-    return format_three_digits(dollars * devices * rung.step_seconds / chosen)
+    inputs, time = plan.inputs, replace(plan.time, step_seconds=rung.step_seconds)
+    return price_words(estimate_cost(time, inputs.cluster, inputs.job.workload, rung.configuration))
 
 
 def _step_cell(_: Plan, rung: Rung) -> str:
@@ -359,9 +362,9 @@ def unknowns(plan: Plan) -> tuple[str, ...]:
             on_gpu and plan.configuration.optim.startswith("galore"),
             "what cuSOLVER takes to decompose a gradient: a workspace that nobody has compared is counted",
         ),
-        (device.memory_is_estimated, f"what torch sees of a {device.name}: derived from a similar device"),
-        (plan.time.step_seconds is None, f"the speed of a {device.name}: the rates it would follow from are not known"),
-        (on_gpu and plan.cost.dollars_per_device_hour is None, f"the price of a {device.name}; --price gives it"),
+        (device.memory_is_estimated, f"what torch sees of {device.name}: derived from a similar device"),
+        (plan.time.step_seconds is None, f"the speed of {device.name}: the rates it would follow from are not known"),
+        (on_gpu and plan.cost.dollars_per_device_hour is None, f"the price of {device.name}; --price gives it"),
     ]
     return tuple(words for is_open, words in open_questions if is_open)
 

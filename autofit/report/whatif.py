@@ -9,10 +9,10 @@ from rich.text import Text
 
 from autofit.plan import Plan
 from autofit.report.plan import bullets, decision, plain_table
-from autofit.report.words import excess_words, tokens_words
+from autofit.report.words import excess_words, price_words, tokens_words
 from autofit.search.whatif import Answer, binding_reasons
 from autofit.search.words import describe
-from autofit.units import GIB, format_three_digits
+from autofit.units import GIB
 
 
 def whatif_report(made: Plan, found: Sequence[Answer], *, width: int) -> Group:
@@ -48,11 +48,11 @@ def answers_table(made: Plan, planned: Sequence[Answer], *, width: int) -> Rende
 
 
 def _cells(made: Plan, plan: Plan) -> tuple[str, ...]:
-    speed, dollars = plan.time.tokens_per_second, plan.cost.dollars_per_million_tokens
+    speed = plan.time.tokens_per_second
     return (
         f"{plan.memory.needed_bytes / GIB:.2f}",
         "?" if speed is None else tokens_words(speed),
-        "?" if dollars is None else format_three_digits(dollars),
+        price_words(plan.cost),
         _against(made, plan),
     )
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from msgspec.structs import asdict
 
 from autofit.spec.configuration import Configuration, Quantization, ZeroSettings
-from autofit.units import format_count
+from autofit.spec.estimate import CostEstimate
+from autofit.units import format_count, format_three_digits
 
 SHARDING_WORDS = {
     "none": "one process",
@@ -135,6 +136,14 @@ def model_words(name: str) -> str:
 def params_words(num_params: int | None) -> str:
     """Write a parameter count, or that it is not known."""
     return "unknown" if num_params is None else format_count(num_params)
+
+
+def price_words(cost: CostEstimate) -> str:
+    """Write what a million tokens cost in a column of dollars: device-hours where the device has no price."""
+    if cost.dollars_per_million_tokens is not None:
+        return format_three_digits(cost.dollars_per_million_tokens)
+    hours = cost.device_hours_per_million_tokens
+    return "?" if hours is None else f"{format_three_digits(hours)} device-h"
 
 
 def excess_words(excess_fraction: float) -> str:

@@ -27,9 +27,10 @@ class Offer(Struct, frozen=True, kw_only=True):
 
     @property
     def dollars_per_hour(self) -> float | None:
-        """Of all its devices; None where a device has no price."""
-        price = self.plan.cost.dollars_per_device_hour if self.plan else self.cluster.device.dollars_per_hour
-        return None if price is None else price * self.cluster.num_devices
+        """Of the devices that are used, without a plan of all; None where a device has no price."""
+        price = self.cluster.device.dollars_per_hour
+        num_devices = self.plan.configuration.num_processes if self.plan else self.cluster.num_devices
+        return None if price is None else price * num_devices
 
     @property
     def dollars_per_million_tokens(self) -> float | None:

@@ -18,6 +18,8 @@ from autofit.timing.binding import binding_resource
 from autofit.units import format_bytes
 
 LARGER_RANK = 64
+USUAL_NODE_DEVICES = 8
+"""Devices of a node as most are built: more are taken to share its links all the same."""
 SMALLEST_SHARE = 0.05
 """Of a step's time; what takes less is not named."""
 TERM_WORDS = {
@@ -65,7 +67,7 @@ def counterfactuals(made: Plan, other_sizes: Sequence[Device] = ()) -> Iterator[
         other_sizes: the same device with other amounts of memory.
     """
     job, cluster = made.inputs.job, made.inputs.cluster
-    yield from _other_counts(job, cluster)
+    yield from _other_counts(job, cluster.using(made.configuration.num_processes))
     tokens, lengths = job.workload.sequence_tokens, job.workload.lengths
     for other in (tokens // 2, tokens * 2):
         if other and (lengths is None or other < lengths.max_tokens):
@@ -81,18 +83,29 @@ def counterfactuals(made: Plan, other_sizes: Sequence[Device] = ()) -> Iterator[
         )
 
 
-def _other_counts(job: Job, cluster: Cluster) -> Iterator[Change]:
-    """Yield the next number of devices that the global batch divides over, and the one before."""
-    now, batch = cluster.num_devices_per_node, job.workload.global_batch_sequences
-    divides = [n for n in range(1, batch // cluster.num_nodes + 1) if batch % (n * cluster.num_nodes) == 0]
+def _other_counts(job: Job, used: Cluster) -> Iterator[Change]:
+    """Yield the next number of devices that the global batch divides over, and the one before; all of them are used."""
+    now, batch = used.num_devices_per_node, job.workload.global_batch_sequences
+    divides = [n for n in range(1, batch // used.num_nodes + 1) if batch % (n * used.num_nodes) == 0]
     fewer, more = [n for n in divides if n < now], [n for n in divides if n > now]
     for number in (*more[:1], *fewer[-1:]):
-        nodes = f"{cluster.num_nodes} nodes of " if cluster.num_nodes > 1 else ""
         yield Change(
-            words=f"{nodes}{number} {'devices' if number > 1 else 'device'}" + _skipped(now, number, batch),
+            words=_devices_words(used.num_nodes, number) + _skipped(now, number, batch),
             kind="devices",
-            cluster=lambda on, number=number: replace(on, num_devices_per_node=number),  # type: ignore[misc]
+            job=_on_all_devices,
+            cluster=lambda _, number=number: replace(used, num_devices_per_node=number),  # type: ignore[misc]
         )
+
+
+def _devices_words(num_nodes: int, number: int) -> str:
+    """Name so many devices a node, and that it is one node where few are built so."""
+    nodes = f"{num_nodes} nodes of " if num_nodes > 1 else ""
+    alone = " of one node" if num_nodes == 1 and number > USUAL_NODE_DEVICES else ""
+    return f"{nodes}{number} {'devices' if number > 1 else 'device'}{alone}"
+
+
+def _on_all_devices(job: Job) -> Job:
+    return replace(job, restrictions=replace(job.restrictions, num_processes=()))
 
 
 def _skipped(now: int, number: int, batch: int) -> str:

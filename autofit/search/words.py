@@ -87,8 +87,10 @@ def count_reasons(table: Table, left: Allowed) -> tuple[str, ...]:
 def objective_reason(job: Job, cluster: Cluster, chosen: Configuration, missing: Sequence[str]) -> str:
     """Say what decided."""
     objective = job.restrictions.objective
+    has_price = cluster.device.dollars_per_hour is not None
+    priced = "the cheapest per trained token" if has_price else "the cheapest in device time per trained token"
     least = {
-        "cost": "the least work per trained token" if missing else "the cheapest per trained token",
+        "cost": "the least work per trained token" if missing else priced,
         "time": "the least work" if missing else "the fastest",
         "memory": "what needs the least memory on each device",
         "quality": "the least approximate that fits",

@@ -58,10 +58,21 @@ def read_prices(text: str | None) -> Prices | None:
     purchase = next((each for each in get_args(Purchase) if each == last), None)
     file = Path(path if purchase else text)
     content = _content(file)
-    known = {_name(str(name), file): price for name, price in content.items()}
+    known = _by_device(content, file)
     chosen = {name: _chosen(price, purchase or "on-demand", f"{file}: {name}") for name, price in known.items()}
     by_name = {name: price for name, price in chosen.items() if price is not None}
     return Prices(origin=f"{purchase or 'on-demand'}, by {file.name}", by_name=by_name)
+
+
+def _by_device(content: Mapping[Any, Any], file: Path) -> dict[str, Any]:
+    """Return what a file says of each device, by its catalogue name."""
+    found: dict[str, Any] = {}
+    for name, price in content.items():
+        device = _name(str(name), file)
+        if device in found:
+            raise InputError(f"{file}: {device} has two prices, the second as {str(name)!r}.", to_fix="leave one out")
+        found[device] = price
+    return found
 
 
 def _number(text: str) -> float | None:
@@ -82,7 +93,8 @@ def _content(file: Path) -> dict[Any, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        content, written = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
     except (OSError, ValueError) as error:  # no text, or a name with a NUL
         raise InputError(
             f"--price: cannot read {str(file)!r}: {getattr(error, 'strerror', None) or error}",
@@ -92,6 +104,10 @@ def _content(file: Path) -> dict[Any, Any]:
         raise InputError(f"{str(file)!r} is not YAML: {error}", to_fix="correct the file") from error
     if not isinstance(content, dict) or not content:
         raise InputError(f"{str(file)!r} is no list of prices.", to_fix=f"write {_FORM}")
+    assert isinstance(written, yaml.MappingNode), "it was read as one"
+    names = [name.value for name, _ in written.value]
+    if twice := [name for name in names if names.count(name) > 1]:  # of which YAML would take the last
+        raise InputError(f"{str(file)!r} has two prices of {twice[0]!r}.", to_fix="leave one out")
     return content
 
 

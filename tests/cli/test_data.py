@@ -12,6 +12,7 @@ import pytest
 
 import autofit
 from autofit import cli
+from autofit.report.words import share_words
 from tests.sources.corpora import rows_of, save_tokenizer, write_json_lines
 
 LENGTHS = np.random.default_rng(4).lognormal(6, 1, 3000).astype(int) + 1
@@ -34,6 +35,11 @@ def test_a_person_reads_what_there_is(lengths_file, capsys):
     assert "every sequence" in printed
     row = next(line.split() for line in printed.splitlines() if line.startswith("2,048 ") and "%" in line)
     assert float(row[1].rstrip("%")) == pytest.approx(100 * (LENGTHS > 2048).mean(), abs=0.5)
+    drawn = printed[printed.index("\nLengths") : printed.index("Cut at")].split()
+    longest_drawn = max(int(each.replace(",", "")) for each in drawn if each.replace(",", "").isdecimal())
+    num_longer = (longest_drawn < LENGTHS).sum()  # shares are a bin's, so one of 3,000 is a third of the least shown
+    assert num_longer
+    assert drawn[0:4] == ["Lengths", f"({share_words(num_longer / 3000)}", "are", "longer)"]
 
 
 def test_a_program_reads_the_same(lengths_file, capsys):

@@ -129,6 +129,28 @@ def test_prices_scale_with_the_time_of_a_step(plan):
     assert float(row.split()[-1]) / float(chosen.split()[-1]) == pytest.approx(1.5, rel=0.01)
 
 
+def test_without_a_price_every_row_has_its_device_hours(plan):
+    """Of a device without a price both tables say device-hours a million tokens, by the seconds and devices of each."""
+    cluster = replace(plan.inputs.cluster, device=replace(plan.inputs.cluster.device, dollars_per_hour=None))
+    hours = 7.0
+    cost = replace(plan.cost, dollars_per_million_tokens=None, device_hours_per_million_tokens=hours)
+    unpriced = replace(plan, inputs=replace(plan.inputs, cluster=cluster), cost=cost)
+    rows = [line.split() for line in rendered(plan_report(unpriced, width=140)).splitlines()]
+    cells = [float(row[-2]) for row in rows if row[-1:] == ["device-h"]]
+    tokens = plan.inputs.job.workload.global_batch_sequences * plan.inputs.job.workload.sequence_tokens
+    seconds = [plan.time.step_seconds, *(rung.step_seconds for rung in (*plan.alternatives, *plan.fallbacks))]
+    assert cells == pytest.approx([each / 3600 * 2 / tokens * 1e6 for each in seconds], rel=0.005)
+
+
+def test_where_devices_are_chosen_every_row_says_on_how_many(plan):
+    """A table that compares numbers of devices names them; one whose rows all run on the same does not."""
+    restrictions = replace(plan.inputs.job.restrictions, num_processes=(1, 2))
+    several = replace(plan, inputs=replace(plan.inputs, job=replace(plan.inputs.job, restrictions=restrictions)))
+    num_rows = 1 + len(plan.alternatives) + len(plan.fallbacks)
+    assert rendered(plan_report(several, width=140)).count(" on 2 ") == 1 + num_rows
+    assert rendered(plan_report(plan, width=140)).count(" on 2 ") == 1
+
+
 @pytest.mark.parametrize("digits", [1.0, 2.1, 4.56789, 9.994, 9.996])
 @pytest.mark.parametrize("exponent", range(-6, 7))
 def test_three_digits_are_those_of_scientific_notation(digits, exponent):

@@ -144,6 +144,33 @@ def test_a_person_reads_the_cheapest_and_the_fastest_first():
     assert all(letter in picture for letter in ("A", "b", "C"))
 
 
+def test_what_is_fastest_needs_no_price():
+    """Hardware without a price may be the fastest, and is said to be; its row has its device-hours."""
+    text = rendered([an_offer(1.0, 100.0), an_offer(None, 400.0, UNPRICED)])
+    assert text.splitlines()[0].strip() == (
+        "Cheapest: 1xby-hand-80G, $1.00 per million tokens. Fastest: 1xunpriced, 400 tokens/s."
+    )
+    assert next(line for line in text.splitlines() if line.startswith("b")).split()[-2:] == ["1.00", "device-h"]
+    alone = " ".join(rendered([an_offer(None, 400.0, UNPRICED)]).split())
+    assert alone.startswith("No price is known of any of this hardware")
+    assert "Fastest: 1xunpriced, 400 tokens/s." in alone
+
+
+@pytest.mark.parametrize(("fits", "says"), [(False, "fits none"), (None, "cannot be planned on any")])
+def test_what_cannot_be_planned_is_not_said_to_be_too_large(fits, says):
+    """Memory is blamed only where it is what is wanting."""
+    found = [Offer(cluster=a_cluster(1), plan=None, refused="no", fits=fits)]
+    assert rendered(found).splitlines()[0].strip() == f"The job {says} of this hardware."
+
+
+def test_an_hour_costs_what_is_used_in_it():
+    """Where a plan uses half of the devices, dollars an hour over tokens an hour are the price of a token."""
+    (offer,) = everything_on([a_cluster(4, DEAR)], a_job(num_processes=(2,)))
+    assert offer.dollars_per_hour == 2 * DEAR.dollars_per_hour
+    hourly_tokens = offer.tokens_per_second * 3600
+    assert offer.dollars_per_hour / hourly_tokens * 1e6 == pytest.approx(offer.dollars_per_million_tokens)
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
 def test_no_line_is_wider_than_the_terminal(width):
     """On a narrow terminal columns go, and the picture shrinks."""

@@ -393,6 +393,14 @@ def test_reasons_say_whether_the_user_or_the_script_decided(methods, script_deci
     assert ("you asked for bf16" in precision) is not bool(script_decides)
 
 
+def test_without_a_price_nothing_is_said_to_be_cheapest():
+    """Of a device whose price is not known the least device time decides, and that is what the reason says."""
+    for dollars, says in ((None, "the cheapest in device time per"), (2.0, "the cheapest per trained token")):
+        job, cluster = a_job(), a_cluster(1, replace(GPU, dollars_per_hour=dollars))
+        made = solve(job, cluster, profiles_for(job, cluster), estimate_memory=PlausibleMemory(10**8))
+        assert says in made.reasons[0]
+
+
 def test_reasons_account_for_every_candidate():
     """Fallen to rules, too large and fitting add up to all candidates; each knob with a choice has a sentence."""
     job, cluster = a_job(8), a_cluster(2, CPU)

@@ -44,6 +44,7 @@ def plan_of(job, cluster):
         ("gradient-checkpointing=True", {"gradient_checkpointing": True}),
         ("per_device_train_batch_size=4", {"micro_batch_sequences": (4,)}),
         ("--micro-batch=4", {"micro_batch_sequences": (4,)}),
+        ("micro_batch=2, 4", {"micro_batch_sequences": (2, 4)}),
         ("precision=pure-bf16", {"precision": "pure-bf16"}),
         ("offload_param_device=cpu", {"offload": "optimizer_and_parameters"}),
     ],
@@ -62,12 +63,21 @@ def test_an_option_of_a_group_leaves_the_rest_of_the_group():
 
 @pytest.mark.parametrize(
     "text", ["zero_stage", "=3", "zero_stage=", "colour=red", "zero=7", "zero=three", "method=magic", "optim=adam9",
-             "micro_batch=0", "micro_batch=-1", "gradient_checkpointing=maybe", "lora_dropout=much"]
+             "micro_batch=0", "micro_batch=-1", "gradient_checkpointing=maybe", "lora_dropout=much",
+             "micro_batch=2,x", "micro_batch=\u00b2", "zero=2,3"]
 )  # fmt: skip
 def test_what_is_no_option_is_refused_in_words(text):
     """A misspelt name, a value that the option does not take, and half an option are refused, never ignored."""
     with pytest.raises(InputError):
         with_option(Restrictions(), text)
+
+
+@pytest.mark.parametrize("name", ["seq_len", "gpus", "global-batch", "model", "price", "tokens", "data"])
+def test_an_option_of_the_job_is_not_denied(name):
+    """`autofit plan` has these options, so they are not said to be none: what to do instead is said."""
+    with pytest.raises(InputError, match="is of the job") as refusal:
+        with_option(Restrictions(), f"{name}=1")
+    assert "--what-if" in refusal.value.to_fix
 
 
 def test_an_answer_is_the_search_of_the_changed_job():
@@ -91,6 +101,28 @@ def test_other_numbers_of_devices_keep_the_global_batch(batch, num_devices, othe
     assert [change.cluster(cluster).num_devices for change in changes] == others
     for change, other in zip(changes, others, strict=True):  # what is not one more or less says why
         assert ("to share" in change.words) is (abs(other - num_devices) > 1)
+
+
+@pytest.mark.parametrize("num_processes", [(2,), (1, 2)])
+def test_more_devices_are_used_whatever_the_plan_was_held_to(num_processes):
+    """A plan that uses some of its devices is asked about more and fewer than it uses, and all of those are used."""
+    job, cluster = a_job(global_batch=8, num_processes=num_processes, objective="time"), a_cluster(4)
+    made = plan_of(job, cluster)
+    changes = [change for change in counterfactuals(made) if change.kind == "devices"]
+    found = answers(job, cluster, changes, plan_of)
+    assert [answer.plan.configuration.num_processes for answer in found] == [4, 1]
+    assert found[0].plan == plan_of(a_job(global_batch=8, objective="time"), cluster)
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "words"), [(8, "16 devices of one node (to share 16 sequences)"), (4, "8 dev")]
+)
+def test_a_node_of_more_than_eight_is_said_to_be_one(num_devices, words):
+    """Links of a node are taken for all its devices, of which most have eight: more are not passed over in silence."""
+    changes = counterfactuals(plan_of(a_job(global_batch=16), a_cluster(num_devices)))
+    first = next(change.words for change in changes if change.kind == "devices")
+    assert first.startswith(words)
+    assert ("of one node" in first) == (num_devices == 8)
 
 
 def test_a_larger_rank_is_asked_about_where_there_is_an_adapter():

@@ -65,6 +65,8 @@ def test_json_is_read_too(tmp_path):
         ("[1, 2]", "no list of prices"),
         ("", "no list of prices"),
         ("a: [", "not YAML"),
+        ("A100-80G: 1\nA100-80G: 2", "two prices of 'A100-80G'"),
+        ("A100-80G: 1\nA100-SXM-80G: 2", "two prices, the second as 'A100-SXM-80G'"),
     ],
 )
 def test_a_list_that_is_none_is_refused(tmp_path, content, words):
