@@ -178,6 +178,7 @@ def compare(line: Line, case: Case | str, found: Traced) -> Compared:
     return replace(full, contradicts=contradiction(full))
 
 
+LLM_INT8_BITS = 8
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 AUTOCASTS = {"bfloat16": "bf16", "float16": "fp16", "none": "no", "false": "no", "off": "no"}
 FLAGS = ("outputs_kept", "gradient_checkpointing", "kbit_prepare", "recasts_tables", "use_reentrant")
@@ -203,8 +204,8 @@ def known(row: Mapping[str, Any]) -> Row:
     bits = (found["quantization"] or {}).get("bits")
     method = method_of({"method": found["method"], "quant_bits": bits})
     bits = method.pop("bits", None)
-    if method["method"] == "qlora" and not found["quantization"]:
-        found["quantization"] = {"bits": bits or 4}
+    if method["method"] == "qlora" and not found["quantization"] and bits is not None:
+        found["quantization"] = {"bits": bits}
     found |= method
     found["optimizer"] = optimizer_of(row)
     attention = attention_of(row)
@@ -249,7 +250,13 @@ def refuse_what_is_open(row: Row) -> None:
     names += ["optimizer", "sharding"]
     if row["method"] in {"lora", "qlora"}:
         names += ["lora_rank", "lora_target_modules"]
-    missing = [name for name in names if row.get(name) is None or not str(row[name])]
+    missing = [name for name in names if row.get(name) in (None, "", [])]
+    quantization = row.get("quantization") or {}
+    loads_bits = row["method"] == "qlora" and quantization.get("type") not in PACKED
+    if loads_bits and quantization.get("bits") != LLM_INT8_BITS and "double_quant" not in quantization:
+        missing.append("whether the scales of quantised weights are quantised (double_quant)")
+    if loads_bits and row.get("kbit_prepare") is None:
+        missing.append("kbit_prepare")
     if missing:
         raise RefusedError(f"not stated: {', '.join(missing)}")
     if not any(number_beside(row, f"{name}_gib") for name in FIGURES):

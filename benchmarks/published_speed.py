@@ -434,10 +434,12 @@ def state(row: Row, folder: Path) -> Stated:
         **checkpointing_of(row),
         **offload_of(row),
         **_precision(row, facts, method["method"], assumed),
-        **_sharding(row, facts, num_nodes),
+        **_sharding(row, facts, num_nodes, assumed),
         **{name: value for name, value in facts.items() if name not in {*OF_QUANTIZATION, *OF_PRECISION, "sharding"}},
         **{name: row[name] for name in OF_ROWS if name in row},
     }
+    if stated.get("checkpoint_offload") and not stated["gradient_checkpointing"]:
+        raise RefusedError("activations are offloaded that are not checkpointed, which is not modelled")
     stated |= {} if "attention" in facts else attention
     stated["optimizer"] = _optimizer(row, facts)
     stated["gradient_accumulation_steps"] = row["grad_accum"] or facts.get("gradient_accumulation_steps")
@@ -679,16 +681,17 @@ def _optimizer(row: Row, facts: Mapping[str, Any]) -> str | None:
     return facts.get("optimizer", own) if is_open else own
 
 
-def _sharding(row: Row, facts: Mapping[str, Any], num_nodes: int) -> dict[str, Any]:
+def _sharding(row: Row, facts: Mapping[str, Any], num_nodes: int, assumed: list[str]) -> dict[str, Any]:
     """Return the row's own sharding; where it is not clear, the one of its source's code.
 
     Raises:
         RefusedError: it is neither stated nor known.
     """
-    offloads = offload_of(row).get("offload") is not None
-    if row["gpus_count"] == 1 and not offloads:
-        return {"sharding": "none"}
     own = sharding_of(row, num_nodes)
+    if row["gpus_count"] == 1 and offload_of(row).get("offload") is None:
+        if own not in (None, {"sharding": "none"}, {"sharding": "ddp"}):
+            assumed.append(f"{row['sharding']} on one device is none")
+        return {"sharding": "none"}
     if own is not None:
         return own
     if "sharding" in facts:

@@ -193,62 +193,42 @@ def _hybrid(stated: str, said: str, num_nodes: int) -> dict[str, Any]:
     return {**_fsdp(said), "num_replicas": num_nodes}
 
 
-OFFLOADS = {
-    "none": {},
-    "no": {},
-    "false": {},
-    "activationcpu": {"checkpoint_offload": True},
-    "activationscpu": {"checkpoint_offload": True},
-    "activation": {"checkpoint_offload": True},
-    "activations": {"checkpoint_offload": True},
-    "fsdpparamscpu": {"offload": "optimizer_and_parameters"},
-    "fsdpcpuoffload": {"offload": "optimizer_and_parameters"},
-    "paramscpufsdpcpuoffload": {"offload": "optimizer_and_parameters"},
-    "paramoptimcpu": {"offload": "optimizer_and_parameters"},
-    "paramoptimizercpu": {"offload": "optimizer_and_parameters"},
-    "optimizerandparameters": {"offload": "optimizer_and_parameters"},
-    "optimizerparam": {"offload": "optimizer_and_parameters"},
-    "paramsoptimizer": {"offload": "optimizer_and_parameters"},
-    "optimparamcpu": {"offload": "optimizer_and_parameters"},
-    "optimizer": {"offload": "optimizer"},
-    "optim": {"offload": "optimizer"},
-    "optimcpu": {"offload": "optimizer"},
-    "optimizercpu": {"offload": "optimizer"},
-    "zerooffload": {"offload": "optimizer"},
-    "cpuactivation": {"offload": "optimizer_and_parameters", "checkpoint_offload": True},
-    "cpuactivations": {"offload": "optimizer_and_parameters", "checkpoint_offload": True},
-    "fsdpparamscpuactivationcpu": {"offload": "optimizer_and_parameters", "checkpoint_offload": True},
-    "paramsactivationscpu": {"offload": "optimizer_and_parameters", "checkpoint_offload": True},
-    "paramsactivationcpu": {"offload": "optimizer_and_parameters", "checkpoint_offload": True},
-}
-ALL_OF_FSDP = {"cpu", "true", "yes", "cpuoffload", "params", "paramscpu", "param", "paramcpu", "1"}
-"""What FSDP can only do to parameters, gradients and optimizer together."""
+NOTHING_OFFLOADED = {"", "none", "no", "false", "0", "off"}
+OF_OFFLOADING = (
+    r"fsdp|cpu|offload(?:ed|ing)?|zero|deepspeed|optim(?:izer)?|states?|param(?:eter)?s?|activations?|true|yes|and|host"
+)
 
 
 def offload_of(row: Row) -> dict[str, Any]:
-    """Return what is kept on the host.
+    """Return what is kept on the host. FSDP takes parameters, gradients and optimizer there together.
 
     Raises:
         RefusedError: it is not modelled, or not clear.
     """
-    stated = text(row, "offload")
-    key = letters(stated)
-    beside = text(row, "sharding")
+    stated, beside = text(row, "offload"), text(row, "sharding")
+    said, key = stated.casefold(), letters(stated)
+    is_fsdp = re.search("fsdp|full.?shard", f"{beside} {stated}", re.IGNORECASE) is not None
     if re.search("offload", beside, re.IGNORECASE):
-        if key and not OFFLOADS.get(key, {"named": True}):
+        if key in NOTHING_OFFLOADED - {""}:
             raise RefusedError(f"the sharding {beside!r} offloads, and the offload is {stated!r}")
-        key = key or ("cpu" if re.search("fsdp", beside, re.IGNORECASE) else "optimizer")
-        if not stated and re.search(r"(?:zero|stage|z)[-_ ]?3", beside, re.IGNORECASE):
+        if not key and not is_fsdp and re.search(r"(?:zero|stage|z)[-_ ]?3", beside, re.IGNORECASE):
             raise RefusedError(f"the sharding {beside!r} does not say whether parameters are offloaded too")
-    if not key:
+        said, key = (said, key) if key else ("cpu" if is_fsdp else "optimizer",) * 2
+    if key in NOTHING_OFFLOADED:
         return {}
-    if key in ALL_OF_FSDP and re.search("fsdp|full.?shard", text(row, "sharding"), re.IGNORECASE):
-        return {"offload": "optimizer_and_parameters"}
-    if key in {*ALL_OF_FSDP, "cpu"}:
-        raise RefusedError(f"the offload {stated!r} does not say what is offloaded")
-    if key not in OFFLOADS:
+    if letters(re.sub(OF_OFFLOADING, "", said)) not in {"", "1"}:
         raise RefusedError(f"the offload {stated!r} is not modelled")
-    return dict(OFFLOADS[key])
+    parts = re.split(r"[+,;&]|\band\b", said)
+    others = " ".join(part for part in parts if "activation" not in part)
+    found: dict[str, Any] = {"checkpoint_offload": True} if "activation" in said else {}
+    if not others.strip():
+        return found
+    of_optimizer, of_parameters = "optim" in others or key == "zerooffload", "param" in others
+    if is_fsdp or (of_optimizer and of_parameters):
+        return found | {"offload": "optimizer_and_parameters"}
+    if not of_optimizer:
+        raise RefusedError(f"the offload {stated!r} does not say what is offloaded")
+    return found | {"offload": "optimizer"}
 
 
 CHECKPOINTS: dict[str, dict[str, Any]] = {
