@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 
 from msgspec import Struct
 
-from autofit.sources.profiles import profiles_and_refusals, stored_profiles
+from autofit.sources.profiles import MAX_TRACERS, profiles_and_refusals, stored_profiles
 from autofit.spec.job import Model
 from autofit.spec.profile import Regime, RegimeProfile
 
@@ -34,23 +37,33 @@ def code_path(model: Model, regime: Regime, sequence_tokens: int) -> CodePath:
 
 
 def traces(paths: Iterable[CodePath]) -> Traced:
-    """Look every code path up, or trace it: those of one model and length together, on as many cores as there are.
+    """Look every code path up, or trace it: several models at a time, and those of one model and length together.
 
     What they are of, and how many are left, goes to stderr.
     """
-    groups: dict[tuple[str, int], dict[Regime, Model]] = defaultdict(dict)
+    lengths: dict[str, dict[int, dict[Regime, Model]]] = defaultdict(lambda: defaultdict(dict))
     for path in paths:
         content, regime, tokens = path.key
-        groups[content, tokens][regime] = path.model
+        lengths[content][tokens][regime] = path.model
+    with ThreadPoolExecutor(max(1, min(MAX_TRACERS, os.cpu_count() or 1))) as pool:
+        number = count(1)
+        answers = pool.map(
+            lambda item: _of_model(item[0], item[1], f"{next(number)} of {len(lengths)}"), lengths.items()
+        )
+        return {key: answer for found in answers for key, answer in found.items()}
+
+
+def _of_model(content: str, lengths: Mapping[int, Mapping[Regime, Model]], where: str) -> Traced:
+    """Do so for one model, length by length: what one length was traced for may hold for the next."""
     found: Traced = {}
-    for number, ((content, tokens), models) in enumerate(groups.items(), 1):
+    for tokens, models in lengths.items():
         model = next(iter(models.values()))
         stored = stored_profiles(model, list(models), tokens)
         missing = [regime for regime in models if regime not in stored]
         answers: dict[Regime, RegimeProfile | str] = dict(stored)
         for done in range(0, len(missing), TRACED_AT_ONCE):
-            where = f"{len(missing) - done} code paths left; {number} of {len(groups)} models and lengths"
-            print(f"tracing {model.name}, {tokens} tokens: {where}", file=sys.stderr, flush=True)
+            left = f"{len(missing) - done} code paths, model {where}"
+            print(f"tracing {model.name}, {tokens} tokens: {left}", file=sys.stderr, flush=True)
             answers |= _traced(model, missing[done : done + TRACED_AT_ONCE], tokens)
         found |= {(content, regime, tokens): answer for regime, answer in answers.items()}
     return found

@@ -32,6 +32,7 @@ from autofit.spec.configuration import (
 )
 from autofit.spec.hardware import Cluster, Device
 from autofit.spec.job import Job, Precision, QuantizationWish, Restrictions, Workload
+from autofit.spec.positions import num_positions
 
 METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
 """Tried unasked. How many layers to leave trainable is nothing that a planner can choose."""
@@ -123,8 +124,9 @@ def blocks(job: Job, cluster: Cluster) -> tuple[Block, ...]:
 
     Raises:
         InputError: the global batch does not divide over the devices, or a restriction leaves nothing; see also
-            `evaluation_of`.
+            `refuse_positions` and `evaluation_of`.
     """
+    refuse_positions(job)
     restrictions, evaluation = job.restrictions, evaluation_of(job)
     splits = {
         num: batch_splits(job.workload, cluster.using(num), restrictions)
@@ -151,6 +153,20 @@ def blocks(job: Job, cluster: Cluster) -> tuple[Block, ...]:
         )
         for path, engine in every
     )
+
+
+def refuse_positions(job: Job) -> None:
+    """Refuse sequences that are longer than the model's table of positions.
+
+    Raises:
+        InputError: they are.
+    """
+    tokens, longest = job.workload.sequence_tokens, num_positions(job.model.config)
+    if longest is not None and tokens > longest:
+        raise InputError(
+            f"{job.model.name} has a table of {longest:,} positions, and sequences have {tokens:,} tokens.",
+            to_fix=f"use --seq-len {longest} or less",
+        )
 
 
 def paths(job: Job, cluster: Cluster) -> tuple[Path, ...]:
