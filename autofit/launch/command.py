@@ -14,7 +14,7 @@ from autofit.memory.alloc_conf import refuse_other_setting
 from autofit.plan import Plan
 from autofit.spec.event import NO_STRICT_VARIABLE, PROBE_VARIABLE, ROAD_VARIABLE, RUN_FOLDER_VARIABLE
 from autofit.writers.render import ACCELERATE_FILE
-from autofit.writers.scripts import launch_options, script_environment
+from autofit.writers.scripts import computes_on_host, launch_options, ranks_of_a_node, script_environment
 
 INHERITED_DECISIONS = (
     "ACCELERATE_USE_",
@@ -119,8 +119,8 @@ def added_environment(plan: Plan, run_folder: Path, invocation: Invocation) -> d
     if invocation.road == "api":
         added[ROAD_VARIABLE] = "api"
     added["PATH"] = os.pathsep.join([str(Path(invocation.python).parent), invocation.environment.get("PATH", "")])
-    if plan.inputs.cluster.device.kind == "cpu" and "OMP_NUM_THREADS" not in invocation.environment:
-        added["OMP_NUM_THREADS"] = str(max(1, invocation.num_cores // plan.configuration.num_processes))
+    if computes_on_host(plan) and "OMP_NUM_THREADS" not in invocation.environment:
+        added["OMP_NUM_THREADS"] = str(max(1, invocation.num_cores // ranks_of_a_node(plan)))
     if not invocation.is_strict:
         added[NO_STRICT_VARIABLE] = "1"
     if invocation.is_probe:

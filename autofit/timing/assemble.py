@@ -321,8 +321,8 @@ class EngineTime(Struct, frozen=True, kw_only=True):
         last = backward + traffic.last_backward_seconds
         share = traffic.hidden_fraction
         hidden = (num_micro_steps - 1) * _smaller(share * backward, backward_seconds)
-        if traffic.forward_overlaps:
-            hidden = hidden + num_micro_steps * _smaller(share * forward, forward_seconds)
+        room = traffic.forward_room_fraction * forward_seconds
+        hidden = hidden + num_micro_steps * _smaller(share * forward, room)
         return hidden + _smaller(share * last, backward_seconds)
 
     def expected_seconds(

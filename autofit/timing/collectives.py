@@ -42,8 +42,8 @@ class Traffic(Struct, frozen=True, kw_only=True):
     """After it, when nothing else runs."""
     overlaps: bool = False
     """Whether kernels run meanwhile."""
-    forward_overlaps: bool = True
-    """Whether they do in forward too, where they do at all."""
+    forward_room_fraction: float = 1.0
+    """What of forward's kernels run while the next layer is gathered, where they overlap at all."""
 
     def all(self, num_micro_steps: int) -> Iterator[tuple[int, Collective]]:
         """Yield every collective with how often it runs in a step."""
@@ -127,8 +127,8 @@ def _fsdp(totals: ParameterTotals, configuration: Configuration) -> Traffic:
     """A layer is one message; what is kept from forward is not gathered again, and replicas sum each shard.
 
     FSDP1 gathers a unit in forward when the unit before the last has been freed on the device. Where each adapter's
-    weight is a unit, those are of the layer's last product, so that the next layer's gather begins when the layer has
-    ended. In backward it is prefetched.
+    weight is a unit, that is the first of the layer's last adapted product, so that only what follows this product runs
+    beside the next layer's gather: nothing, if it is the layer's last. In backward a layer is prefetched.
     Source: torch/distributed/fsdp/_runtime_utils.py 2.13 (`_unshard`: `limit_all_gathers`), _limiter_utils.py (two in
     flight); peft/utils/other.py (`fsdp_auto_wrap_policy`).
     """
@@ -146,7 +146,7 @@ def _fsdp(totals: ParameterTotals, configuration: Configuration) -> Traffic:
         backward=(gathered,) if configuration.reshard_after_forward else (),
         last_backward=tuple(summed),
         overlaps=True,
-        forward_overlaps=not waits,
+        forward_room_fraction=totals.after_adapters_fraction if waits else 1.0,
     )
 
 
@@ -158,7 +158,7 @@ class TrafficSeconds(Struct, frozen=True, kw_only=True):
     last_backward_seconds: float
     step_seconds: float
     overlaps: bool
-    forward_overlaps: bool
+    forward_room_fraction: float
     hidden_fraction: float
     """What can at best go on behind kernels: all but the first message, or the last."""
     occupied_fraction: float
@@ -176,7 +176,7 @@ def traffic_seconds(
         return collective_seconds(each.kind, each.num_bytes, group, fabric, num_messages=each.num_messages)
 
     overlapping = [*traffic.backward, *traffic.last_backward] if traffic.overlaps else []
-    if traffic.overlaps and traffic.forward_overlaps:
+    if traffic.overlaps and traffic.forward_room_fraction:
         overlapping += traffic.forward
     fewest = min((each.num_messages for each in overlapping), default=1)
     overlapping_seconds = sum(map(seconds, overlapping))
@@ -190,7 +190,7 @@ def traffic_seconds(
         last_backward_seconds=sum(map(seconds, traffic.last_backward)),
         step_seconds=sum(map(seconds, traffic.step)),
         overlaps=traffic.overlaps,
-        forward_overlaps=traffic.forward_overlaps,
+        forward_room_fraction=traffic.forward_room_fraction,
         hidden_fraction=1 - 1 / fewest,
         occupied_fraction=min(1.0, occupied / overlapping_seconds) if overlapping_seconds else 0.0,
     )

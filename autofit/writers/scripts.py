@@ -48,7 +48,8 @@ def _values(plan: Plan, config_file: Path) -> dict[str, str]:
     job, cluster = plan.inputs.job, plan.used
     script = (job.script, *job.script_arguments) if job.script else ("train.py",)
     return {
-        "autofit_environment": "".join(f"export {name}={value}\n" for name, value in script_environment(plan).items()),
+        "autofit_environment": "".join(f"export {name}={value}\n" for name, value in script_environment(plan).items())
+        + (_threads(plan) if computes_on_host(plan) else ""),
         "autofit_config_file": shlex.quote(str(config_file)),
         "autofit_options": " ".join(launch_options(plan)),
         "autofit_script": shlex.join(script),
@@ -57,6 +58,25 @@ def _values(plan: Plan, config_file: Path) -> dict[str, str]:
         "autofit_num_processes": str(plan.configuration.num_processes),
         "autofit_job_name": shlex.quote(f"autofit-{plan.configuration.method}"),
     }
+
+
+def computes_on_host(plan: Plan) -> bool:
+    """Tell whether ranks need the host's cores, of which `accelerate launch` otherwise leaves each one.
+
+    Source: accelerate/commands/launch.py 1.15 (`num_cpu_threads_per_process`) and utils/launch.py (OMP_NUM_THREADS).
+    """
+    return plan.inputs.cluster.device.kind == "cpu" or plan.configuration.offload != "none"
+
+
+def ranks_of_a_node(plan: Plan) -> int:
+    """Return how many ranks share a node's cores."""
+    return min(plan.configuration.num_processes, plan.used.num_devices_per_node)
+
+
+def _threads(plan: Plan) -> str:
+    """Share the cores of the machine that the script runs on among its ranks, unless the user did."""
+    ranks = ranks_of_a_node(plan)
+    return f'export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-$((($(nproc) + {ranks} - 1) / {ranks}))}}"\n'
 
 
 def launch_options(plan: Plan) -> list[str]:

@@ -52,6 +52,13 @@ def test_gpus_stay_visible_and_threads_as_they_are() -> None:
     assert "OMP_NUM_THREADS" not in environment
 
 
+def test_ranks_that_update_on_the_host_share_its_cores() -> None:
+    """accelerate gives each rank one core of a machine with GPUs, unless it is told; a user's number is kept."""
+    offloaded = a_plan(a_configuration(sharding="zero2", offload="optimizer", num_processes=2), device=A100)
+    assert command_of(offloaded)[1]["OMP_NUM_THREADS"] == "4"
+    assert command_of(offloaded, {"OMP_NUM_THREADS": "3"})[1]["OMP_NUM_THREADS"] == "3"
+
+
 def test_an_outer_launchers_decisions_do_not_leak_in() -> None:
     """Variables by which another accelerate or torchrun decides are dropped; everything else is kept."""
     outer = {

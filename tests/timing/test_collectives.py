@@ -59,40 +59,83 @@ def test_accumulation_multiplies_only_what_runs_in_every_micro_step():
     assert ratio == pytest.approx(expected)
 
 
-def test_among_adapters_fsdp1_gathers_a_layer_when_the_layer_before_has_ended():
-    """torch's own queue: what a layer's gather waits for is the last adapter but one of the layer before.
+def waited_for(num_adapters):
+    """Ask torch's own queue what the gather of the last of some layers waits for."""
+    queue, waited = _FreeEventQueue(), None
+    for layer in range(4):
+        waited = queue.dequeue_if_needed()
+        for adapter in range(num_adapters):
+            queue.dequeue_if_needed()
+            queue.enqueue((layer, adapter))
+        queue.enqueue((layer, "layer"))
+    return waited
+
+
+@pytest.mark.parametrize("num_adapters", [4, 8])
+def test_among_adapters_fsdp1_gathers_a_layer_when_the_last_adapted_product_of_the_one_before_is_done(num_adapters):
+    """torch's own queue: a layer's gather waits for the last adapter but one of the layer before, which is an A.
 
     Without adapters it is the layer before that, so that the gather runs beside the kernels of a layer.
     """
-
-    def waited_for(num_adapters):
-        queue, waited = _FreeEventQueue(), None
-        for layer in range(4):
-            waited = queue.dequeue_if_needed()
-            for adapter in range(num_adapters):
-                queue.dequeue_if_needed()
-                queue.enqueue((layer, adapter))
-            queue.enqueue((layer, "layer"))
-        return waited
-
-    assert waited_for(8) == (2, 6)
+    assert waited_for(num_adapters) == (2, num_adapters - 2)
     assert waited_for(0) == (1, "layer")
 
 
-def test_only_fsdp1_with_adapters_has_nothing_to_hide_forward_gathers_behind():
+def test_only_fsdp1_with_adapters_has_less_than_forward_to_hide_gathers_behind():
     """FSDP2 knows layers alone, and what is not freed in forward is not waited for."""
     adapted = parameter_totals(an_adapted_profile(num_frozen=1000, num_trained=100))
     assert adapted.num_adapters
-    hides = {
+    rooms = {
         (sharding, reshards, totals is adapted): step_traffic(
             totals, configuration, bucket_settings(configuration, 8)
-        ).forward_overlaps
+        ).forward_room_fraction
         for sharding in ("fsdp1", "fsdp2")
         for reshards in (True, False)
         for totals in (adapted, parameter_totals(HALF))
         for configuration in (a_configuration(sharding=sharding, reshard_after_forward=reshards),)
     }
-    assert [each for each, hidden in hides.items() if not hidden] == [("fsdp1", True, True)]
+    assert {each: room for each, room in rooms.items() if room < 1} == {("fsdp1", True, True): 0}
+
+
+@pytest.mark.parametrize(
+    ("modules", "following"),
+    [
+        (["q_proj", "k_proj", "v_proj", "o_proj"], ["mlp"]),
+        (["q_proj", "v_proj"], ["o_proj", "mlp"]),
+        (["q_proj", "down_proj"], []),
+    ],
+)
+def test_what_follows_the_last_adapted_product_is_read_off_the_model(modules, following):
+    """Of a Llama that peft adapted, the weights of the products that its own `forward` runs after the adapted one."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 8, "num_key_value_heads": 2}
+    config = LlamaConfig(**sizes, num_hidden_layers=2, num_attention_heads=4)
+    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=2, target_modules=modules))
+    layer = model.base_model.model.model.layers[0]
+    tensors = tuple(
+        StaticTensor(
+            name=name,
+            num_elements=weight.numel(),
+            dtype="float32",
+            trains="lora_" in name,
+            repeats=True,
+            kind="adapter" if "lora_" in name else "parameter",
+            rows=weight.shape[0] if weight.dim() > 1 else 1,
+        )
+        for name, weight in layer.named_parameters()
+    )
+    products = {
+        name: weight.numel() for name, weight in layer.named_parameters() if "proj" in name and "lora" not in name
+    }
+
+    after = sum(size for name, size in products.items() if any(part in name for part in following))
+    totals = parameter_totals(a_profile(tensors=tensors, num_layers=2))
+    assert totals.after_adapters_fraction == pytest.approx(after / sum(products.values()))
+    waiting = a_configuration(sharding="fsdp1", reshard_after_forward=True)
+    traffic = step_traffic(totals, waiting, bucket_settings(waiting, 32))
+    assert traffic.forward_room_fraction == totals.after_adapters_fraction
 
 
 def test_what_is_kept_from_forward_is_not_gathered_again():

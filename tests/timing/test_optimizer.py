@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import get_args
 
 import pytest
+from msgspec.structs import replace
 
 from autofit.memory.optimizers import OPTIMIZERS
 from autofit.spec.configuration import Optim
 from autofit.timing.optimizer import UPDATES, host_update_seconds, num_updated, paged_bytes, update_bytes
 from autofit.timing.parameters import parameter_totals
 from tests.plans import a_configuration
-from tests.timing.hand_profiles import a_profile, a_regime
+from tests.timing.hand_profiles import a_profile, a_regime, an_adapted_profile
 
 FULL = parameter_totals(a_profile(num_params=1000))
 HALF = parameter_totals(a_profile(num_params=1000, regime=a_regime(weights_dtype="bfloat16", autocast="no")))
@@ -131,3 +132,18 @@ def test_the_ranks_of_a_node_share_its_processors():
     )
     assert host_update_seconds(FULL, by_torch, 8) == pytest.approx(500 * 1.45e-9)
     assert host_update_seconds(FULL, a_configuration(), 8) == 0
+
+
+@pytest.mark.parametrize(("num_trained", "core_seconds"), [(2**18, 1.5e-9), (2**26, 8 * 1.45e-9)])
+def test_small_adapters_are_updated_in_each_ranks_own_cache(num_trained, core_seconds):
+    """Of 16 ranks each updates a sixteenth. In a cache of 4 MiB (16 bytes a parameter) the ranks do not share it.
+
+    What is larger goes through the memory that the 8 ranks of a node share; and DeepSpeed's update, of all at once.
+    """
+    totals = parameter_totals(an_adapted_profile(num_frozen=1000, num_trained=num_trained))
+    offloaded = a_configuration(
+        sharding="fsdp1", offload="optimizer_and_parameters", num_processes=16, optim="adamw_torch"
+    )
+    assert host_update_seconds(totals, offloaded, 8) == pytest.approx(num_trained / 16 * core_seconds)
+    by_deepspeed = replace(offloaded, sharding="zero3")
+    assert host_update_seconds(totals, by_deepspeed, 8) == pytest.approx(num_trained / 2 * 1e-9)

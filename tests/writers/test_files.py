@@ -12,6 +12,7 @@ import yaml
 
 from autofit.errors import InputError
 from autofit.plan import load_plan
+from autofit.spec.configuration import Offload
 from autofit.writers import render_files, write_files
 from autofit.writers.render import PLAN_FILE
 from autofit.writers.scripts import templates_folder
@@ -84,6 +85,28 @@ def arguments_of_launch_script(folder: Path) -> list[str]:
         [folder / "launch.sh"], env=os.environ | {"PATH": path}, capture_output=True, text=True, check=True
     )
     return list(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize(
+    ("offload", "given", "found"), [("optimizer", None, "4"), ("optimizer", "3", "3"), ("none", None, "")]
+)
+def test_ranks_that_update_on_the_host_share_its_cores(
+    tmp_path: Path, offload: Offload, given: str | None, found: str
+) -> None:
+    """Two ranks of a machine of 7 cores have 4 threads each; a user's number is kept; none is set without."""
+    write_files(
+        render_files(a_plan(a_configuration(sharding="zero2", offload=offload), device=A100), tmp_path), tmp_path
+    )
+    for name, text in (("accelerate", 'printf %s "${OMP_NUM_THREADS-}"'), ("nproc", "echo 7")):
+        fake = tmp_path / "bin" / name
+        fake.parent.mkdir(exist_ok=True)
+        fake.write_text(f"#!/usr/bin/env bash\n{text}\n")
+        fake.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment |= {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    environment |= {"OMP_NUM_THREADS": given} if given else {}
+    done = subprocess.run([tmp_path / "launch.sh"], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == found
 
 
 @pytest.mark.parametrize("name", ["launch.sh", "slurm.sh"])
