@@ -167,7 +167,6 @@ class CachingAllocator:
             if event < 0:
                 number = ~event
                 start, end, keys = starts[number], ends[number], pools[owners[number]].keys
-                starts[number] = ends[number] = 0  # nobody asks again, and the processor's caches hold what is left
                 if end in free_from:
                     key = free_from.pop(end)
                     del keys[bisect_left(keys, key)]

@@ -248,6 +248,22 @@ def test_a_stream_keeps_its_blocks():
     assert allocator.reserved_bytes == 80 * MIB
 
 
+def test_what_a_repeated_stretch_leaves_can_be_released():
+    """As if it had run again, although its first run's blocks were released before it is repeated."""
+    allocator = CachingAllocator()
+    kept = allocator.allocate(30 * MIB)
+    allocator.release(allocator.allocate(40 * MIB))
+    begun = allocator.state()
+    first = allocator.allocate(40 * MIB)
+    address, ended = allocator.block(first), allocator.state()
+    allocator.release(first)
+    allocator.repeat(begun, ended)
+    assert allocator.block(first + 1) == address
+    allocator.release(first + 1)
+    allocator.release(kept)
+    assert allocator.reserved_bytes == begun.reserved_bytes
+
+
 def test_of_equal_blocks_the_lower_address_is_taken():
     """Two free blocks of 30 MiB: segments above 20 MiB lie lower the later they were made, smaller ones higher."""
     allocator = CachingAllocator()
