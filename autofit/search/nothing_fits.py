@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 
-import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
 from autofit.errors import InputError, NothingFitsError
 from autofit.search.evaluate import HEADROOM_FRACTION, Evaluated, usable_bytes
-from autofit.search.rank import Ranking
 from autofit.search.space import METHODS
-from autofit.search.table import Table
 from autofit.search.words import STAGE_WORDS, describe, stage_words
+from autofit.spec.configuration import Configuration
 from autofit.spec.hardware import Cluster
 from autofit.spec.job import Job, Restrictions
 from autofit.units import format_bytes
@@ -24,8 +22,8 @@ SHORTEST_TOKENS = 128
 NUM_DEVICES_TRIED = 8
 """Devices of one node; more are another kind of purchase."""
 
-Search = Callable[[Job, Cluster], Table]
-"""Evaluates the smallest micro-batches of a job on a cluster."""
+Search = Callable[[Job, Cluster], tuple[Configuration, int] | None]
+"""Finds the cheapest of the smallest micro-batches of a job that fits a cluster, and the bytes that it needs."""
 _EVALUATE_LESS = (
     "evaluate in smaller batches (--per-device-eval-batch-size), keep less of the logits (--eval-accumulation-steps, "
     "or a preprocess_logits_for_metrics in the script), or plan without the evaluation (--hold); or else "
@@ -82,15 +80,14 @@ def _checked(group: tuple[Change, ...], job: Job, cluster: Cluster, search: Sear
     for change in group:
         job, cluster = change.job(job), change.cluster(cluster)
     try:
-        table = search(job, cluster)
+        found = search(job, cluster)
     except InputError:
         return None
-    fitting = np.flatnonzero(table.fits)
-    if not fitting.size:
+    if found is None:
         return None
-    best = Ranking(table, "cost").cheapest(fitting)
+    configuration, needed_bytes = found
     words = " and ".join(change.words for change in group)
-    return f"{words} ({describe(table.configuration(best))}: {format_bytes(int(table.needed_bytes[best]))})"
+    return f"{words} ({describe(configuration)}: {format_bytes(needed_bytes)})"
 
 
 def _differ(pair: tuple[Change, ...]) -> bool:
@@ -136,6 +133,7 @@ def _more_devices(job: Job, cluster: Cluster) -> Iterator[Change]:
             yield Change(
                 words=f"{num_devices} devices",
                 kind="devices",
+                job=_with(num_processes=()),
                 cluster=lambda on, num=num_devices: replace(on, num_devices_per_node=num),  # type: ignore[misc]
             )
 

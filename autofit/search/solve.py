@@ -233,11 +233,14 @@ def _expected(table: Table, ranking: Ranking, evaluator: Evaluator) -> list[Conf
 def _search_of_smallest(profiles: ProfileSet, estimate_memory: MemoryEstimator | None) -> Search:
     """Return a search of the smallest micro-batch alone: enough to show that something fits."""
 
-    def search(job: Job, cluster: Cluster) -> Table:
+    def search(job: Job, cluster: Cluster) -> tuple[Configuration, int] | None:
         left = allowed(job, cluster).of_smallest_micro_batch()
         evaluator = evaluator_of(job, cluster, profiles, left.blocks, estimate_memory)
         table = tabulate(left, evaluator)
-        return settled(table, np.arange(len(table)), evaluator, Ranking(table, "cost"))[0] if len(table) else table
+        if not len(table):
+            return None
+        _, found = settled(table, np.arange(len(table)), evaluator, Ranking(table, "cost"))
+        return None if found is None else (found.configuration, evaluator.replay(found.configuration).needed_bytes)
 
     return search
 

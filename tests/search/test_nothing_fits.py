@@ -9,8 +9,17 @@ from msgspec.structs import replace
 
 from autofit.errors import NothingFitsError
 from autofit.search import explaining_regimes, required_regimes, solve
-from autofit.units import GIB
-from tests.search.worlds import GPU, PlausibleMemory, a_cluster, a_job, made_up_profile
+from autofit.search.words import describe
+from autofit.units import GIB, format_bytes
+from tests.search.worlds import (
+    GPU,
+    PlausibleMemory,
+    a_cluster,
+    a_job,
+    an_estimate,
+    made_up_profile,
+    profiles_for,
+)
 
 SMALL_GPU = replace(GPU, name="by-hand-16G", memory_bytes=16 * GIB)
 MEMORY = PlausibleMemory(4 * 10**9)
@@ -41,6 +50,33 @@ def test_ways_out_are_those_that_fit():
     assert "method lora" in error.to_fix
     assert "method qlora" in error.to_fix
     assert "tokens" not in error.to_fix
+
+
+class ReservedMemory(PlausibleMemory):
+    """The same, and a tenth more as the allocator lays it out."""
+
+    def __call__(self, profile, configuration, cluster, workload, *, replays=False):
+        """Estimate by the rule of thumb, and more when replayed."""
+        plain = super().__call__(profile, configuration, cluster, workload)
+        return an_estimate(int(plain.needed_bytes * (1.1 if replays else 1)), cluster.device.memory_bytes)
+
+
+def test_a_way_out_needs_what_its_own_plan_says():
+    """The figure beside a change is that of a plan with it, as the allocator lays it out, and not less."""
+    memory, job, cluster = ReservedMemory(4 * 10**9), a_job(1, methods=("full",)), a_cluster(1, SMALL_GPU)
+    error = refused(job, cluster, memory=memory)
+    lora = a_job(1, methods=("lora",))
+    plan = solve(lora, cluster, profiles_for(lora, cluster), estimate_memory=memory)
+    said = re.search(r"method lora \(([^:]+): ([\d.]+ GiB)\)", error.to_fix)
+    assert said.group(1) == describe(plan.configuration)
+    assert said.group(2) == format_bytes(plan.memory.needed_bytes)
+
+
+def test_more_devices_are_used_where_a_plan_was_held_to_some():
+    """What `--num-processes` says of the devices that are there is not said of those that are not."""
+    job = a_job(8, methods=("full",), num_processes=(2,))
+    error = refused(job, a_cluster(2, SMALL_GPU), memory=PlausibleMemory(6 * 10**9))
+    assert re.search(r"8 devices \([^)]*on 8", error.to_fix)
 
 
 def test_more_devices_are_named_by_the_smallest_number_that_fits():
