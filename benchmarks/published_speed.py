@@ -452,6 +452,8 @@ def state(row: Row, folder: Path) -> Stated:
         case = read_case(stated)
     except AutofitError as error:
         raise RefusedError(error.message) from error
+    if stated.get("attention") is None:
+        assumed.append(f"attention is {case.configuration.attention}")
     regime = case.regime if adapter_dtype is None else replace(case.regime, adapter_dtype=adapter_dtype)
     return Stated(
         case=case,
@@ -497,7 +499,7 @@ def _power_limits(row: Row) -> Iterator[str]:
 def _refuse_what_is_not_modelled(row: Row) -> None:
     _refuse_parallelism(row)
     kind_of_precision(row)
-    where = " ".join(row[name] for name in ("source", "family", "framework", "sharding", "gpu"))
+    where = " ".join(row[name] for name in ("source", "family", "framework", "sharding"))
     said = NOT_A_CHOICE_HERE.search(where)
     if said:
         raise RefusedError(f"not a stack of PyTorch with data parallelism alone: {said[0]}")
@@ -590,7 +592,8 @@ def _model(row: Row, folder: Path, assumed: list[str]) -> str:
     try:
         resolve_model(named)
     except InputError as error:
-        raise RefusedError(f"the architecture of {named!r} is not known here") from error
+        is_file = Path(named).exists()
+        raise RefusedError(error.message if is_file else f"the architecture of {named!r} is not known here") from error
     return str(named)
 
 
@@ -719,9 +722,6 @@ def _precision(row: Row, facts: Mapping[str, Any], method: str, assumed: list[st
 
 def _note_what_is_open(stated: dict[str, Any], assumed: list[str]) -> None:
     """Name what neither a row nor a fact says, and what is taken for it."""
-    if stated.get("attention") is None:
-        stated["attention"] = "sdpa"
-        assumed.append("attention is sdpa")
     if stated["optimizer"] is None:
         stated["optimizer"] = "adamw_torch_fused"
         assumed.append("the optimizer is adamw_torch_fused")

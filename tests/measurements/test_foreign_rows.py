@@ -142,6 +142,7 @@ def test_a_name_means_the_model_of_that_family_and_size(tmp_path, name, model):
         ({"gpu": "RTX 3080 12GB"}, "the sizes there are: 3080-10G"),
         ({"gpu": "V100"}, "comes with different memory"),
         ({"gpu": "MI300X"}, "ROCM"),
+        ({"gpu": "Gaudi2"}, "HPU"),
         ({"gpu": "8x H100"}, "gpu says 8 devices, and gpus_count 2"),
         ({"gpus_count": 16}, "network between its nodes"),
         ({"sharding": None}, "how the model is sharded over its devices is not stated"),
@@ -206,6 +207,26 @@ def test_what_nobody_says_is_named(tmp_path):
 def test_a_model_of_another_size_is_noticed(tmp_path, said, contradicts):
     """A number of parameters that is not that of the model of this name is; a rounded one is not."""
     assert bool(published_speed.contradicts_size(stated(tmp_path, num_params=said), None)) is contradicts
+
+
+def test_attention_that_nobody_names_is_what_transformers_takes(tmp_path):
+    """BLOOM has no sdpa in transformers, so a run that names nothing runs it eagerly; others take sdpa."""
+    found = [stated(tmp_path, model=name, attention=None).assumed for name in ("bloom-560m", "Llama 3.1 8B")]
+    assert ["attention is eager" in found[0], "attention is sdpa" in found[1]] == [True, True]
+
+
+def test_a_config_that_cannot_be_read_is_refused_in_its_own_words(tmp_path):
+    """A path that is there and holds no config.json is no unknown architecture."""
+    (tmp_path / "config.json").write_text('{"a":', encoding="utf-8")
+    with pytest.raises(published_rows.RefusedError, match="is not JSON"):
+        stated(tmp_path, model=str(tmp_path / "config.json"))
+
+
+def test_a_sharding_that_is_not_clear_is_the_one_of_its_sources_script(tmp_path):
+    """Qwen's rows name two stages; LoRA ran with ZeRO-2 and all weights with ZeRO-3, as its scripts say."""
+    row = {"source": "QwenLM/Qwen README.md", "model": "Qwen-7B", "sharding": "ZeRO-2/3 (script default)"}
+    found = [stated(tmp_path, **row, method=name).case.configuration.sharding for name in ("lora", "full")]
+    assert found == ["zero2", "zero3"]
 
 
 def test_a_broken_line_loses_no_other(tmp_path):
