@@ -73,6 +73,10 @@ def _notes(words: str) -> Callable[[Row], bool]:
     return lambda row: re.search(words, text(row, "notes")) is not None
 
 
+def _is_routed(row: Row) -> bool:
+    return re.search("mixtral|moe", row["model"], re.IGNORECASE) is not None
+
+
 def _is_sharded(row: Row) -> bool:
     return row["gpus_count"] > 1
 
@@ -146,6 +150,23 @@ FACTS: dict[str, tuple[Fact, ...]] = {
             because="plugins/fused-ops-and-kernels: cross entropy, RMSNorm and rotation in Triton; "
             "framework names that end in -liger add Liger's fused head",
             applies=_notes("foak"),
+        ),
+        Fact(
+            fields={
+                "nearest": "experts one after the other, in four bits too, timed as one grouped product in 16 bits"
+            },
+            because="scripts/benchmarks/refs/requirements.txt: transformers 4.4x, where each expert is a module with "
+            "linear layers (models/mixtral/modeling_mixtral.py)",
+            applies=lambda row: _is_routed(row) and not _notes("scattermoe")(row),
+        ),
+        Fact(
+            fields={
+                "loss": "stock",
+                "nearest": "fused kernels beside experts, timed as none; experts as one grouped product in 16 bits",
+            },
+            because="plugins/fused-ops-and-kernels models/mixtral.py: norms, rotation, loss and attention's adapters; "
+            "Liger's own would fuse the experts, and work out their gradients",
+            applies=lambda row: _is_routed(row) and _notes("foak")(row),
         ),
     ),
     "QwenLM/Qwen": (

@@ -52,6 +52,17 @@ def test_models_have_the_published_number_of_parameters(model):
     assert sum(p.numel() for p in built.parameters()) == model.num_params + more
 
 
+@pytest.mark.parametrize(
+    ("model", "loss"), [("mistralai/Mistral-7B-v0.1", "liger"), ("mistralai/Mixtral-8x7B-Instruct-v0.1", "stock")]
+)
+def test_fused_kernels_leave_experts_as_they_are(tmp_path, model, loss):
+    """fms-acceleration's rules for Mixtral name norms, rotation, the loss and attention; Liger's fuse experts too."""
+    row = next(row for row in ROWS if row["model"] == "mistralai/Mistral-7B-v0.1" and "=foak-fast" in row["notes"])
+    stated = published_speed.state(row | {"model": model, "num_params": None}, tmp_path)
+    assert stated.regime.loss == loss
+    assert ("experts" in (stated.nearest or "")) == (loss == "stock")
+
+
 def test_ranks_are_those_of_the_definition():
     """Equal values share the mean of their ranks; a reversed order is -1, and what does not vary has no order."""
     assert throughput.ranks([3.0, 1.0, 3.0]) == [2.5, 1.0, 2.5]
