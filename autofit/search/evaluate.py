@@ -126,6 +126,9 @@ def stage_misfit(memory: MemoryEstimate, cluster: Cluster, held: Iterable[StageN
     return None
 
 
+EvalBatch = Literal["given", "free", "least"]
+
+
 class Evaluator:
     """Evaluates configurations of one workload on one cluster.
 
@@ -136,7 +139,8 @@ class Evaluator:
         micro_batches: every micro-batch that will be asked for.
         estimate_memory: takes the place of the memory model; for tests.
         held_stages: what has to fit besides the steady steps.
-        frees_evaluation: whether evaluations may run on a smaller batch than they are given.
+        eval_batch: whether evaluations keep the batch that they are given, or may run on no more than training's
+            micro-batch: where it is too large, or at once.
     """
 
     def __init__(
@@ -148,10 +152,10 @@ class Evaluator:
         estimate_memory: MemoryEstimator | None = None,
         *,
         held_stages: tuple[StageName, ...] = STAGES,
-        frees_evaluation: bool = False,
+        eval_batch: EvalBatch = "given",
     ) -> None:
         self._cluster, self._workload, self._profiles = cluster, workload, profiles
-        self._held_stages, self.frees_evaluation = held_stages, frees_evaluation
+        self._held_stages, self._eval_batch = held_stages, eval_batch
         # A model that has such modules has been traced with them.
         self._fp32_modules = frozenset(each.fp32_modules_beside for each in profiles if each.fp32_modules_beside)
         self._micro_batches = tuple(sorted(set(micro_batches)))
@@ -173,8 +177,13 @@ class Evaluator:
             self._micro_batches,
             self._estimate_memory,
             held_stages=self._held_stages,
-            frees_evaluation=self.frees_evaluation,
+            eval_batch=self._eval_batch,
         )
+
+    @property
+    def frees_evaluation(self) -> bool:
+        """Whether evaluations may run on a smaller batch than they are given."""
+        return self._eval_batch != "given"
 
     @property
     def can_grow_segments(self) -> bool:
@@ -321,6 +330,8 @@ class Evaluator:
         self._replays[configuration] = self._trainings[configuration.training_alone] = memory
 
     def _as_it_fits(self, configuration: Configuration) -> tuple[Configuration, Misfit]:
+        if self._eval_batch == "least":
+            configuration = self.evaluating_less(configuration)
         if self.can_grow_segments and self.is_fragmented(configuration):
             configuration = replace(configuration, expandable_segments=True)
         misfit = self.replayed_misfit(configuration)

@@ -6,14 +6,14 @@ from collections.abc import Iterable
 
 from msgspec import Struct
 
-from autofit.search.evaluate import Evaluator, MemoryEstimator
+from autofit.search.evaluate import EvalBatch, Evaluator, MemoryEstimator
 from autofit.search.rank import Ranking
 from autofit.search.space import Block
 from autofit.search.table import Rows, Table
 from autofit.search.words import describe
 from autofit.spec.configuration import Configuration
 from autofit.spec.hardware import Cluster
-from autofit.spec.job import Job
+from autofit.spec.job import Job, Restrictions
 from autofit.spec.profile import ProfileSet
 
 
@@ -34,8 +34,14 @@ def evaluator_of(
         tuple(micro_batches),
         estimate_memory,
         held_stages=asked.held_stages,
-        frees_evaluation=asked.evaluation.per_device_eval_batch_size is None,
+        eval_batch=_eval_batch(asked),
     )
+
+
+def _eval_batch(asked: Restrictions) -> EvalBatch:
+    if asked.evaluation.per_device_eval_batch_size is not None:
+        return "given"
+    return "least" if asked.objective == "memory" else "free"
 
 
 def nearest_row(table: Table, rows: Rows) -> int:

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from autofit.search.allowed import Allowed
 from autofit.search.evaluate import HEADROOM_FRACTION, Evaluator, Misfit
-from autofit.search.rank import SAFETY_FRACTION, Ranking
+from autofit.search.rank import SAFETY_FRACTION, TIE_FRACTION, Ranking
 from autofit.search.rules.engines import routes
 from autofit.search.space import USUAL_EVAL_BATCH
 from autofit.search.table import Rows, Table, Values
@@ -96,8 +96,12 @@ def objective_reason(job: Job, cluster: Cluster, chosen: Configuration, missing:
         "quality": "the least approximate that fits",
     }[objective]
     default = ", the default" if objective == "cost" else ""
+    then = {
+        "memory": f", or of what needs less than {TIE_FRACTION:.0%} more the cheapest",
+        "quality": ", and of equally approximate ones the cheapest",
+    }.get(objective, "")
     said = (
-        f"{_among(job, chosen, least)} (--objective {objective}{default}); "
+        f"{_among(job, chosen, least)} (--objective {objective}{default}){then}; "
         f"ties go to the simpler setup, and up to {SAFETY_FRACTION:.0%} more is paid for one that fits if memory is "
         "off as far as any published run's was."
     )
@@ -128,7 +132,10 @@ def evaluation_reasons(configuration: Configuration, evaluator: Evaluator) -> tu
     if not evaluator.frees_evaluation or configuration.per_device_eval_batch_size >= USUAL_EVAL_BATCH:
         return ()
     usual = replace(configuration.evaluation, per_device_eval_batch_size=USUAL_EVAL_BATCH)
-    needed = stage_words(evaluator.replay(replace(configuration, evaluation=usual)), "evaluation")
+    memory = evaluator.replay(replace(configuration, evaluation=usual))
+    if memory.stages is None or memory.stages.evaluation is None:
+        return ()
+    needed = stage_words(memory, "evaluation")
     chosen = configuration.per_device_eval_batch_size
     return (f"per_device_eval_batch_size {chosen}: with transformers' default of {USUAL_EVAL_BATCH}, {needed}.",)
 
@@ -230,7 +237,7 @@ def cheaper_rivals(chosen: int, table: Table, ranking: Ranking) -> Iterator[int]
     for _, _, others in rivals(chosen, table):
         for _, group in others:
             fitting = group[table.fits[group]]
-            if fitting.size and _is_cheaper(best := ranking.cheapest(fitting), chosen, ranking):
+            if fitting.size and _is_cheaper(best := ranking.best(fitting), chosen, ranking):
                 yield best
 
 
@@ -259,7 +266,7 @@ def _compared(value: object, chosen: int, group: Rows, table: Table, ranking: Ra
     if not fitting.size:
         least = int(group[np.argmin(table.needed_bytes[group])])
         return f"{spelt(value)} would not fit{_too_much(table, least)}"
-    best = ranking.cheapest(fitting)
+    best = ranking.best(fitting)
     configuration = table.configuration(best)
     devices, spent = table.knob("num_processes"), ranking.spent
     if _is_cheaper(best, chosen, ranking):

@@ -119,6 +119,15 @@ def test_a_rung_evaluates_less_than_what_ran_out_of_memory():
         assert rung.configuration.per_device_eval_batch_size == rung.configuration.per_device_train_batch_size < 8
 
 
+def test_the_least_memory_is_not_asked_for_training_alone():
+    """Where memory decides, evaluations run on the micro-batch though eight fit; a batch that is given stays."""
+    plan = planned(a_cluster(2), PlausibleMemory(10**8), objective="memory")
+    assert plan.configuration.per_device_eval_batch_size == plan.configuration.per_device_train_batch_size < 8
+    given = {"evaluation": Evaluation(per_device_eval_batch_size=8)}
+    plan = planned(a_cluster(2), PlausibleMemory(10**8), objective="memory", **given)
+    assert plan.configuration.per_device_eval_batch_size == 8
+
+
 class BurstingMemory(PlausibleMemory):
     """The rule of thumb, and a first step that no device holds where layers are checkpointed."""
 

@@ -75,6 +75,19 @@ def test_what_is_said_of_a_rival_is_what_a_search_for_it_finds(gpus, batch, prof
             assert rival.excess_fraction == pytest.approx(other.time.step_seconds / made.time.step_seconds - 1)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["memory", "quality"])
+def test_what_is_said_of_a_method_is_its_row(objective, profiles):
+    """Whatever decides: what a plan says that another method would need is what the best of it needs, beside the plan."""
+    made = the_plan("2xA100-80G", 8, profiles, objective=objective)
+    (said,) = (reason for reason in made.reasons if reason.startswith("method"))
+    assert made.alternatives
+    for other in made.alternatives:
+        assert f"{other.configuration.method} would need {format_bytes(other.needed_bytes)}" in said
+    least = min(other.needed_bytes for other in made.alternatives)
+    assert objective != "memory" or made.memory.needed_bytes <= 1.01 * least
+
+
 def test_a_plan_of_another_search_has_nothing_beside_it(profiles):
     """A configuration that its own restrictions would not allow is none of its search, and that is said."""
     made = the_plan("RTX4090-24G", 4, profiles, methods=("qlora",))
