@@ -78,7 +78,7 @@ def test_what_is_said_of_a_rival_is_what_a_search_for_it_finds(gpus, batch, prof
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["memory", "quality"])
 def test_what_is_said_of_a_method_is_its_row(objective, profiles):
-    """Whatever decides: what a plan says that another method would need is what the best of it needs, beside the plan."""
+    """Whatever decides: what a plan says that another method would need is what its row beside the plan says."""
     made = the_plan("2xA100-80G", 8, profiles, objective=objective)
     (said,) = (reason for reason in made.reasons if reason.startswith("method"))
     assert made.alternatives
