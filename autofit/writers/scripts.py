@@ -63,7 +63,8 @@ def _values(plan: Plan, config_file: Path) -> dict[str, str]:
 def computes_on_host(plan: Plan) -> bool:
     """Tell whether ranks need the host's cores, of which `accelerate launch` otherwise leaves each one.
 
-    Source: accelerate/commands/launch.py 1.15 (`num_cpu_threads_per_process`) and utils/launch.py (OMP_NUM_THREADS).
+    Source: accelerate/commands/launch.py 1.15 (`num_cpu_threads_per_process`) and utils/launch.py (OMP_NUM_THREADS);
+    for DeepSpeed's ranks, where they are several, torch/distributed/run.py 2.13, `config_from_args`.
     """
     return plan.inputs.cluster.device.kind == "cpu" or plan.configuration.offload != "none"
 
