@@ -326,6 +326,8 @@ def device_of(row: Row) -> tuple[str, list[str]]:
     assumed = []
     if model in USUAL or re.fullmatch("[AH]100[0-9]+GB?", model):
         assumed.append(f"the {model[:4]} is SXM's")
+    if "A6000ADA" in model:  # no product is called so
+        assumed.append("the A6000 Ada is an RTX 6000 Ada")
     if model in LARGER:
         spelt = f"{spelt} {LARGER[model]}"
         if (row["peak_gib"] or 0) <= GIB_OF_SMALLER:

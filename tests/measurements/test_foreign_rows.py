@@ -199,6 +199,7 @@ def test_what_nobody_says_is_named(tmp_path):
     """Where a row leaves open what a step depends on, it is said what that was taken to be."""
     found = stated(tmp_path, gpu="A100", attention=None, optimizer=None, grad_accum=None)
     assert {"the A100 has 80GB", "attention is sdpa", "one micro-step a step"} <= set(found.assumed)
+    assert "the A6000 Ada is an RTX 6000 Ada" in stated(tmp_path, gpu="A6000 Ada 48GB").assumed
     assert "the A100 has 80GB" not in stated(tmp_path, gpu="A100", peak_gib=60).assumed
     assert "held to 280 W" in (stated(tmp_path, gpu="RTX 3090 (280W cap)").nearest or "")
 
