@@ -323,7 +323,7 @@ class Evaluator:
     def _look(self, configuration: Configuration) -> _Looked:
         known, self._replays = self._replays, {}
         found, replays = self._as_it_fits(configuration), self._replays
-        self._replays = known | replays
+        self._replays = known
         return found, replays
 
     def _remember(self, configuration: Configuration, memory: MemoryEstimate) -> None:

@@ -29,6 +29,7 @@ from autofit.memory.replay import (
     Replayed,
     Replayer,
     _Trials,
+    _Writer,
     allocator_settings,
 )
 from autofit.memory.replay_fsdp import GATHERS, FsdpWriter
@@ -404,6 +405,25 @@ def test_a_micro_step_that_comes_again_in_the_same_state_is_not_run_again(profil
     replayed(profile, configuration)
     loading_and_steps, without_the_stretch = 2, 5
     assert len(runs) == (without_the_stretch if comes_twice else loading_and_steps)
+
+
+@pytest.mark.parametrize(
+    ("sharding", "written"),
+    [("none", 4), ("ddp", 4), ("zero1", 4), ("zero2", 3), ("zero3", 3)],
+)
+def test_each_step_has_two_micro_steps_but_where_all_are_alike(profile, sharding, written, monkeypatch):
+    """Where gradients stay a step's second micro-step is another than its first, in the first step too."""
+    begun: list[int] = []
+    original = _Writer._micro_step
+
+    def counting(writer: _Writer, step: Any, played: Any, first_number: int) -> None:
+        begun.append(first_number)
+        original(writer, step, played, first_number)
+
+    monkeypatch.setattr(_Writer, "_micro_step", counting)
+    changes = {"num_processes": 2, "mixed_precision": "bf16"} if sharding != "none" else {}
+    replayed(profile, replace(PLANNED, sharding=sharding, gradient_accumulation_steps=8, **changes))
+    assert len(begun) == written
 
 
 @pytest.mark.parametrize("model", ["HuggingFaceTB/SmolLM2-135M-Instruct", "meta-llama/Llama-3.1-8B"])

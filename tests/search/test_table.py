@@ -107,6 +107,31 @@ def check_row(table, row, profile, configuration, cluster, workload, seen):
     assert table.misfit_of(row) == expected
 
 
+@pytest.mark.parametrize("num_cores", [1, 3])
+def test_what_is_not_modelled_is_counted_by_its_name(num_cores, monkeypatch):
+    """A block that is refused is left out of the table and counted, by whichever process it was refused."""
+    job, cluster = a_job(8, methods=("full", "lora")), a_cluster(2, GPU)
+    left = allowed(job, cluster)
+    original = Evaluator.evaluate_block
+
+    def refusing(evaluator, number, block, mask):
+        if block.first.method == "lora":
+            raise InputError("lora on Tuesdays is not modelled.", to_fix="wait")
+        return original(evaluator, number, block, mask)
+
+    monkeypatch.setattr(Evaluator, "evaluate_block", refusing)
+    sizes = {micro_batch for block in left.blocks for micro_batch, _ in block.splits}
+    evaluator = Evaluator(cluster, job.workload, small_profiles(), tuple(sizes))
+    table = tabulate(left, evaluator, num_cores=num_cores)
+    refused = [
+        int(mask.sum())
+        for block, mask in zip(left.blocks, left.masks, strict=True)
+        if block.first.method == "lora" and evaluator.profile(block.first)
+    ]
+    assert table.unmodelled == {"lora on Tuesdays": sum(refused)}
+    assert len(table) == sum(int(mask.sum()) for mask in left.masks) - sum(refused) - table.num_untraced > 0
+
+
 @pytest.mark.parametrize("batching", ["equal", "padded", "padding_free"])
 @pytest.mark.parametrize("device", [GPU, CPU])
 @pytest.mark.parametrize("sharding", ["ddp", "zero2", "zero3", "fsdp2"])
