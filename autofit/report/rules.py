@@ -21,7 +21,7 @@ def rules_table(rules: Iterable[Rule], software: Software, *, width: int) -> Ren
     described = [rule.described(software) for rule in rules]
     shows_sources = width >= NARROWEST_WITH_SOURCES
     table = Table(box=None, padding=(0, 2, 1, 0))
-    table.add_column("rule", header_style="dim", overflow="fold", ratio=2)
+    table.add_column("rule", header_style="dim", overflow="fold", ratio=2, no_wrap=shows_sources)
     table.add_column("releases", header_style="dim", overflow="fold", ratio=2)
     table.add_column("because", header_style="dim", overflow="fold", ratio=4)
     if shows_sources:

@@ -40,11 +40,20 @@ def answers_table(made: Plan, planned: Sequence[Answer], *, width: int) -> Rende
         assert plan is not None, "only what was planned is listed"
         setup = [describe(plan.configuration)] if shows_setup else []
         is_other = not shows_setup and plan.configuration.method != made.configuration.method
-        name = f"{words}: {plan.configuration.method}" if is_other else words
+        name = f"{words}{_other_step(made, plan)}" + (f": {plan.configuration.method}" if is_other else "")
         table.add_row(name, *_cells(made, plan), *setup, style="bold" if plan is made else "")
     if shows_setup:
         table.columns[-1].justify = "left"
     return table
+
+
+def _other_step(made: Plan, plan: Plan) -> str:
+    """Say how many sequences a step trains where packing makes it another number: then steps are not alike."""
+    before, after = (
+        each.epoch.mean_sequences if each.epoch else each.inputs.job.workload.global_batch_sequences
+        for each in (made, plan)
+    )
+    return "" if round(before) == round(after) else f" ({after:,.0f} sequences a step, not {before:,.0f})"
 
 
 def _cells(made: Plan, plan: Plan) -> tuple[str, ...]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import math
 
 import numpy as np
 import pytest
 from msgspec.structs import replace
+from rich.console import Console
 
 from autofit.errors import InputError
 from autofit.plan import from_json, to_json
+from autofit.report.whatif import whatif_report
 from autofit.search import candidates, estimate, required_regimes, solve
-from autofit.search.whatif import counterfactuals
+from autofit.search.whatif import Answer, counterfactuals
 from autofit.sources.lengths import planned_tokens
 from autofit.spec.job import Model
 from autofit.timing.batches import packed_rows
@@ -63,6 +66,18 @@ def test_packed_rows_are_not_compared_with_sequences():
     assert made.configuration.global_batch_sequences == 16
     assert made.epoch.mean_sequences == pytest.approx(16 * rows.mean_sequences)
     assert made.epoch.num_steps == math.ceil(rows.num_rows / 16)
+
+
+def test_an_answer_says_that_packing_changes_the_step():
+    """Beside a plan of sequences packed rows train another number in a step, which is said; padding_free the same."""
+    made = planned(a_data_job(), a_cluster())
+    for way, is_other in (("packed", True), ("padding_free", False)):
+        other = planned(a_data_job(batchings=(way,)), a_cluster())
+        console = Console(width=200, file=io.StringIO(), highlight=False)
+        console.print(whatif_report(made, [Answer(words=way, plan=other, refused=None)], width=200))
+        number = round(other.epoch.mean_sequences)
+        said = "".join(console.file.getvalue().split())
+        assert (f"{way}({number}sequencesastep,not16)" in said) is is_other
 
 
 def test_packed_rows_and_rows_without_padding_are_one_code_path():
