@@ -184,7 +184,6 @@ FACTS: dict[str, tuple[Fact, ...]] = {
                 "lora_alpha": 16,
                 "lora_dropout": 0.05,
                 "lora_target_modules": "all-linear",
-                "sharding": "none",
             },
             because="finetune.py (LoraArguments: c_attn, c_proj, w1, w2 are every linear layer; optim), "
             "finetune/finetune_lora_single_gpu.sh, and Qwen's modelling code loads in bf16",
@@ -719,7 +718,7 @@ def _sharding(row: Row, facts: Mapping[str, Any], num_nodes: int, assumed: list[
     if own is not None:
         return own
     if "sharding" in facts:
-        return {"sharding": "ddp" if facts["sharding"] == "none" else facts["sharding"]}
+        return {"sharding": facts["sharding"]}
     if not row["sharding"]:
         raise RefusedError("how the model is sharded over its devices is not stated")
     raise RefusedError(f"the sharding {row['sharding']!r} does not say which")

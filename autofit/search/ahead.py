@@ -76,9 +76,8 @@ class Ahead(Generic[Asked, Answer]):
 
     def _collect(self, *, waits: bool) -> bool:
         """Take what copies have answered; tell whether there was any, or a copy that has ended."""
-        ready = (
-            select.select([copy.pipe for copy in self._copies], [], [], None if waits else 0)[0] if self._copies else []
-        )
+        pipes = [copy.pipe for copy in self._copies]
+        ready, _, _ = select.select(pipes, [], [], None if waits and pipes else 0)
         for copy in [copy for copy in self._copies if copy.pipe in ready]:
             answers = copy.read()
             if answers is None:
